@@ -1,0 +1,172 @@
+"""The ops under the model's layers: forward as usual, and a backward that also values each chunk of the batch.
+
+Every rule values chunk i by <x_i, h>, where x_i is the gradient of the chunk's share of the loss and h a direction in
+parameter space (one per target). That is the directional derivative along h, so a zero tensor `ledger` that scales h
+chunk by chunk has the values as its gradient, and autograd sums them over layers, tied weights and repeated uses:
+
+    ledger = torch.zeros(B, K, requires_grad=True);  model(X, Y, ledger)[1].backward();  ledger.grad  # (B, K)
+
+The direction of a parameter `w` is the attribute `w.h`, shape (K, *w.shape). It belongs to the parameter, not to one
+use of it: that is why a tied wte / lm_head comes out right.
+
+Shape suffixes: B chunks, T tokens of a chunk, I in-features, O out-features, C channels, K targets.
+Source: In-Run Data Shapley (Wang et al., arXiv 2406.11011), section 4, restated as a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+
+TILE = 2**21  # elements of the weight gradient worked on at a time on CPU: a tile and its direction stay in cache
+FORMS = ("auto", "running", "matmul")
+_form = "auto"
+
+
+def set_form(form):
+    """How Linear contracts: "running" reads the values off the weight gradient as it accumulates, chunk after chunk;
+    "matmul" spends one more matmul of the layer's size and sums each token's value. "auto": running on CPU, else matmul."""
+    global _form
+    if form not in FORMS:
+        raise ValueError(f"ghost form {form!r}: choose one of {', '.join(FORMS)}")
+    _form = form
+
+
+# -----------------------------------------------------------------------------
+# the contraction: summed weight gradient and each chunk's <gradient, direction>
+
+
+@torch.library.custom_op("nanoshapley::weight_grad", mutates_args=())
+def weight_grad(gy_BTO: torch.Tensor, x_BTI: torch.Tensor, h_KOI: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of y = x W^T with respect to W, and its inner products with the directions, chunk by chunk.
+
+    Returns gw_OI = sum_b gy_b^T x_b and v_BK = <gy_b^T x_b, h_k>, both of the direction's dtype.
+    """
+    if form == "auto":
+        form = "running" if x_BTI.device.type == "cpu" else "matmul"
+    if form == "matmul":
+        gw_OI = (gy_BTO.flatten(0, 1).t() @ x_BTI.flatten(0, 1)).to(h_KOI.dtype)
+        return gw_OI, torch.stack([token_values(gy_BTO, x_BTI, h_OI).sum(1) for h_OI in h_KOI], 1)
+    (K, O, I), B = h_KOI.shape, len(x_BTI)
+    gy_BTO, x_BTI = gy_BTO.to(h_KOI.dtype), x_BTI.to(h_KOI.dtype)
+    gw_OI = h_KOI.new_empty(O, I)
+    tiles = -(-O * I // TILE)
+    rows = -(-O // tiles)
+    seen = []  # the tile's inner products after 1, 2, ... B chunks
+    for o in range(0, O, rows):
+        tile = gw_OI[o : o + rows]
+        h_Kn = h_KOI[:, o : o + rows].flatten(1)
+        for b in range(B):
+            tile.addmm_(gy_BTO[b, :, o : o + rows].t(), x_BTI[b], beta=min(b, 1))  # beta 0 ignores what was there
+            seen.append(torch.mv(h_Kn, tile.flatten()))
+    after_BK = torch.stack(seen).view(-1, B, K).sum(0)
+    return gw_OI, torch.diff(after_BK, dim=0, prepend=after_BK.new_zeros(1, K))
+
+
+@weight_grad.register_fake
+def _(gy_BTO, x_BTI, h_KOI, form):
+    return h_KOI.new_empty(h_KOI.shape[1:]), h_KOI.new_empty(len(x_BTI), len(h_KOI))
+
+
+def token_values(gy_BTO, x_BTI, h_OI):
+    """What each token's term of the weight gradient contributes along h: (B, T), of h's dtype."""
+    if x_BTI.shape[-1] < gy_BTO.shape[-1]:  # the smaller side keeps the temporary small
+        return ((gy_BTO @ h_OI.to(gy_BTO.dtype)) * x_BTI).sum(-1, dtype=h_OI.dtype)
+    return ((x_BTI @ h_OI.t().to(x_BTI.dtype)) * gy_BTO).sum(-1, dtype=h_OI.dtype)
+
+
+# -----------------------------------------------------------------------------
+# y = x W^T + b
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, hw, hb, ledger, form):
+        w_low = w.to(x.dtype)  # under autocast x is low precision; w stays whole and gets its gradient whole
+        ctx.save_for_backward(x, w_low, hw, hb)
+        ctx.form = form
+        return F.linear(x, w_low, None if b is None else b.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w_low, hw, hb = ctx.saved_tensors
+        gx = gy @ w_low
+        x, gy = x.reshape(len(x), -1, x.shape[-1]), gy.reshape(len(gy), -1, gy.shape[-1])
+        gw, values = weight_grad(gy, x, hw, ctx.form)
+        gb = None
+        if hb is not None:
+            gb_BO = gy.sum(1, dtype=hb.dtype)
+            gb, values = gb_BO.sum(0), values + gb_BO @ hb.t()
+        return gx, gw, gb, None, None, values, None
+
+
+def linear(x, weight, bias, ledger):
+    """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Linear.apply(x, weight, bias, weight.h, None if bias is None else bias.h, ledger, _form)
+
+
+# -----------------------------------------------------------------------------
+# y = W[idx]
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, idx, w, h, ledger):
+        ctx.save_for_backward(idx, h)
+        return F.embedding(idx, w)
+
+    @staticmethod
+    def backward(ctx, gy):
+        idx, h = ctx.saved_tensors
+        gw = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False)
+        values = [torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), gy.flatten(1)) for h_k in h]
+        return None, gw, None, torch.stack(values, 1)
+
+
+def embedding(idx, weight, ledger):
+    """F.embedding for idx (B, T), with the values as in `linear`."""
+    return _Embedding.apply(idx, weight, weight.h, ledger)
+
+
+# -----------------------------------------------------------------------------
+# y = (x - mean) / std * w + b
+
+
+@torch.library.custom_op("nanoshapley::layer_norm_grad", mutates_args=())
+def layer_norm_grad(
+    gy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gx (B, T, C), and the weight's and bias's gradients chunk by chunk, (B, C) each: B calls of PyTorch's own backward,
+    which together do the work of one. Without a bias the last is empty, (B, 0)."""
+    mask = [True, True, b is not None]
+    back = torch.ops.aten.native_layer_norm_backward
+    grads = [back(gy[i], x[i], w.shape, mean[i], rstd[i], w, b, mask) for i in range(len(x))]
+    gx, gw_BC, gb_BC = ([g[j] for g in grads] for j in range(3))
+    return torch.stack(gx), torch.stack(gw_BC), x.new_empty(len(x), 0) if b is None else torch.stack(gb_BC)
+
+
+@layer_norm_grad.register_fake
+def _(gy, x, mean, rstd, w, b):
+    return torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), 0 if b is None else len(w))
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, hw, hb, ledger, eps):
+        y, mean, rstd = torch.native_layer_norm(x, w.shape, w, b, eps)
+        ctx.save_for_backward(x, mean, rstd, w, b, hw, hb)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, mean, rstd, w, b, hw, hb = ctx.saved_tensors
+        gx, gw_BC, gb_BC = layer_norm_grad(gy.contiguous(), x, mean, rstd, w, b)
+        values = gw_BC @ hw.t()
+        if b is None:
+            return gx, gw_BC.sum(0), None, None, None, values, None
+        return gx, gw_BC.sum(0), gb_BC.sum(0), None, None, values + gb_BC @ hb.t(), None
+
+
+def layer_norm(x, weight, bias, eps, ledger):
+    """F.layer_norm over the last dimension of x (B, T, C), with the values as in `linear`. Runs in the weight's dtype."""
+    return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, None if bias is None else bias.h, ledger, eps)
