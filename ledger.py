@@ -1,0 +1,129 @@
+"""What a run leaves on disk: the one place that knows the formats.
+
+    ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target); row = step * B + slot
+    books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN: not computed)
+    values.npy   float32 (n_chunks,) or (n_chunks, K): the sum of the ledger's rows, chunk by chunk; NaN = never used
+    values.json  sign, unit, rule, the targets, the committed step
+
+A value is positive where the chunk lowered the target's loss. Every file is whole at any moment: values.npy, values.json and
+checkpoints are written under another name and renamed; ledger.npy and books.npy only grow, and their header counts the rows
+of the last commit, so what a crash left behind them does not show, and the next commit overwrites it.
+"""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+SCHEMA = 1  # of values.json
+
+
+def visit_dtype(K):
+    return np.dtype([("step", "<i4"), ("chunk", "<i8"), ("loss", "<f4"), ("value", "<f4", (K,))])
+
+
+BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")  # of each target, in nats
+
+
+def book_dtype(K):
+    per_target = [(name, "<f4", (K,)) for name in BOOK_ENTRIES]
+    return np.dtype([("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4"), *per_target])
+
+
+def empty_book(K):
+    """One step's record with nothing computed yet, shape (1,)."""
+    book = np.zeros(1, book_dtype(K))
+    for name in BOOK_ENTRIES:
+        book[name] = np.nan
+    return book
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file to write that appears under `path` whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def write_json(path, content):
+    with atomic(path) as f:
+        f.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+class Records:
+    """A .npy of records that grows by commits; opened with `rows` it forgets what lies beyond them."""
+
+    def __init__(self, path, dtype, rows=0):
+        """Raises ValueError if the file holds fewer than `rows` records of this dtype."""
+        self.dtype, self.rows, self.pending = dtype, rows, []
+        if rows and len(np.load(path, mmap_mode="r").astype(dtype, copy=False)) < rows:
+            raise ValueError(f"{path} holds fewer than the {rows} rows its checkpoint counted: start over with --overwrite")
+        self.file = open(path, "r+b" if rows else "w+b")
+        self._header()
+        self.file.truncate(self.start + rows * dtype.itemsize)
+
+    def _header(self):
+        header = io.BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows,)}
+        np.lib.format.write_array_header_1_0(header, fields)  # numpy pads it so that the count can grow in place
+        self.start = len(header.getvalue())
+        os.pwrite(self.file.fileno(), header.getvalue(), 0)
+
+    def append(self, records):
+        self.pending.append(records)
+
+    def commit(self):
+        """Rows first, then the header that counts them."""
+        if self.pending:
+            new = np.concatenate(self.pending)
+            self.file.seek(self.start + self.rows * self.dtype.itemsize)
+            self.file.write(new.tobytes())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.rows, self.pending = self.rows + len(new), []
+        self._header()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+
+
+def write_values(run, total, used):
+    """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy."""
+    values = np.where(used[:, None], total, np.nan).astype(np.float32)
+    with atomic(Path(run, "values.npy")) as f:
+        np.save(f, values[:, 0] if values.shape[1] == 1 else values)
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def read_visits(run):
+    """The committed rows of a run's ledger, memmapped."""
+    return np.load(Path(run, "ledger.npy"), mmap_mode="r")
+
+
+def add_visits(visits, total, used):
+    """Adds visits to total float64 (n_chunks, K) and marks their chunks in used, in place: row after row, in float64, so
+    that a sum picked up half-way ends in the same bits."""
+    np.add.at(total, visits["chunk"], visits["value"].astype(np.float64))
+    used[visits["chunk"]] = True
