@@ -1,0 +1,410 @@
+"""
+Train a GPT-2 on numbered chunks and value every chunk in the same run.
+
+    python train.py config/gpt2_inrun.py                        the paper's run
+    python train.py config/demo.py --max_iters=100              a config file, then --key=value
+    python train.py out/demo/config.json --init_from=resume     go on where a run stopped
+
+Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy, books.npy, values.json, config.json.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import config
+import ledger as books
+from data import global_batch, open_dataset, parse_targets
+from model import GPT, GPTConfig
+from valuation import Valuation
+
+
+@dataclass
+class Config:
+    # input and output
+    data_dir: str = "data/pile"  # what prepare_pile.py wrote
+    out_dir: str = ""  # where the run goes; default out/<name of the config file>
+    init_from: Literal["scratch", "resume"] = "scratch"  # resume: go on from out_dir's checkpoint
+    overwrite: bool = False  # start over in an out_dir that holds a run
+    seed: int = 1337  # initial weights, order of chunks, draws of target chunks
+    # valuation
+    rule: Literal["off", "sgd", "adamw_linear"] = "adamw_linear"  # what a value is (math in valuation.py)
+    targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file.txt>
+    target_batch: int = 1  # chunks of each target that speak for it in a step; its cost beside batch chunks
+    target_sampling: Literal["fixed", "redraw"] = "redraw"  # the same target chunks all along, or new ones every time
+    target_interval: int = 1  # steps for which a target's gradient serves
+    # evaluation, logging, checkpoints
+    eval_interval: int = 250  # steps between evaluations, by domain; 0: never
+    eval_chunks: int = 16  # validation chunks of each domain it uses
+    log_interval: int = 10  # steps between progress lines
+    checkpoint_interval: int = 250  # steps between checkpoints; a run that ends writes one
+    wandb_log: bool = False  # offline when there is no login
+    wandb_project: str = "nanoshapley"
+    wandb_run_name: str = ""  # default: the name of out_dir
+    wandb_histogram_interval: int = 100  # steps between histograms of the values
+    # batch
+    batch_size: int = 12  # chunks of a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches of a step; global batch B = their product
+    block_size: int = 0  # tokens of a chunk to train on; 0: all
+    # model
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False  # bias inside LayerNorm and Linear layers
+    tie_weights: bool = True  # wte and lm_head are one matrix
+    # optimizer
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 6e-4  # the highest
+    max_iters: int = 600000
+    weight_decay: float = 1e-1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # 0: no clipping
+    # learning rate schedule
+    decay_lr: bool = True
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 0  # 0: max_iters
+    min_lr: float = 6e-5
+    # system
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16" if torch.cuda.is_available() else "float32"  # bfloat16: autocast
+    compile: bool = False  # torch.compile the model
+
+    def __post_init__(self):
+        self.lr_decay_iters = self.lr_decay_iters or self.max_iters
+        positive = "target_batch target_interval log_interval checkpoint_interval batch_size gradient_accumulation_steps n_layer n_head n_embd"
+        for key in (positive + " max_iters eval_chunks wandb_histogram_interval").split():
+            if getattr(self, key) < 1:
+                raise ValueError(f"--{key}={getattr(self, key)}: it must be at least 1")
+        for key in "eval_interval block_size warmup_iters learning_rate min_lr weight_decay grad_clip dropout seed".split():
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"--{key}={getattr(self, key)}: it must not be negative")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
+        if self.dropout >= 1 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError("--dropout, --beta1 and --beta2 lie between 0 and 1")
+        if self.rule == "adamw_linear" and self.optimizer != "adamw":
+            raise ValueError(f"--rule=adamw_linear speaks of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd")
+
+
+RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy")  # beside config.json
+
+# may differ between a run and its resumption; everything else would make the values belong to another run
+MAY_CHANGE = """
+out_dir data_dir init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval
+wandb_log wandb_project wandb_run_name wandb_histogram_interval device compile""".split()
+
+# -----------------------------------------------------------------------------
+# before the first step
+
+
+def check_out_dir(cfg, data):
+    """Refuses what would be lost. Returns the checkpoint to go on from, or None."""
+    out = Path(cfg.out_dir)
+    if cfg.init_from == "scratch":
+        if any((out / name).exists() for name in ("ckpt.pt", "values.npy")) and not cfg.overwrite:
+            raise ValueError(f"{out} already holds a run: --init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere")
+        return None
+    if not (out / "config.json").is_file():
+        raise ValueError(f"nothing to resume in {out}: name the run's folder with --out_dir=..., or leave out --init_from")
+    if not (out / "ckpt.pt").is_file():
+        print(f"{out} has no checkpoint yet: starting at step 0")
+        return None
+    checkpoint = torch.load(out / "ckpt.pt", map_location=cfg.device, weights_only=True)
+    for key, had in checkpoint["config"].items():
+        if getattr(cfg, key) != had and key not in MAY_CHANGE:
+            raise ValueError(f"--{key}={getattr(cfg, key)}, but {out} was run with {key}={had}: type --{key}={had}, or another --out_dir")
+    if checkpoint["data_hash"] != data.hash:
+        raise ValueError(f"{data.path} is not the data of {out} (its hash differs): name the run's data with --data_dir=...")
+    return checkpoint
+
+
+def describe_run(cfg, data):
+    """What config.json says: enough to run it again."""
+    git = subprocess.run(["git", "-C", config.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    return dict(
+        config=config.as_dict(cfg),
+        command=" ".join(["python", *sys.argv]),
+        git_commit=git.stdout.strip() if git and git.returncode == 0 else None,
+        versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
+        data_hash=data.hash,
+    )
+
+
+def check_system(cfg):
+    kind = cfg.device.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device={cfg.device} is not on this machine: write --device=cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("one process only, so far: start it with python, not with torchrun of several processes")
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
+
+
+def peak_flops(device, dtype):
+    """What MFU is a share of: the data sheet's dense bf16 rate for GPUs known here, else what a large matmul reaches."""
+    name = torch.cuda.get_device_name(device) if "cuda" in device else ""
+    for known, peak in (("H200", 989e12), ("H100", 989e12), ("A100", 312e12)):
+        if known in name:
+            return peak
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a number waits for the device
+        times.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(times)
+
+
+def rng_state():
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def restore_rng(state):
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+# -----------------------------------------------------------------------------
+# in the loop
+
+
+def schedule(cfg, step):
+    """Learning rate: linear warm-up, then cosine down to min_lr."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if step > cfg.lr_decay_iters:
+        return cfg.min_lr
+    ratio = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (cfg.learning_rate - cfg.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, loss_of, data, cfg):
+    """{"val": mean loss, domain: mean loss, ...} of the same validation chunks every time, the domains weighted by their size."""
+    model.eval()
+    losses, sizes = {}, []
+    for d, name in enumerate(data.domains):
+        ids = np.flatnonzero(data.val.domain == d)
+        if len(ids):
+            some = ids[: cfg.eval_chunks]
+            batches = [some[i : i + cfg.batch_size] for i in range(0, len(some), cfg.batch_size)]
+            losses[name] = np.average([float(loss_of(*data.val.batch(b, cfg.block_size))) for b in batches], weights=[len(b) for b in batches])
+            sizes.append(len(ids))
+    model.train()
+    return {"val": float(np.average(list(losses.values()), weights=sizes))} | losses
+
+
+def clock_time(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+# -----------------------------------------------------------------------------
+# what people see
+
+
+def start_wandb(cfg, run_id):
+    """-> the run, and its id for the checkpoint, under which a resumed run goes on."""
+    import wandb
+
+    run_id = run_id or f"{Path(cfg.out_dir).name}-{time.time_ns():x}"
+    settings = dict(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id, dir=cfg.out_dir)
+    settings.update(config=config.as_dict(cfg), resume="allow")
+    if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+        print("wandb: no login found, so this run is logged offline; `wandb login` and `wandb sync` send it later")
+        settings["mode"] = "offline"
+    return wandb.init(**settings), run_id
+
+
+def value_metrics(visits, targets, data, histogram):
+    """Dashboard entries for the visits since the last log: per target the spread of the values and their sum by domain."""
+    import wandb
+
+    metrics = {}
+    for k, target in enumerate(targets):
+        v = visits["value"][:, k]
+        low, high = np.percentile(v, (5, 95))
+        entries = dict(mean=v.mean(), p5=low, p95=high, negative=(v < 0).mean())
+        metrics |= {f"value/{target.name}/{key}": float(x) for key, x in entries.items()}
+        sums = np.bincount(data.train.domain[visits["chunk"]], v, len(data.domains))
+        metrics |= {f"value_by_domain/{target.name}/{d}": float(s) for d, s in zip(data.domains, sums)}
+        if histogram:
+            metrics[f"histogram/{target.name}"] = wandb.Histogram(v)
+    return metrics
+
+
+def domain_table(total, used, data, names):
+    """The run in one table: by domain the chunks used and, per target, their mean value and the share of negative ones."""
+    lines = ["", f"{'':24}{'':>8}" + "".join(f"{name[:20]:>28}" for name in names)]
+    lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean value (1e-6 nats)':>22}{'< 0':>6}" * len(names)]
+    rows = [(name, used & (data.train.domain == d)) for d, name in enumerate(data.domains)]
+    rows.sort(key=lambda row: -total[row[1], 0].mean() if row[1].any() else math.inf)
+    for name, chosen in [*rows, ("all", used)]:
+        cells = [(1e6 * v.mean(), (v < 0).mean()) for v in total[chosen].T] if chosen.any() else [(math.nan, math.nan)] * len(names)
+        lines.append(f"{name[:23]:24}{chosen.sum():>8,}" + "".join(f"{mean:>+22.2f}{share:>6.0%}" for mean, share in cells))
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+
+
+def train(cfg):
+    """One run, from cfg to the files in cfg.out_dir. Raises ValueError or OSError, with what to type, before it writes anything
+    if the input is wrong; later (a loss that is not finite, a full disk) it leaves the last checkpoint whole."""
+    check_system(cfg)
+    data = open_dataset(cfg.data_dir)
+    if cfg.block_size > data.meta["block_size"]:
+        raise ValueError(
+            f"--block_size={cfg.block_size}, but the chunks of {data.path} have {data.meta['block_size']} tokens: "
+            f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
+        )
+    cfg.block_size = cfg.block_size or data.meta["block_size"]
+    targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
+    checkpoint = check_out_dir(cfg, data)
+    out, n_chunks = Path(cfg.out_dir), len(data.train.rows)
+    B = cfg.batch_size * cfg.gradient_accumulation_steps
+    device_type, dtype = cfg.device.split(":")[0], getattr(torch, cfg.dtype)
+    ctx = torch.amp.autocast(device_type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+    # model and optimizer
+    torch.manual_seed(cfg.seed)
+    model_args = {key: getattr(cfg, key) for key in "n_layer n_head n_embd block_size bias dropout tie_weights".split()}
+    model_args["vocab_size"] = -(-data.meta["vocab_size"] // 64) * 64  # padded up for efficiency
+    raw_model = GPT(GPTConfig(**model_args)).to(cfg.device)
+    if dtype == torch.float64:
+        raw_model.double()
+    if cfg.optimizer == "adamw":
+        optimizer = raw_model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type)
+    else:
+        optimizer = torch.optim.SGD(raw_model.parameters(), lr=cfg.learning_rate)
+    start, best_val_loss, wandb_id, valuation_state = 0, math.inf, None, None
+    if checkpoint:
+        raw_model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore_rng(checkpoint["rng"])
+        start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
+    model = torch.compile(raw_model) if cfg.compile else raw_model
+
+    def to_device(*arrays):
+        tensors = [torch.from_numpy(a) for a in arrays]
+        if device_type == "cuda":  # pinned, so that the copy does not wait
+            tensors = [t.pin_memory() for t in tensors]
+        return [t.to(cfg.device, non_blocking=True) for t in tensors]
+
+    def loss_of(X, Y):
+        with ctx:
+            return model(*to_device(X, Y))[1]
+
+    # the run's folder: from here on something is written
+    out.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    books.write_json(out / "config.json", describe_run(cfg, data))
+    valuation = Valuation(
+        raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
+        cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed,
+        info=dict(data_hash=data.hash), step=start, state=valuation_state,
+    )  # fmt: skip
+    if cfg.wandb_log:
+        dashboard, wandb_id = start_wandb(cfg, wandb_id)
+    peak = peak_flops(cfg.device, dtype)
+    print(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {n_chunks:,} chunks of {cfg.block_size} tokens, B = {B}, {cfg.device} {cfg.dtype}")
+    print(f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}")
+
+    def save(step):
+        """Ledger and values first, then the checkpoint that counts on them."""
+        try:
+            valuation.commit()
+            with books.atomic(out / "ckpt.pt") as f:
+                content = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
+                content |= dict(best_val_loss=best_val_loss, config=config.as_dict(cfg), data_hash=data.hash, wandb_id=wandb_id)
+                torch.save(content | dict(valuation=valuation.state_dict(), rng=rng_state()), f)
+        except OSError as e:
+            raise OSError(f"{e}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
+
+    # training loop
+    losses, since, clock, paused = [], start, time.perf_counter(), 0.0
+    began = clock
+    for step in range(start, cfg.max_iters):
+        if cfg.eval_interval and step % cfg.eval_interval == 0 and len(data.val.rows):
+            t = time.perf_counter()
+            val = evaluate(raw_model, loss_of, data, cfg)
+            best_val_loss = min(best_val_loss, val["val"])
+            print(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
+            if cfg.wandb_log:
+                dashboard.log({f"loss/{name}": loss for name, loss in val.items()}, step=step)
+            paused += time.perf_counter() - t
+
+        lr = schedule(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        ids = global_batch(step, B, n_chunks, cfg.seed)
+
+        valuation.open(step, lr)  # the targets' gradients -> directions
+        for micro in np.split(ids, cfg.gradient_accumulation_steps):
+            X, Y = to_device(*data.train.batch(micro, cfg.block_size))
+            ledger = valuation.ledger(micro)  # zeros (b, K); None when valuation is off
+            with ctx:
+                loss = model(X, Y, ledger)[1]  # the logits are not kept: they are the largest tensor of the step
+            (loss / cfg.gradient_accumulation_steps).backward()  # ledger.grad is now this micro-batch's values
+            losses.append(loss.detach())
+        kappa = 1.0
+        if cfg.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
+            kappa = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # what it multiplied the gradients by
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        valuation.close(kappa)
+
+        done, last = step + 1, step + 1 == cfg.max_iters
+        if done % cfg.log_interval == 0 or done % cfg.checkpoint_interval == 0 or last:
+            valuation.flush()  # names the chunks if a loss or a value is not finite
+            loss = float(torch.stack(losses).mean())
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
+            now = time.perf_counter()
+            dt = (now - clock - paused) / (done - since)
+            visits, share = valuation.take_recent(), valuation.take_seconds() / (now - clock - paused)
+            mfu = raw_model.estimate_mfu(B, dt, peak)
+            line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
+            if targets:
+                line += f" | negative {(visits['value'] < 0).mean():.0%} | valuation {share:.0%}"
+            print(f"{line} | {clock_time(dt * (cfg.max_iters - done))} left", flush=True)
+            if cfg.wandb_log:
+                metrics = {"loss/train": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
+                histogram = done % cfg.wandb_histogram_interval < done - since
+                dashboard.log(metrics | value_metrics(visits, targets, data, histogram), step=done)
+            losses, since, clock, paused = [], done, time.perf_counter(), 0.0
+        if done % cfg.checkpoint_interval == 0 or last:
+            save(done)
+
+    if start >= cfg.max_iters:
+        print(f"already at step {start}: raise --max_iters to go on")
+    if targets:
+        print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
+    files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
+    print(f"\nDone in {clock_time(time.perf_counter() - began)}. Written to {out}: {files}")
+    if cfg.wandb_log:
+        dashboard.finish()
+
+
+if __name__ == "__main__":
+    config.main(lambda: train(config.load(Config)))
