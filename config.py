@@ -33,15 +33,16 @@ def load(cls, argv=None):
         print(describe(cls))
         raise SystemExit(0)
     hints = typing.get_type_hints(cls)
-    files = [a for a in argv if not a.startswith("-")]
-    if len(files) > 1 or (files and argv[0] != files[0]):
-        raise ValueError(f"{files[-1]!r}: values are joined by '=', as in --batch_size=3, and one config file comes first")
+    files = argv[:1] if argv and not argv[0].startswith("-") else []
     settings = read_file(find(files[0]), hints) if files else {}
-    for arg in argv[len(files):]:
+    pairs = argv[len(files) :]
+    for arg, after in zip(pairs, [*pairs[1:], "--"]):
+        if not arg.startswith("--"):
+            raise ValueError(f"{arg!r} is out of place: one config file first, then --key=value")
         key, eq, text = arg.removeprefix("--").partition("=")
         known(key, hints, "the command line")
         if not eq and hints[key] is not bool:
-            raise ValueError(f"--{key} needs a value: write --{key}=...")
+            raise ValueError(f"--{key} needs a value: write --{key}={'...' if after.startswith('--') else after}")
         settings[key] = parse(key, text if eq else "True", hints[key])
     if "out_dir" in hints and not settings.get("out_dir"):
         settings["out_dir"] = str(Path("out", Path(files[0]).stem if files else "run"))

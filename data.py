@@ -63,7 +63,7 @@ class GPT2Tokenizer:
 
 
 def tokenizer(name):
-    """"gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
+    """ "gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
     Text is only text: "<|endoftext|>" inside a document is encoded as its characters."""
     return {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}[name]()
 
@@ -185,7 +185,7 @@ class Target:
 
 
 def parse_targets(spec, dataset, block_size):
-    """"val", "val:Python code,val:Literature", "name=file.txt", or a mixture -> [Target, ...], names unique.
+    """ "val", "val:Python code,val:Literature", "name=file.txt", or a mixture -> [Target, ...], names unique.
 
     Raises ValueError for an unknown domain, a missing or empty text, a name used twice."""
     targets = []

@@ -34,7 +34,6 @@ def set_form(form):
 # the contraction: summed weight gradient and each chunk's <gradient, direction>
 
 
-@torch.library.custom_op("nanoshapley::weight_grad", mutates_args=())
 def weight_grad(gy_BTO: torch.Tensor, x_BTI: torch.Tensor, h_KOI: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of y = x W^T with respect to W, and its inner products with the directions, chunk by chunk.
 
@@ -46,24 +45,20 @@ def weight_grad(gy_BTO: torch.Tensor, x_BTI: torch.Tensor, h_KOI: torch.Tensor, 
         gw_OI = (gy_BTO.flatten(0, 1).t() @ x_BTI.flatten(0, 1)).to(h_KOI.dtype)
         return gw_OI, torch.stack([token_values(gy_BTO, x_BTI, h_OI).sum(1) for h_OI in h_KOI], 1)
     (K, O, I), B = h_KOI.shape, len(x_BTI)
-    gy_BTO, x_BTI = gy_BTO.to(h_KOI.dtype), x_BTI.to(h_KOI.dtype)
+    x_B = x_BTI.to(h_KOI.dtype).unbind()
+    gy_BTO = gy_BTO.to(h_KOI.dtype)
     gw_OI = h_KOI.new_empty(O, I)
-    tiles = -(-O * I // TILE)
-    rows = -(-O // tiles)
-    seen = []  # the tile's inner products after 1, 2, ... B chunks
+    rows = -(-O // -(-O * I // TILE))
+    seen = []  # <tile, direction> after 1, 2, ... B chunks, for each tile and target
     for o in range(0, O, rows):
         tile = gw_OI[o : o + rows]
-        h_Kn = h_KOI[:, o : o + rows].flatten(1)
-        for b in range(B):
-            tile.addmm_(gy_BTO[b, :, o : o + rows].t(), x_BTI[b], beta=min(b, 1))  # beta 0 ignores what was there
-            seen.append(torch.mv(h_Kn, tile.flatten()))
+        flat = tile.view(-1)
+        h_K = [h_OI[o : o + rows].view(-1) for h_OI in h_KOI.unbind()]
+        for b, gy_OT in enumerate(gy_BTO[:, :, o : o + rows].mT.unbind()):
+            tile.addmm_(gy_OT, x_B[b], beta=min(b, 1))  # beta 0 ignores what was there
+            seen += [torch.dot(flat, h) for h in h_K]
     after_BK = torch.stack(seen).view(-1, B, K).sum(0)
     return gw_OI, torch.diff(after_BK, dim=0, prepend=after_BK.new_zeros(1, K))
-
-
-@weight_grad.register_fake
-def _(gy_BTO, x_BTI, h_KOI, form):
-    return h_KOI.new_empty(h_KOI.shape[1:]), h_KOI.new_empty(len(x_BTI), len(h_KOI))
 
 
 def token_values(gy_BTO, x_BTI, h_OI):
@@ -71,6 +66,16 @@ def token_values(gy_BTO, x_BTI, h_OI):
     if x_BTI.shape[-1] < gy_BTO.shape[-1]:  # the smaller side keeps the temporary small
         return ((gy_BTO @ h_OI.to(gy_BTO.dtype)) * x_BTI).sum(-1, dtype=h_OI.dtype)
     return ((x_BTI @ h_OI.t().to(x_BTI.dtype)) * gy_BTO).sum(-1, dtype=h_OI.dtype)
+
+
+def opaque(function, fake):
+    """The function itself in eager; one operator, which torch.compile does not look into, while it traces."""
+    op = torch.library.custom_op(f"nanoshapley::{function.__name__}", function, mutates_args=())
+    op.register_fake(fake)
+    return lambda *args: (op if torch.compiler.is_compiling() else function)(*args)
+
+
+contract = opaque(weight_grad, lambda gy_BTO, x_BTI, h_KOI, form: (h_KOI.new_empty(h_KOI.shape[1:]), h_KOI.new_empty(len(x_BTI), len(h_KOI))))
 
 
 # -----------------------------------------------------------------------------
@@ -90,7 +95,7 @@ class _Linear(torch.autograd.Function):
         x, w_low, hw, hb = ctx.saved_tensors
         gx = gy @ w_low
         x, gy = x.reshape(len(x), -1, x.shape[-1]), gy.reshape(len(gy), -1, gy.shape[-1])
-        gw, values = weight_grad(gy, x, hw, ctx.form)
+        gw, values = contract(gy, x, hw, ctx.form)
         gb = None
         if hb is not None:
             gb_BO = gy.sum(1, dtype=hb.dtype)
@@ -132,22 +137,22 @@ def embedding(idx, weight, ledger):
 # y = (x - mean) / std * w + b
 
 
-@torch.library.custom_op("nanoshapley::layer_norm_grad", mutates_args=())
 def layer_norm_grad(
-    gy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None
+    gy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, w: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """gx (B, T, C), and the weight's and bias's gradients chunk by chunk, (B, C) each: B calls of PyTorch's own backward,
-    which together do the work of one. Without a bias the last is empty, (B, 0)."""
-    mask = [True, True, b is not None]
-    back = torch.ops.aten.native_layer_norm_backward
-    grads = [back(gy[i], x[i], w.shape, mean[i], rstd[i], w, b, mask) for i in range(len(x))]
-    gx, gw_BC, gb_BC = ([g[j] for g in grads] for j in range(3))
-    return torch.stack(gx), torch.stack(gw_BC), x.new_empty(len(x), 0) if b is None else torch.stack(gb_BC)
+    which together do the work of one."""
+    gx, gw_BC, gb_BC = torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))
+    back = torch.ops.aten.native_layer_norm_backward.out  # w twice: it asks for a bias but does not read it
+    for i in range(len(x)):
+        back(gy[i], x[i], w.shape, mean[i], rstd[i], w, w, [True] * 3, out0=gx[i], out1=gw_BC[i], out2=gb_BC[i])
+    return gx, gw_BC, gb_BC
 
 
-@layer_norm_grad.register_fake
-def _(gy, x, mean, rstd, w, b):
-    return torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), 0 if b is None else len(w))
+normalise = opaque(
+    layer_norm_grad,
+    lambda gy, x, mean, rstd, w: (torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))),
+)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -160,7 +165,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, mean, rstd, w, b, hw, hb = ctx.saved_tensors
-        gx, gw_BC, gb_BC = layer_norm_grad(gy.contiguous(), x, mean, rstd, w, b)
+        gx, gw_BC, gb_BC = normalise(gy.contiguous(), x, mean, rstd, w)
         values = gw_BC @ hw.t()
         if b is None:
             return gx, gw_BC.sum(0), None, None, None, values, None

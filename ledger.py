@@ -109,8 +109,10 @@ class Records:
 def write_values(run, total, used):
     """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy."""
     values = np.where(used[:, None], total, np.nan).astype(np.float32)
+    values = values[:, 0] if values.shape[1] == 1 else values
     with atomic(Path(run, "values.npy")) as f:
-        np.save(f, values[:, 0] if values.shape[1] == 1 else values)
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(values))
+        f.write(np.ascontiguousarray(values).data)  # np.save would hide why a disk refuses
 
 
 # -----------------------------------------------------------------------------

@@ -154,18 +154,19 @@ def check_system(cfg):
 
 
 def peak_flops(device, dtype):
-    """What MFU is a share of: the data sheet's dense bf16 rate for GPUs known here, else what a large matmul reaches."""
+    """What MFU is a share of: the data sheet's dense bf16 rate for GPUs known here, else what a large matmul reaches
+    (in float32 on a CPU: bfloat16 is slower there)."""
     name = torch.cuda.get_device_name(device) if "cuda" in device else ""
     for known, peak in (("H200", 989e12), ("H100", 989e12), ("A100", 312e12)):
         if known in name:
             return peak
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    a = torch.rand(1024, 1024, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype if name else torch.float32)
     times = []
     for _ in range(3):
         began = time.perf_counter()
         float((a @ a)[0, 0])  # reading a number waits for the device
         times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times)
+    return 2 * 1024**3 / min(times)
 
 
 def rng_state():
@@ -225,7 +226,7 @@ def start_wandb(cfg, run_id):
     run_id = run_id or f"{Path(cfg.out_dir).name}-{time.time_ns():x}"
     settings = dict(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id, dir=cfg.out_dir)
     settings.update(config=config.as_dict(cfg), resume="allow")
-    if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
         print("wandb: no login found, so this run is logged offline; `wandb login` and `wandb sync` send it later")
         settings["mode"] = "offline"
     return wandb.init(**settings), run_id
@@ -264,7 +265,7 @@ def domain_table(total, used, data, names):
 
 
 def train(cfg):
-    """One run, from cfg to the files in cfg.out_dir. Raises ValueError or OSError, with what to type, before it writes anything
+    """One run, from cfg to the files in cfg.out_dir. Returns [(steps done, mean loss since the line before), ...]. Raises ValueError or OSError, with what to type, before it writes anything
     if the input is wrong; later (a loss that is not finite, a full disk) it leaves the last checkpoint whole."""
     check_system(cfg)
     data = open_dataset(cfg.data_dir)
@@ -298,7 +299,6 @@ def train(cfg):
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        restore_rng(checkpoint["rng"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
     model = torch.compile(raw_model) if cfg.compile else raw_model
 
@@ -335,13 +335,20 @@ def train(cfg):
             valuation.commit()
             with books.atomic(out / "ckpt.pt") as f:
                 content = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
-                content |= dict(best_val_loss=best_val_loss, config=config.as_dict(cfg), data_hash=data.hash, wandb_id=wandb_id)
+                content |= dict(best_val_loss=best_val_loss, config=config.as_dict(cfg), wandb_id=wandb_id)
+                content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"])
                 torch.save(content | dict(valuation=valuation.state_dict(), rng=rng_state()), f)
-        except OSError as e:
-            raise OSError(f"{e}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
+        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+            cause = e if isinstance(e, OSError) else e.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(f"{cause}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
+
+    if checkpoint:
+        restore_rng(checkpoint["rng"])
 
     # training loop
-    losses, since, clock, paused = [], start, time.perf_counter(), 0.0
+    history, losses, since, clock, paused = [], [], start, time.perf_counter(), 0.0
     began = clock
     for step in range(start, cfg.max_iters):
         if cfg.eval_interval and step % cfg.eval_interval == 0 and len(data.val.rows):
@@ -350,7 +357,7 @@ def train(cfg):
             best_val_loss = min(best_val_loss, val["val"])
             print(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
             if cfg.wandb_log:
-                dashboard.log({f"loss/{name}": loss for name, loss in val.items()}, step=step)
+                dashboard.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
             paused += time.perf_counter() - t
 
         lr = schedule(cfg, step)
@@ -380,6 +387,7 @@ def train(cfg):
             loss = float(torch.stack(losses).mean())
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
+            history.append((done, loss))
             now = time.perf_counter()
             dt = (now - clock - paused) / (done - since)
             visits, share = valuation.take_recent(), valuation.take_seconds() / (now - clock - paused)
@@ -389,7 +397,7 @@ def train(cfg):
                 line += f" | negative {(visits['value'] < 0).mean():.0%} | valuation {share:.0%}"
             print(f"{line} | {clock_time(dt * (cfg.max_iters - done))} left", flush=True)
             if cfg.wandb_log:
-                metrics = {"loss/train": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
+                metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
                 histogram = done % cfg.wandb_histogram_interval < done - since
                 dashboard.log(metrics | value_metrics(visits, targets, data, histogram), step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
@@ -404,6 +412,7 @@ def train(cfg):
     print(f"\nDone in {clock_time(time.perf_counter() - began)}. Written to {out}: {files}")
     if cfg.wandb_log:
         dashboard.finish()
+    return history
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Valuation:
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
         self.on = rule != "off"
         self.seconds = 0.0  # spent in open and close since take_seconds
-        self.recent = []  # the visits flushed since take_recent
+        self.micro, self.pending, self.recent = [], [], []  # micro-batches of this step, closed steps, visits flushed
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -82,15 +82,12 @@ class Valuation:
         self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
         if step:
             books.add_visits(books.read_visits(run), self.total, self.used)
-        self.info = dict(
-            schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {})
-        )
+        self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
         self.info["targets"] = [self.describe(k) for k in range(K)]
         self.before = None  # (K,) the targets' losses where their gradients were taken
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
         if state:
             self.before, self.grads = state["before"], state["grads"]
-        self.micro, self.pending = [], []
         if step:
             self.commit()  # a crash between values.npy and the checkpoint left them apart
 

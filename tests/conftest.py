@@ -1,7 +1,18 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture(scope="session")
+def python_data(tmp_path_factory):
+    """A prepared folder of real text: chunks of 32 bytes in five domains."""
+    from prepare_pile import Config, prepare
+
+    path = tmp_path_factory.mktemp("data") / "python"
+    prepare(Config(source="python", tokenizer="byte", block_size=32, val_fraction=0.3, limit_tokens=600_000, data_dir=str(path), workers=1))
+    return path

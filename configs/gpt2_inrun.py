@@ -1,0 +1,33 @@
+"""
+GPT-2 124M on the Pile, every chunk valued in the run: the run of "Data Shapley in One Training Run" (arXiv 2406.11011).
+
+    python prepare_pile.py
+    python train.py config/gpt2_inrun.py
+
+Machine: made for one GPU with 80 GB. Not run in full by this project yet: see README, "What was measured".
+Expected: what nanoGPT reaches at this batch size; out/gpt2_inrun/values.npy with a value for each chunk used.
+"""
+
+block_size = 1024
+batch_size = 16
+gradient_accumulation_steps = 1
+n_layer, n_head, n_embd = 12, 12, 768
+bias = False
+dropout = 0.0
+
+optimizer = "adamw"
+learning_rate = 6e-4
+min_lr = 6e-5
+beta1, beta2 = 0.9, 0.95
+weight_decay = 0.1
+grad_clip = 1.0
+warmup_iters = 2000
+max_iters = 500000
+
+rule = "adamw_linear"
+targets = "val"
+target_batch = 1
+
+eval_interval = 1000
+log_interval = 10
+checkpoint_interval = 1000

@@ -1,0 +1,154 @@
+"""The grammar of the command line, and the house rules a program can see."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import config
+import train
+
+ROOT = Path(config.__file__).parent
+
+
+@dataclass
+class Small:
+    # of numbers
+    rate: float = 0.1  # how fast
+    steps: int = 3  # how long
+    # of words
+    name: str = "a=b"  # a name
+    kind: Literal["x", "y"] = "x"
+    fast: bool = False  # no waiting
+    out_dir: str = ""
+
+
+def test_values_take_the_type_of_their_field():
+    cfg = config.load(Small, ["--rate=1", "--steps=1e3", "--name=n=3,4", "--kind=y", "--fast"])
+    assert (cfg.rate, cfg.steps, cfg.name, cfg.kind, cfg.fast, cfg.out_dir) == (1.0, 1000, "n=3,4", "y", True, "out/run")
+    assert isinstance(cfg.rate, float) and isinstance(cfg.steps, int)
+    assert config.load(Small, ["--fast=False", "--steps=-2", "--steps=12_000"]).steps == 12000
+
+
+@pytest.mark.parametrize(
+    "argument, answer",
+    [
+        ("--rat=1", "did you mean 'rate'"),
+        ("--zzz=1", "--help lists every key"),
+        ("--steps=1.5", "not an int"),
+        ("--steps=inf", "not an int"),
+        ("--rate=much", "write --rate=<float>"),
+        ("--rate", "write --rate=..."),
+        ("--kind=z", "choose one of x, y"),
+        ("--fast=perhaps", "--fast=True or --fast=False"),
+        ("nowhere.py", "no config file 'nowhere.py'"),
+    ],
+)
+def test_a_wrong_argument_says_what_to_type(argument, answer):
+    with pytest.raises(ValueError, match=None) as error:
+        config.load(Small, [argument])
+    assert answer in str(error.value)
+
+
+def test_a_value_behind_a_space_says_what_to_type():
+    with pytest.raises(ValueError, match="write --steps=3"):
+        config.load(Small, ["--fast", "--steps", "3"])
+    with pytest.raises(ValueError, match="one config file first"):
+        config.load(Small, ["--fast", "mine.py"])
+
+
+def test_config_files_are_python_with_a_namespace_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("import math\n_half = 0.5\nrate = _half * math.pi\nfast = True\n")
+    cfg = config.load(Small, [str(tmp_path / "mine.py"), "--steps=4"])
+    assert cfg.rate == pytest.approx(1.5708, abs=1e-4) and cfg.fast and cfg.steps == 4
+    assert cfg.out_dir == "out/mine"
+    wrong = {"rats = 1": "unknown key 'rats' in", "steps = 'x'": "not an int", "steps = (": "SyntaxError", "rate = nix": "NameError"}
+    for text, answer in wrong.items():
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(ValueError) as error:
+            config.load(Small, [str(tmp_path / "mine.py")])
+        assert answer in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config/gpt2_inrun.py", "configs/gpt2_inrun.py", "gpt2_inrun"])
+def test_a_config_is_found_by_any_of_its_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(train.Config, [name])
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.batch_size) == (12, 12, 768, 1024, 16)
+    assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (0.9, 0.95, 0.1, 6e-4, 6e-5)
+    assert (cfg.warmup_iters, cfg.grad_clip, cfg.decay_lr, cfg.out_dir) == (2000, 1.0, True, "out/gpt2_inrun")
+
+
+def test_every_config_loads_and_opens_with_its_command():
+    for path in (ROOT / "configs").glob("*.py"):
+        config.load(train.Config, [str(path)])
+        assert f"python train.py config/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_a_json_config_from_a_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"rate": 0.5, "out_dir": "out/x"}, "git_commit": "abc"}))
+    assert config.load(Small, [str(tmp_path / "config.json")]).out_dir == "out/x"
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py"])
+def test_help_lists_every_key(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0 and not done.stderr
+    tree = ast.parse((ROOT / script).read_text())
+    fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config").body
+    for field in fields:
+        if isinstance(field, ast.AnnAssign):
+            assert f"--{field.target.id}=" in done.stdout, field.target.id
+    assert f"python {script}" in done.stdout
+
+
+def test_main_tells_users_errors_from_bugs(capsys):
+    def users():
+        raise OSError("no room")
+
+    with pytest.raises(SystemExit) as stop:
+        config.main(users)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: no room\n"
+    with pytest.raises(ValueError):  # from a library's line, or a test's: a bug keeps its traceback
+        config.main(lambda: int("x"))
+
+
+FLOORS = {
+    "config data ghost exact ledger parallel": "",
+    "model": "ghost",
+    "valuation": "ghost ledger",
+    "values": "data ledger",
+    "prepare_pile": "config data",
+    "train": "config data ledger model valuation parallel",
+    "sample": "config data model",
+    "report curate": "config values",
+    "revalue": "config train",
+}
+
+
+def test_imports_go_strictly_down():
+    allowed = {module: set(below.split()) for modules, below in FLOORS.items() for module in modules.split()}
+    local = {path.stem for path in ROOT.glob("*.py")}
+    assert local <= set(allowed), "give the new module a floor"
+    for module in local:
+        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert (set(names) & local) <= allowed[module], f"{module}.py imports {names}"
+
+
+def test_training_needs_none_of_the_optional_libraries():
+    """datasets, wandb, tiktoken and pyarrow are imported only where they are used: a GPU machine may lack them."""
+    code = "import sys, train, sample; print([m for m in ('datasets', 'wandb', 'tiktoken', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_house_stays_small():
+    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py"))
+    assert lines <= 3000
