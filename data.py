@@ -198,15 +198,14 @@ def parse_targets(spec, dataset, block_size):
             domain = part.removeprefix("val:")
             if domain not in dataset.domains:
                 raise ValueError(f"--targets: no domain {domain!r} in {dataset.path}; it has {', '.join(dataset.domains)}")
-            ids = np.flatnonzero(dataset.val.domain == dataset.domains.index(domain))
-            if not len(ids):
-                raise ValueError(f"--targets: no chunk of {domain!r} in {dataset.path}/val.npy: prepare with a larger --val_fraction")
-            targets.append(Target(domain, rows, ids))
+            targets.append(Target(domain, rows, np.flatnonzero(dataset.val.domain == dataset.domains.index(domain))))
         elif "=" in part:
             name, path = part.split("=", 1)
             targets.append(Target(name, text_rows(path, tokenizer(dataset.meta["tokenizer"]), block_size), None))
         else:
             raise ValueError(f"--targets: {part!r} is no target: write val, val:<domain> or <name>=<file.txt>")
+        if not len(targets[-1]):
+            raise ValueError(f"--targets: {part} has no chunk in {dataset.path}/val.npy: prepare with a larger --val_fraction")
     names = [t.name for t in targets]
     if len(set(names)) < len(names):
         raise ValueError(f"--targets: a name stands twice in {', '.join(names)}")

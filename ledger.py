@@ -74,8 +74,10 @@ class Records:
     def __init__(self, path, dtype, rows=0):
         """Raises ValueError if the file holds fewer than `rows` records of this dtype."""
         self.dtype, self.rows, self.pending = dtype, rows, []
-        if rows and len(np.load(path, mmap_mode="r").astype(dtype, copy=False)) < rows:
-            raise ValueError(f"{path} holds fewer than the {rows} rows its checkpoint counted: start over with --overwrite")
+        if rows:
+            have = np.load(path, mmap_mode="r")
+            if have.dtype != dtype or len(have) < rows:
+                raise ValueError(f"{path} does not hold the {rows} rows its checkpoint counted: start over with --overwrite")
         self.file = open(path, "r+b" if rows else "w+b")
         self._header()
         self.file.truncate(self.start + rows * dtype.itemsize)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # CPU: large tensors in huge pages, or half the time goes into page faults
+
 import numpy as np
 import torch
 
@@ -251,13 +253,13 @@ def value_metrics(visits, targets, data, histogram):
 
 def domain_table(total, used, data, names):
     """The run in one table: by domain the chunks used and, per target, their mean value and the share of negative ones."""
-    lines = ["", f"{'':24}{'':>8}" + "".join(f"{name[:20]:>28}" for name in names)]
-    lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean value (1e-6 nats)':>22}{'< 0':>6}" * len(names)]
+    lines = ["", "Mean value of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative values"]
+    lines += [f"{'domain':24}{'chunks':>8}" + "".join(f"{name[:18]:>20}{'< 0':>6}" for name in names)]
     rows = [(name, used & (data.train.domain == d)) for d, name in enumerate(data.domains)]
-    rows.sort(key=lambda row: -total[row[1], 0].mean() if row[1].any() else math.inf)
+    rows = sorted((row for row in rows if row[1].any()), key=lambda row: -total[row[1], 0].mean())
     for name, chosen in [*rows, ("all", used)]:
-        cells = [(1e6 * v.mean(), (v < 0).mean()) for v in total[chosen].T] if chosen.any() else [(math.nan, math.nan)] * len(names)
-        lines.append(f"{name[:23]:24}{chosen.sum():>8,}" + "".join(f"{mean:>+22.2f}{share:>6.0%}" for mean, share in cells))
+        cells = "".join(f"{1e6 * v.mean():>+20.2f}{(v < 0).mean():>6.0%}" for v in total[chosen].T)
+        lines.append(f"{name[:23]:24}{chosen.sum():>8,}{cells}")
     return "\n".join(lines)
 
 
@@ -265,8 +267,11 @@ def domain_table(total, used, data, names):
 
 
 def train(cfg):
-    """One run, from cfg to the files in cfg.out_dir. Returns [(steps done, mean loss since the line before), ...]. Raises ValueError or OSError, with what to type, before it writes anything
-    if the input is wrong; later (a loss that is not finite, a full disk) it leaves the last checkpoint whole."""
+    """One run, from cfg to the files in cfg.out_dir. Returns its progress, [(steps done, mean loss in nats since the line before)].
+
+    Raises ValueError or OSError, with what to type: before it writes anything where the input is wrong; later (a loss that is
+    not finite, a full disk) with the last checkpoint whole.
+    """
     check_system(cfg)
     data = open_dataset(cfg.data_dir)
     if cfg.block_size > data.meta["block_size"]:
@@ -398,15 +403,16 @@ def train(cfg):
             print(f"{line} | {clock_time(dt * (cfg.max_iters - done))} left", flush=True)
             if cfg.wandb_log:
                 metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
-                histogram = done % cfg.wandb_histogram_interval < done - since
-                dashboard.log(metrics | value_metrics(visits, targets, data, histogram), step=done)
+                if targets:
+                    metrics |= value_metrics(visits, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
+                dashboard.log(metrics, step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
         if done % cfg.checkpoint_interval == 0 or last:
             save(done)
 
     if start >= cfg.max_iters:
         print(f"already at step {start}: raise --max_iters to go on")
-    if targets:
+    if targets and valuation.used.any():
         print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
     print(f"\nDone in {clock_time(time.perf_counter() - began)}. Written to {out}: {files}")

@@ -145,7 +145,7 @@ class Valuation:
             return 1.0
         group = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
-        t = 1 + max((int(s["step"]) for s in self.optimizer.state.values()), default=0)
+        t = 1 + next((int(state["step"]) for state in self.optimizer.state.values()), 0)
         b, c, d = (1 - beta1) / (1 - beta1**t), beta2 / (1 - beta2**t), (1 - beta2) / (1 - beta2**t)
         for p, g in zip(self.params, self.grads):
             h = g  # in place, unless the gradient serves again

@@ -10,6 +10,7 @@ Peak memory is each arm's own, of a process of its own. Prints a table and last 
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 
 import numpy as np
 import torch

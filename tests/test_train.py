@@ -104,7 +104,8 @@ def test_values_are_the_sum_of_the_ledger_and_map_to_documents(python_data, tmp_
     # the table on the terminal says the same
     for d, name in enumerate(data.domains):
         chosen = used & (data.train.domain == d)
-        line = next(line for line in table.splitlines() if line.startswith(f"{name} ") and "%" in line) if chosen.any() else None
+        line = next((line for line in table.splitlines() if line.startswith(f"{name} ") and line.endswith("%")), None)
+        assert bool(line) == chosen.any()
         if line:
             assert int(line[24:32]) == chosen.sum()
             assert float(line.split()[-4]) == pytest.approx(1e6 * total[chosen, 0].mean(), abs=0.01)
