@@ -5,7 +5,7 @@ PY = .venv/bin/python
 .DELETE_ON_ERROR:
 
 demo: .venv/run
-	$(PY) prepare_pile.py --source=python --tokenizer=byte --block_size=256 --data_dir=data/python
+	$(PY) prepare_pile.py --source=python --tokenizer=byte --block_size=256 --val_fraction=0.05 --data_dir=data/python
 	$(PY) train.py config/demo.py --overwrite
 
 test: .venv/dev

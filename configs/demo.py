@@ -1,7 +1,7 @@
 """
 A small GPT on the text every Python installation carries, for a CPU: two targets of different kinds.
 
-    python prepare_pile.py --source=python --tokenizer=byte --block_size=256 --data_dir=data/python
+    python prepare_pile.py --source=python --tokenizer=byte --block_size=256 --val_fraction=0.05 --data_dir=data/python
     python train.py config/demo.py
 
 Machine: two CPU cores, about two and a half minutes.

@@ -1,0 +1,548 @@
+"""prepare_pile.py for real: every kind of source, documents found again in chunks, kills, damaged input, wrong arguments."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+import config
+import data
+from prepare_pile import Config, prepare
+
+SCRIPT = Path(config.__file__).parent / "prepare_pile.py"
+ARRAYS = ("train.npy", "val.npy", "train_domain.npy", "val_domain.npy")
+TABLES = ("train_docs.parquet", "val_docs.parquet")
+
+
+def texts(n=150, seed=0, domains="abc", words=60):
+    """[(domain, text)]: domain "a" has words of a's, and so on, so that a chunk shows whose it is; every tenth text is long."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(n):
+        domain = rng.choice(domains)
+        length = rng.randrange(1, words * (8 if i % 10 == 9 else 1))
+        found.append((domain, f"{domain}" + " ".join(domain * rng.randrange(1, 9) for _ in range(length)) + f" {i}"))
+    return found
+
+
+def record(domain, text):
+    return {"text": text, "meta": {"pile_set_name": domain}}
+
+
+def lines(documents):
+    return b"".join(json.dumps(record(*document)).encode() + b"\n" for document in documents)
+
+
+def run(folder, source, **options):
+    """Prepares folder/out from a source -> the open dataset."""
+    options = {"tokenizer": "byte", "block_size": 64, "val_fraction": 0.3, "workers": 2, "data_dir": str(folder / "out"), **options}
+    prepare(Config(source=str(source), **options))
+    return data.open_dataset(options["data_dir"])
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def table(dataset, split):
+    return pq.read_table(dataset.path / f"{split}_docs.parquet").to_pylist()
+
+
+def streams(dataset, split):
+    """{domain: (numbers of its chunks, their tokens one after another)}."""
+    part = getattr(dataset, split)
+    chunks = {name: np.flatnonzero(part.domain == d) for d, name in enumerate(dataset.domains)}
+    return {name: (own, part.rows[own].reshape(-1)) for name, own in chunks.items()}
+
+
+def found_text(dataset, split, row, stream=None):
+    """The tokens of a document, by its row of the table: from its first chunk on, through the chunks of its domain. -> (tokens, whole?)"""
+    width, eot = dataset.meta["block_size"] + 1, dataset.meta["eot"]
+    own, stream = (stream or streams(dataset, split))[row["domain"]]
+    assert row["first_chunk"] in own
+    start = int(np.searchsorted(own, row["first_chunk"])) * width + row["first_token"]
+    end = start + row["n_tokens"]
+    assert start == 0 or stream[start - 1] == eot
+    assert end >= len(stream) or stream[end] == eot
+    return stream[start:end], end <= len(stream)
+
+
+def digest(folder, names=ARRAYS + TABLES):
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+# -----------------------------------------------------------------------------
+# what is written
+
+
+def parquet(path, documents, dtype=None):
+    path.parent.mkdir(exist_ok=True)
+    meta = pa.array([{"pile_set_name": domain} for domain, _ in documents])
+    pq.write_table(
+        pa.table({"n": pa.array(range(len(documents))), "meta": meta, "text": pa.array([t for _, t in documents], dtype)}), path, row_group_size=40
+    )
+
+
+def test_every_format_gives_the_same_chunks(tmp_path):
+    documents = sorted(texts(), key=lambda d: d[0])  # as a folder of .txt is read: folder by folder
+    raw = lines(documents)
+    half = raw.index(b"\n", len(raw) // 2) - 7  # frames may end in the middle of a line
+    zst = b"".join(zstandard.ZstdCompressor().compress(part) for part in (raw[:half], raw[half:]))
+    write(tmp_path / "d.jsonl", raw)
+    write(tmp_path / "d.json", json.dumps([record(*document) for document in documents], indent=1).encode())
+    write(tmp_path / "lines" / "d.json", raw)
+    write(tmp_path / "d.jsonl.zst", zst)
+    write(tmp_path / "d.jsonl.gz", gzip.compress(raw[:half]) + gzip.compress(raw[half:]))
+    write(tmp_path / "d.json.gz", gzip.compress(raw))
+    parquet(tmp_path / "d.parquet", documents)
+    parquet(tmp_path / "large" / "d.parquet", documents, pa.large_string())
+    for i, (domain, text) in enumerate(documents):
+        zipped = i % 3 == 0
+        write(tmp_path / "txt" / domain / f"{i:04}.txt{'.gz' * zipped}", gzip.compress(text.encode()) if zipped else text.encode())
+    for i in range(0, len(documents), 40):
+        write(tmp_path / "glob" / f"{i:04}.jsonl", lines(documents[i : i + 40]))
+    (tmp_path / "glob" / "notes.md").write_text("not to be read")
+    sources = [
+        "d.jsonl",
+        "d.json",
+        "lines/d.json",
+        "d.jsonl.zst",
+        "d.jsonl.gz",
+        "d.json.gz",
+        "d.parquet",
+        "large/d.parquet",
+        "txt",
+        "glob",
+        "glob/*.jsonl",
+    ]
+    results = {}
+    for i, source in enumerate(sources):
+        dataset = run(tmp_path, tmp_path / source, data_dir=str(tmp_path / f"out{i}"))
+        rows = [{k: v for k, v in row.items() if k not in ("source", "record")} for split in ("train", "val") for row in table(dataset, split)]
+        results[source] = digest(dataset.path, ARRAYS), rows, dataset.domains
+    assert len(results["d.jsonl"][1]) > 140
+    for source in sources:
+        assert results[source] == results["d.jsonl"], source
+
+
+@pytest.mark.parametrize("tokenizer, n, words, block_size", [("byte", 1500, 400, 3000), ("gpt2", 300, 60, 64)])  # the first: several jobs
+def test_documents_are_found_again_in_the_chunks(tmp_path, tokenizer, n, words, block_size):
+    documents = texts(n, words=words)
+    source = write(tmp_path / "d.jsonl", lines(documents))
+    dataset = run(tmp_path, source, tokenizer=tokenizer, block_size=block_size)
+    tok, seen, spans, tokens = data.tokenizer(tokenizer), {}, 0, 0
+    for split in ("train", "val"):
+        part, rows, stream = getattr(dataset, split), table(dataset, split), streams(dataset, split)
+        filler = {}  # chunk: the last document with a token in it
+        assert rows == sorted(rows, key=lambda row: (row["first_chunk"], row["first_token"]))
+        for row in rows:
+            domain, text = documents[row["record"]]
+            assert (row["source"], row["domain"], row["doc"]) == (str(source), domain, row["record"])
+            found, whole = found_text(dataset, split, row, stream)
+            assert text.startswith(tok.decode(found)) and (not whole or tok.decode(found) == text)
+            own = stream[domain][0]
+            first = np.searchsorted(own, row["first_chunk"])
+            touched = own[first:][: 1 + (row["first_token"] + len(found) - (not whole)) // part.rows.shape[1]]
+            filler |= dict.fromkeys(touched.tolist(), row["doc"])
+            spans += touched[-1] - touched[0] >= len(touched)  # chunks of other domains stand between
+            tokens += len(found) + whole
+            seen[row["doc"]] = text
+        assert sorted(filler) == list(range(len(part.rows)))
+        assert sorted(filler.values()) == [filler[chunk] for chunk in sorted(filler)]  # a chunk's number is its turn to be full
+    width = dataset.meta["block_size"] + 1
+    in_chunks = sum(dataset.meta["tokens"].values())
+    assert in_chunks == (len(dataset.train.rows) + len(dataset.val.rows)) * width
+    assert in_chunks <= tokens <= in_chunks + 6  # every token of every chunk is a document's or its <eot>; six streams end anywhere
+    assert spans > 5  # the test had documents that go on behind another domain's chunks
+    assert len(seen) + dataset.meta["dropped_documents"] == len(documents) == dataset.meta["documents"]
+    everything = sum(len(tok.encode(text)) + 1 for _, text in documents)
+    assert in_chunks + dataset.meta["dropped_tokens"] == everything
+    by_domain = dataset.meta["by_domain"].values()
+    assert sum(d[s]["documents"] for d in by_domain for s in ("train", "val")) == len(documents)
+    assert [sum(d[s]["chunks"] for d in by_domain) for s in ("train", "val")] == [len(dataset.train.rows), len(dataset.val.rows)]
+
+
+def test_a_chunk_has_one_domain_and_a_text_one_side(tmp_path):
+    documents = texts(300)
+    documents += [(random.Random(i).choice("xy"), text) for i, (_, text) in enumerate(documents)]  # the same texts in other domains
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(documents)), val_fraction=0.5)
+    for part in (dataset.train, dataset.val):
+        for row, domain in zip(part.rows, part.domain):
+            letters = set(bytes(t for t in row.tolist() if t != 255).decode()) & set("abc")
+            name = dataset.domains[domain]
+            assert name in "xy" or letters <= {name}
+    sides = [{documents[row["record"]][1] for row in table(dataset, split)} for split in ("train", "val")]
+    assert not sides[0] & sides[1] and min(map(len, sides)) > 100
+
+
+def test_the_split_is_by_hash_and_of_the_size_asked_for(tmp_path):
+    documents = texts(2000, words=20)
+    source = write(tmp_path / "d.jsonl", lines(documents))
+    for fraction in (0.0, 0.1, 0.9):
+        dataset = run(tmp_path, source, val_fraction=fraction, overwrite=True)
+        val = sum(d["val"]["documents"] for d in dataset.meta["by_domain"].values())
+        assert abs(val / 2000 - fraction) < 0.03 and (fraction or not len(dataset.val.rows))
+        for row in table(dataset, "val"):
+            hashed = hashlib.blake2b(documents[row["record"]][1].encode(), digest_size=8).digest()
+            assert int.from_bytes(hashed, "big") / 2**64 < fraction
+
+
+def big(path, n=120, size=40_000):
+    """About n * size bytes in several jobs."""
+    rng = random.Random(1)
+    words = [f"w{rng.randrange(10**6)}" for _ in range(500)]
+    documents = [(rng.choice("ABCDE"), " ".join(rng.choices(words, k=rng.randrange(size // 4))) + f" {i}") for i in range(n)]
+    return write(path, lines(documents))
+
+
+def test_the_same_files_whatever_the_workers(tmp_path):
+    source = big(tmp_path / "big.jsonl", 150)
+    found = [digest(run(tmp_path, source, workers=n, data_dir=str(tmp_path / f"out{n}")).path) for n in (1, 2, 3)]
+    assert found[0] == found[1] == found[2]
+    dataset = data.open_dataset(tmp_path / "out1")
+    for name in ARRAYS:
+        array = np.load(dataset.path / name)
+        assert dataset.meta["sha256"][name] == hashlib.sha256(array.tobytes()).hexdigest()
+        assert array.flags.c_contiguous and array.dtype == np.uint16
+    assert dataset.meta["schema"] == data.SCHEMA and (dataset.meta["vocab_size"], dataset.meta["eot"]) == (256, 255)
+    assert sorted(path.name for path in dataset.path.iterdir()) == sorted([*ARRAYS, *TABLES, "meta.json"])
+    types = {"doc": "int64", "record": "int64", "first_chunk": "int64", "first_token": "int32", "n_tokens": "int64"}
+    types |= {name: "dictionary<values=string, indices=int32, ordered=0>" for name in ("domain", "source")}
+    assert {field.name: str(field.type) for field in pq.read_schema(dataset.path / "train_docs.parquet")} == types
+
+
+def test_endoftext_in_a_text_is_text(tmp_path):
+    text = "one <|endoftext|> two " * 40
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines([("a", text)])), tokenizer="gpt2", val_fraction=0)
+    (row,) = table(dataset, "train")
+    found, _ = found_text(dataset, "train", row)
+    assert dataset.meta["eot"] not in found and text.startswith(data.tokenizer("gpt2").decode(found)) and b"endoftext" in text.encode()
+
+
+def test_limit_tokens_stops_after_the_document_that_reaches_it(tmp_path):
+    documents = texts(300)
+    source = write(tmp_path / "d.jsonl", lines(documents))
+    length = np.cumsum([len(text) + 1 for _, text in documents])
+    for limit in (1, 5_000, int(length[99]), int(length[99]) + 1):
+        dataset = run(tmp_path, source, limit_tokens=limit, val_fraction=0, block_size=1, overwrite=True)
+        assert dataset.meta["documents"] == 1 + np.searchsorted(length, limit)
+        assert max(row["doc"] for row in table(dataset, "train")) == dataset.meta["documents"] - 1
+        assert sum(dataset.meta["tokens"].values()) + dataset.meta["dropped_tokens"] == length[dataset.meta["documents"] - 1]
+    large = big(tmp_path / "big.jsonl", 150)  # several jobs, and more of them in flight with more workers
+    found = [run(tmp_path, large, limit_tokens=2_500_000, workers=n, overwrite=True).hash for n in (1, 3)]
+    assert found[0] == found[1]
+
+
+def test_domains_keeps_only_those(tmp_path):
+    documents = texts(300)
+    source = write(tmp_path / "d.jsonl", lines(documents))
+    dataset = run(tmp_path, source, domains="c, a")
+    assert sorted(dataset.domains) == ["a", "c"] and dataset.meta["documents"] == sum(domain in "ac" for domain, _ in documents)
+    assert {documents[row["record"]][0] for row in table(dataset, "train")} == {"a", "c"}
+
+
+# -----------------------------------------------------------------------------
+# sources
+
+
+def test_what_is_no_text_is_counted_and_skipped(tmp_path):
+    good = texts(200)
+    bad = [b"\xff\xfe\n", b'{"text": "caf\xe9"}\n', b'{"text": \n', b"[1, 2]\n", b"null\n", b'{"text": 7}\n', b'{"meta": {}}\n', b'{"text": ""}\n']
+    bad += [b'{"text": " \\n "}\n', b'{"text": "half \\ud800"}\n', b"[" * 100_000 + b"\n", b"\n"]
+    parts = [lines([document]) for document in good]
+    for i, line in enumerate(bad):
+        parts.insert(5 + 10 * i, line)
+    raw = b"".join(parts)
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", raw[:-1]))  # the last line has no end
+    assert dataset.meta["skipped"] == {"not_utf8": 2, "not_json": 2, "no_text": 4, "empty": 2, "lone_surrogate": 1, "not_tokenized": 0}
+    assert dataset.meta["documents"] == len(good)
+    numbered = raw.split(b"\n")
+    for row in table(dataset, "train"):
+        assert json.loads(numbered[row["record"]])["text"].encode().startswith(bytes(found_text(dataset, "train", row)[0].tolist()))
+    clean = run(tmp_path, write(tmp_path / "clean.jsonl", lines(good)), data_dir=str(tmp_path / "clean"))
+    assert clean.hash == dataset.hash
+
+
+def test_bad_utf8_in_parquet_and_txt(tmp_path):
+    good = texts(100, domains="a")
+    raw = [text.encode() for _, text in good]
+    raw[3:3] = [b"\xff", None, b""]
+    column = pa.array(raw, pa.binary())
+    column = pa.Array.from_buffers(pa.string(), len(raw), column.buffers(), column.null_count)  # pyarrow does not look at the bytes
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"text": column}), tmp_path / "a" / "p.parquet")
+    dataset = run(tmp_path, tmp_path / "a" / "p.parquet")
+    assert dataset.domains == ["p"] and dataset.meta["documents"] == 100
+    assert {k: n for k, n in dataset.meta["skipped"].items() if n} == {"not_utf8": 1, "no_text": 1, "empty": 1}
+    assert {row["record"] for row in table(dataset, "train")} & {3, 4, 5} == set()
+    for i, text in enumerate(raw):
+        write(tmp_path / "b" / f"{i:03}.txt", text or b" ")
+    dataset = run(tmp_path, tmp_path / "b", data_dir=str(tmp_path / "txt"))
+    assert dataset.domains == ["b"] and dataset.meta["skipped"]["not_utf8"] == 1 and dataset.meta["skipped"]["empty"] == 2
+
+
+def test_a_long_txt_is_cut_at_lines(tmp_path):
+    text = "".join(f"line {i} é\n" for i in range(60_000))
+    dataset = run(tmp_path, write(tmp_path / "books" / "long.txt.zst", zstandard.compress(text.encode())), val_fraction=0)
+    rows = table(dataset, "train")
+    sizes = [row["n_tokens"] for row in rows]
+    assert len(rows) > 10 and max(sizes) < (64 << 10) + 20 and dataset.domains == ["books"]
+    assert [row["record"] for row in rows] == list(range(len(rows)))
+    found = [bytes(found_text(dataset, "train", row)[0].tolist()) for row in rows]
+    assert all(piece.endswith(b"\n") for piece in found[:-1]) and text.encode().startswith(b"".join(found))
+
+
+def test_keys_may_be_anywhere_and_a_domain_is_a_word_or_the_files_name(tmp_path):
+    values = ["x", 7, None, "", True]
+    records = [{"doc": {"body": text, "kind": value}} for (_, text), value in zip(texts(200), values * 40)]
+    source = write(tmp_path / "my.file.jsonl", b"".join(json.dumps(r).encode() + b"\n" for r in records))
+    dataset = run(tmp_path, source, text_key="doc.body", domain_key="doc.kind")
+    assert set(dataset.domains) == {"x", "7", "my.file", "True"}
+    pq.write_table(pa.Table.from_pylist([{"doc": {"body": text, "kind": i % 2}} for i, (_, text) in enumerate(texts(200))]), tmp_path / "p.parquet")
+    dataset = run(tmp_path, tmp_path / "p.parquet", text_key="doc.body", domain_key="doc.kind", overwrite=True)
+    assert set(dataset.domains) == {"0", "1"}
+
+
+def test_a_file_cut_short_is_an_error_not_a_smaller_dataset(tmp_path):
+    raw = lines(texts(500))
+    for name, zipped in (("d.jsonl.zst", zstandard.compress(raw)), ("d.jsonl.gz", gzip.compress(raw))):
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            run(tmp_path, write(tmp_path / name, zipped[: len(zipped) // 2]))
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            run(tmp_path, write(tmp_path / name, b"no such format"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl.gz", "d.jsonl.zst"]
+
+
+def test_the_installed_text(tmp_path):
+    first = run(tmp_path, "python", limit_tokens=700_000, val_fraction=0.2)
+    again = run(tmp_path, "python", limit_tokens=700_000, val_fraction=0.2, workers=1, overwrite=True)
+    assert first.hash == again.hash
+    assert sorted(first.domains) == ["Docstrings", "Licences", "Python code", "Readmes", "Topics"]
+    code = {row["source"]: row for row in table(again, "train") if row["domain"] == "Python code"}
+    checked = 0
+    for name, row in code.items():
+        text, whole = found_text(again, "train", row)
+        if whole and "def " in (source := bytes(text.tolist()).decode()):
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            kept = iter(lines)
+            assert all(line in kept for line in source.splitlines())  # its own lines, in order
+            checked += len(lines) - len(source.splitlines())
+    assert checked > 100  # lines of docstrings that are gone
+
+
+def test_a_dataset_whose_meta_gains_keys_later(tmp_path):
+    records = [record(domain, text * 30) for domain, text in texts(400)]
+    for i, r in enumerate(records):
+        r["meta"] |= {"extra": {"n": i}} if i > 300 else {}
+        r |= {"id": i} if i > 350 else {}
+    del records[7]["meta"]
+    raw = b"".join(json.dumps(r).encode() + b"\n" for r in records)
+    write(tmp_path / "set" / "00.jsonl.zst", zstandard.compress(raw[: raw.index(b"\n", len(raw) // 2) + 1]))
+    write(tmp_path / "set" / "01.jsonl.zst", zstandard.compress(raw[raw.index(b"\n", len(raw) // 2) + 1 :]))
+    hub = run(tmp_path, "", dataset=str(tmp_path / "set"), data_dir=str(tmp_path / "hub"))
+    files = run(tmp_path, tmp_path / "set")
+    assert {*hub.domains} == {*"abc", "set"} and {*files.domains} == {*"abc", "00"}  # the record without one
+    assert hub.hash == files.hash and hub.meta["source"] == str(tmp_path / "set") and hub.meta["documents"] == 400
+    assert {Path(row["source"]).name for row in table(hub, "train")} == {"00.jsonl.zst", "01.jsonl.zst"}
+    parquet(tmp_path / "p.parquet", texts(100))
+    write(tmp_path / "set2" / "p.parquet", (tmp_path / "p.parquet").read_bytes())
+    hub = run(tmp_path, "", dataset=str(tmp_path / "set2"), overwrite=True)
+    assert hub.hash == run(tmp_path, tmp_path / "p.parquet", overwrite=True).hash
+
+
+# -----------------------------------------------------------------------------
+# runs that end otherwise
+
+
+def command(folder, source, *options, **popen):
+    arguments = [sys.executable, SCRIPT, f"--source={source}", f"--data_dir={folder / 'out'}", "--block_size=64", "--val_fraction=0.3", *options]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def wait_for(condition, process=None):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end and (process is None or process.poll() is None), process and process.communicate()
+        time.sleep(0.002)
+
+
+def children(pid):
+    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+
+
+def gone(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A source that takes a second or two, and its undisturbed result."""
+    folder = tmp_path_factory.mktemp("slow")
+    source = big(folder / "big.jsonl", 200)
+    return source, digest(run(folder, source, tokenizer="gpt2", workers=1).path)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), ("worker", 2)])
+def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, code):
+    source, undisturbed = slow
+    process = command(tmp_path, source, "--workers=1", start_new_session=True)
+    written = tmp_path / "out.partial" / "train.npy"
+    wait_for(lambda: written.exists() and written.stat().st_size > 1000, process)
+    workers = children(process.pid)
+    assert workers
+    with pytest.raises(ValueError, match=r"another prepare_pile.py is writing"):
+        run(tmp_path, source)
+    if number == "worker":
+        os.kill(workers[0], signal.SIGKILL)
+    elif number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code and not (tmp_path / "out").exists()
+    wait_for(lambda: all(map(gone, workers)))
+    if number == "worker":
+        assert errors.count("\n") == 1 and errors.startswith("error: a worker process was killed") and not (tmp_path / "out.partial").exists()
+    else:
+        assert not errors and (tmp_path / "out.partial").is_dir() and not (tmp_path / "out.partial" / "meta.json").exists()
+    if number == signal.SIGKILL:
+        process = command(tmp_path, source, "--workers=2")
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "was interrupted: starting over" in output and "next: python train.py" in output
+        assert digest(tmp_path / "out") == undisturbed and not (tmp_path / "out.partial").exists()
+
+
+def test_a_finished_folder_is_kept_or_replaced(tmp_path, capsys):
+    source = write(tmp_path / "d.jsonl", lines(texts()))
+    old = run(tmp_path, source)
+    before = digest(old.path, (*ARRAYS, *TABLES, "meta.json"))
+    capsys.readouterr()
+    run(tmp_path, source, workers=1)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"prepared with --block_size=64 --val_fraction=0.3: add --overwrite"):
+        run(tmp_path, source, block_size=32, val_fraction=0.4)
+    with pytest.raises(ValueError, match="no document of 'z'"):
+        run(tmp_path, source, domains="z", overwrite=True)
+    assert digest(old.path, (*ARRAYS, *TABLES, "meta.json")) == before
+    new = run(tmp_path, source, block_size=32, overwrite=True)
+    assert new.meta["block_size"] == 32 and new.hash != old.hash
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out"]
+    with open(new.path / "train.npy", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="damaged"):  # not "already prepared"
+        run(tmp_path, source, block_size=32)
+    assert run(tmp_path, source, block_size=32, overwrite=True).hash == new.hash
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+    source = write(tmp_path / "d.jsonl", lines(texts()))
+    write(tmp_path / "out" / "thesis.tex", b"years of work")
+    with pytest.raises(ValueError, match="did not write: write another --data_dir"):
+        run(tmp_path, source, overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_bytes() == b"years of work"
+
+
+@pytest.mark.parametrize(
+    "source, options, answer",
+    [
+        ("nowhere", {}, "nothing to read there"),
+        ("*.nothing", {}, "nothing to read there"),
+        ("d.csv", {}, "cannot read"),
+        ("bad.parquet", {}, "cannot be read as parquet"),
+        ("d.parquet", {"text_key": "body"}, "write --text_key=<one of n, meta, text>"),
+        ("bad.json", {}, "is no JSON array"),
+        ("empty.jsonl", {}, "no document in"),
+        ("d.jsonl", {"text_key": "body"}, "150 no_text"),
+        ("d.jsonl", {"domains": "a,z"}, "no document of 'z'; there is a, b, c"),
+        ("d.jsonl", {"block_size": 10**6}, "fill no chunk of train.npy"),
+        ("d.jsonl", {"val_fraction": 1e-9}, "raise --val_fraction"),
+        ("d.jsonl", {"val_fraction": 1.0}, "write --val_fraction=<0 or more, below 1>"),
+        ("d.jsonl", {"block_size": 0}, "write --block_size=<1 or more>"),
+        ("d.jsonl", {"limit_tokens": -1}, "write --limit_tokens=<0 or more>"),
+        ("d.jsonl", {"data_dir": "d.jsonl"}, "Not a directory"),
+        ("d.jsonl", {"data_dir": "d.jsonl/under"}, "Not a directory"),
+    ],
+)
+def test_an_error_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, source, options, answer):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", lines(texts()))
+    write(tmp_path / "d.csv", b"text\n")
+    write(tmp_path / "bad.parquet", b"PAR1 no more")
+    write(tmp_path / "bad.json", b'[{"text": "a"}')
+    write(tmp_path / "empty.jsonl", b"")
+    parquet(tmp_path / "d.parquet", texts())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        config.main(lambda: run(tmp_path, source, **{"workers": 1, **options}))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and answer in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk(tmp_path):
+    source = big(tmp_path / "big.jsonl")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))  # noqa: E731
+    process = command(tmp_path, source, "--tokenizer=byte", "--workers=1", preexec_fn=limit)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and errors.startswith("error: ") and "too large" in errors and errors.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["big.jsonl"]
+
+
+def test_without_a_network_it_says_what_to_type(tmp_path):
+    process = command(tmp_path, "", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.count("\n") == 1 and "--source=python" in errors and "monology/pile-uncopyrighted" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_local_sources_import_neither_datasets_nor_torch(tmp_path):
+    write(tmp_path / "d.jsonl", lines(texts()))
+    code = "import sys, prepare_pile as p; p.prepare(p.Config(source='d.jsonl', tokenizer='byte', block_size=64, val_fraction=.3, data_dir='out'))"
+    code += "; print([m for m in ('datasets', 'torch', 'tiktoken', 'wandb') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+# -----------------------------------------------------------------------------
+# the reader
+
+
+@pytest.mark.parametrize(
+    "damage, answer",
+    [
+        (lambda path, meta: (path / "train.npy").write_bytes((path / "train.npy").read_bytes()[:-1]), "train.npy is damaged"),
+        (lambda path, meta: (path / "val_domain.npy").write_bytes(b""), "val_domain.npy is damaged"),
+        (lambda path, meta: (path / "train_domain.npy").unlink(), "train_domain.npy is missing"),
+        (lambda path, meta: meta["chunks"].update(train=meta["chunks"]["train"] + 1), "but meta.json says"),
+        (lambda path, meta: meta.update(block_size=63), "but meta.json says"),
+        (lambda path, meta: meta.update(schema=0), "schema 0"),
+        (lambda path, meta: (path / "meta.json").unlink(), "no prepared data"),
+    ],
+)
+def test_the_reader_sees_damage(tmp_path, damage, answer):
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(texts())), workers=1)
+    before = json.dumps(dataset.meta)
+    damage(dataset.path, dataset.meta)
+    if json.dumps(dataset.meta) != before:
+        (dataset.path / "meta.json").write_text(json.dumps(dataset.meta))
+    with pytest.raises(ValueError, match=answer):
+        data.open_dataset(dataset.path)
