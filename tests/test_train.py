@@ -108,7 +108,10 @@ def test_values_are_the_sum_of_the_ledger_and_map_to_documents(python_data, tmp_
         assert bool(line) == chosen.any()
         if line:
             assert int(line[24:32]) == chosen.sum()
-            assert float(line.split()[-4]) == pytest.approx(1e6 * total[chosen, 0].mean(), abs=0.01)
+            mean, median, negative = line.split()[-6:-3]
+            assert float(mean) == pytest.approx(1e6 * total[chosen, 0].mean(), abs=0.06)
+            assert float(median) == pytest.approx(1e6 * np.median(total[chosen, 0]), abs=0.06)
+            assert negative == f"{(total[chosen, 0] < 0).mean():.0%}"
     # chunk -> domain and document -> chunk
     docs = pyarrow.parquet.read_table(python_data / "train_docs.parquet").to_pylist()
     chunk = int(visits["chunk"][0])
