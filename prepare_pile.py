@@ -252,13 +252,13 @@ def installed_text():
 
 
 def jobs(documents):
-    """Documents -> lists of them, of about 1 MB of text."""
+    """Documents -> lists of them, of about 1 MB of text at most."""
     job, size = [], 0
     for document in documents:
         text = document[3]
         job.append(document)
         size += 4 * text.stat().st_size if isinstance(text, Path) else len(text or "")  # to parse Python takes its time
-        if size >= MB:
+        if size >= MB >> 1:  # whole_lines() gives a little less than 1 MB
             yield job
             job, size = [], 0
     if job:
@@ -499,7 +499,7 @@ class Packer:
         for name, split in self.splits.items():
             if by_split[name]:
                 split.add(by_split[name])
-            if sum(map(len, split.buffer)) >= 1 << 16:
+            if sum(map(len, split.buffer)) >= 1 << 14:
                 split.write_table()
 
     def finish(self):

@@ -117,6 +117,10 @@ class Valuation:
         K, losses, grads = len(self.targets), [], None
         was_training = self.model.training
         self.model.eval()
+        if K == 1:  # the new gradients take the place of the old directions
+            self.grads = None
+            for p in self.params:
+                p.h = None
         for k, target in enumerate(self.targets):
             X, Y = target.batch(self.picks(k, step))
             tokens, size, total = (Y >= 0).sum(), self.micro_batch or len(X), 0.0
