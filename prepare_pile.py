@@ -521,7 +521,7 @@ class Packer:
             split.write_table()
             split.table.close()
             sha256 |= {f"{name}.npy": split.rows.close(), f"{name}_domain.npy": split.domain.close()}
-        width, tok = cfg.block_size + 1, {"gpt2": data.GPT2Tokenizer, "byte": data.ByteTokenizer}[cfg.tokenizer]
+        width, tok = cfg.block_size + 1, data.TOKENIZERS[cfg.tokenizer]
 
         def of_domain(split, i):
             return {"documents": split.documents[i], "tokens": split.chunks[i] * width, "chunks": split.chunks[i]}

@@ -4,21 +4,21 @@ A small GPT on the text every Python installation carries, for a CPU: two target
     python prepare_pile.py --source=python --tokenizer=byte --block_size=256 --val_fraction=0.05 --data_dir=data/python
     python train.py config/demo.py
 
-Machine: two CPU cores, about two and a half minutes.
-Expected: validation loss below 2.2 nats a byte; "Python code" gets its highest values from Python code.
+Machine: two CPU cores, about two minutes.
+Expected: validation loss about 2.7 nats a byte, falling; each target's highest median value comes from its own kind of text.
 """
 
 data_dir = "data/python"
-batch_size = 12
-n_layer, n_head, n_embd = 4, 4, 192
-max_iters = 400
+batch_size = 8
+n_layer, n_head, n_embd = 4, 4, 160
+max_iters = 200
 learning_rate = 2e-3
 min_lr = 2e-4
-warmup_iters = 40
+warmup_iters = 30
 
 rule = "adamw_linear"
 targets = "val:Python code,val:Topics"
-target_batch = 2
+target_batch = 1
 
 eval_interval = 100
 eval_chunks = 12

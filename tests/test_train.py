@@ -385,6 +385,7 @@ def test_damaged_data_is_named(python_data, tmp_path, capsys):
     for name, damage, answer in [
         ("train.npy", lambda b: b[: len(b) // 2], "train.npy is damaged"),
         ("val_domain.npy", None, "val_domain.npy is missing"),
+        ("meta.json", lambda b: b[:50], "meta.json is damaged"),
         ("meta.json", lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'), "but meta.json says"),
     ]:
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
