@@ -383,6 +383,8 @@ def test_a_dataset_whose_meta_gains_keys_later(tmp_path):
 
 def command(folder, source, *options, **popen):
     arguments = [sys.executable, SCRIPT, f"--source={source}", f"--data_dir={folder / 'out'}", "--block_size=64", "--val_fraction=0.3", *options]
+    # a shell's background job ignores Ctrl-C, and so would its children
+    popen["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 
