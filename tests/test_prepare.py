@@ -383,8 +383,6 @@ def test_a_dataset_whose_meta_gains_keys_later(tmp_path):
 
 def command(folder, source, *options, **popen):
     arguments = [sys.executable, SCRIPT, f"--source={source}", f"--data_dir={folder / 'out'}", "--block_size=64", "--val_fraction=0.3", *options]
-    # a shell's background job ignores Ctrl-C, and so would its children
-    popen["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 
@@ -415,7 +413,8 @@ def slow(tmp_path_factory):
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), ("worker", 2)])
 def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, code):
     source, undisturbed = slow
-    process = command(tmp_path, source, "--workers=1", start_new_session=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background job ignores Ctrl-C
+    process = command(tmp_path, source, "--workers=1", start_new_session=True, preexec_fn=listen)
     written = tmp_path / "out.partial" / "train.npy"
     wait_for(lambda: written.exists() and written.stat().st_size > 1000, process)
     workers = children(process.pid)
