@@ -9,6 +9,10 @@ chunk by chunk has the values as its gradient, and autograd sums them over layer
 The direction of a parameter `w` is the attribute `w.h`, shape (K, *w.shape). It belongs to the parameter, not to one
 use of it: that is why a tied wte / lm_head comes out right.
 
+Where the direction is not known before the backward, a Tape stands in for the ledger and is read when it is. Where an op
+finds zeros `w.each` on its weight, their gradient will be the weight gradient of each chunk alone: (B, C) for a LayerNorm, and for a
+Linear or Embedding (B, R, I), of the rows `w.rows` (R,), sorted.
+
 Shape suffixes: B chunks, T tokens of a chunk, I in-features, O out-features, C channels, K targets.
 Source: In-Run Data Shapley (Wang et al., arXiv 2406.11011), section 4, restated as a gradient.
 """
@@ -30,6 +34,27 @@ def set_form(form):
     _form = form
 
 
+class Tape:
+    """Takes the place of the ledger in a forward: keeps what each op's contraction needs, for `values` after the backward."""
+
+    def __init__(self):
+        self.kept = []
+
+    def watch(self, y, values, *inputs):
+        """y, whose gradient gy will be kept for values(gy, *inputs)."""
+        y.register_hook(lambda gy: self.kept.append((values, gy, inputs)))
+        return y
+
+    @torch.no_grad()
+    def values(self):
+        """(B, K): each chunk's <gradient, direction>, the directions now on the parameters. Forgets what was kept."""
+        total = 0
+        while self.kept:
+            values, gy, inputs = self.kept.pop()
+            total = total + values(gy, *inputs)
+        return total
+
+
 # -----------------------------------------------------------------------------
 # the contraction: summed weight gradient and each chunk's <gradient, direction>
 
@@ -41,10 +66,10 @@ def weight_grad(gy_BTO: torch.Tensor, x_BTI: torch.Tensor, h_KOI: torch.Tensor, 
     """
     if form == "auto":
         form = "running" if x_BTI.device.type == "cpu" else "matmul"
+    (K, O, I), B = h_KOI.shape, len(x_BTI)
     if form == "matmul":
         gw_OI = (gy_BTO.flatten(0, 1).t() @ x_BTI.flatten(0, 1)).to(h_KOI.dtype)
         return gw_OI, torch.stack([token_values(gy_BTO, x_BTI, h_OI).sum(1) for h_OI in h_KOI], 1)
-    (K, O, I), B = h_KOI.shape, len(x_BTI)
     x_B = x_BTI.to(h_KOI.dtype).unbind()
     gy_BTO = gy_BTO.to(h_KOI.dtype)
     gw_OI = h_KOI.new_empty(O, I)
@@ -84,30 +109,43 @@ contract = opaque(weight_grad, lambda gy_BTO, x_BTI, h_KOI, form: (h_KOI.new_emp
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, b, hw, hb, ledger, form):
+    def forward(ctx, x, w, b, hw, hb, ledger, each, rows, form):
         w_low = w.to(x.dtype)  # under autocast x is low precision; w stays whole and gets its gradient whole
-        ctx.save_for_backward(x, w_low, hw, hb)
+        ctx.save_for_backward(x, w_low, hw, hb, rows)
         ctx.form = form
         return F.linear(x, w_low, None if b is None else b.to(x.dtype))
 
     @staticmethod
     def backward(ctx, gy):
-        x, w_low, hw, hb = ctx.saved_tensors
-        gx = gy @ w_low
+        x, w_low, hw, hb, rows = ctx.saved_tensors
+        gx, gb, each = gy @ w_low, None, None
+        if not ctx.needs_input_grad[1]:
+            return gx, None, None, None, None, linear_values(gy, x, hw, hb), None, None, None
         x, gy = x.reshape(len(x), -1, x.shape[-1]), gy.reshape(len(gy), -1, gy.shape[-1])
         gw, values = contract(gy, x, hw, ctx.form)
-        gb = None
         if hb is not None:
             gb_BO = gy.sum(1, dtype=hb.dtype)
             gb, values = gb_BO.sum(0), values + gb_BO @ hb.t()
-        return gx, gw, gb, None, None, values, None
+        if rows is not None:
+            each = (gy[..., rows].mT @ x.to(gy.dtype)).to(hw.dtype)
+        return gx, gw, gb, None, None, values, each, None, None
+
+
+def linear_values(gy, x, hw, hb):
+    """(B, K) without the weight gradient: one matmul of the layer's size for each target."""
+    x, gy = x.reshape(len(x), -1, x.shape[-1]).to(gy.dtype), gy.reshape(len(gy), -1, gy.shape[-1])
+    values = torch.stack([token_values(gy, x, h).sum(1) for h in hw], 1)
+    return values if hb is None else values + gy.sum(1, dtype=hb.dtype) @ hb.t()
 
 
 def linear(x, weight, bias, ledger):
     """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>."""
+    if isinstance(ledger, Tape):
+        return ledger.watch(F.linear(x, weight, bias), lambda gy, x: linear_values(gy, x, weight.h, None if bias is None else bias.h), x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Linear.apply(x, weight, bias, weight.h, None if bias is None else bias.h, ledger, _form)
+    each, rows = getattr(weight, "each", None), getattr(weight, "rows", None)
+    return _Linear.apply(x, weight, bias, weight.h, None if bias is None else bias.h, ledger, each, rows, _form)
 
 
 # -----------------------------------------------------------------------------
@@ -116,21 +154,33 @@ def linear(x, weight, bias, ledger):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, idx, w, h, ledger):
-        ctx.save_for_backward(idx, h)
+    def forward(ctx, idx, w, h, ledger, each, rows):
+        ctx.save_for_backward(idx, h, rows)
         return F.embedding(idx, w)
 
     @staticmethod
     def backward(ctx, gy):
-        idx, h = ctx.saved_tensors
-        gw = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False)
-        values = [torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), gy.flatten(1)) for h_k in h]
-        return None, gw, None, torch.stack(values, 1)
+        idx, h, rows = ctx.saved_tensors
+        gw, each = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False) if ctx.needs_input_grad[1] else None, None
+        if rows is not None:
+            place = torch.searchsorted(rows, idx).clamp(max=len(rows) - 1)  # (B, T)
+            found = (rows[place] == idx)[..., None]
+            place = place + len(rows) * torch.arange(len(idx), device=idx.device)[:, None]  # each chunk has rows of its own
+            each = gy.new_zeros(len(idx) * len(rows), gy.shape[-1]).index_add_(0, place.flatten(), (gy * found).flatten(0, 1))
+            each = each.view(len(idx), len(rows), -1)
+        return None, gw, None, embedding_values(gy, idx, h), each, None
+
+
+def embedding_values(gy, idx, h):
+    """(B, K): the rows of the direction that the chunk used, against the gradient of what it read."""
+    return torch.stack([torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), gy.flatten(1)) for h_k in h], 1)
 
 
 def embedding(idx, weight, ledger):
     """F.embedding for idx (B, T), with the values as in `linear`."""
-    return _Embedding.apply(idx, weight, weight.h, ledger)
+    if isinstance(ledger, Tape):
+        return ledger.watch(F.embedding(idx, weight), lambda gy, idx: embedding_values(gy, idx, weight.h), idx)
+    return _Embedding.apply(idx, weight, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
 
 
 # -----------------------------------------------------------------------------
@@ -157,7 +207,7 @@ normalise = opaque(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, b, hw, hb, ledger, eps):
+    def forward(ctx, x, w, b, hw, hb, ledger, each, eps):
         y, mean, rstd = torch.native_layer_norm(x, w.shape, w, b, eps)
         ctx.save_for_backward(x, mean, rstd, w, b, hw, hb)
         return y
@@ -166,12 +216,25 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, gy):
         x, mean, rstd, w, b, hw, hb = ctx.saved_tensors
         gx, gw_BC, gb_BC = normalise(gy.contiguous(), x, mean, rstd, w)
-        values = gw_BC @ hw.t()
-        if b is None:
-            return gx, gw_BC.sum(0), None, None, None, values, None
-        return gx, gw_BC.sum(0), gb_BC.sum(0), None, None, values + gb_BC @ hb.t(), None
+        values, gb = gw_BC @ hw.t(), None
+        if b is not None:
+            gb, values = gb_BC.sum(0), values + gb_BC @ hb.t()
+        each = gw_BC if ctx.needs_input_grad[6] else None
+        return gx, gw_BC.sum(0), gb, None, None, values, each, None
+
+
+def layer_norm_values(gy, x, eps, hw, hb):
+    """(B, K), from the input alone: its normalised form is computed again."""
+    gy = gy.to(hw.dtype)
+    xhat = F.layer_norm(x.to(hw.dtype), x.shape[-1:], None, None, eps)
+    values = (gy * xhat).flatten(1, -2).sum(1) @ hw.t()
+    return values if hb is None else values + gy.flatten(1, -2).sum(1) @ hb.t()
 
 
 def layer_norm(x, weight, bias, eps, ledger):
-    """F.layer_norm over the last dimension of x (B, T, C), with the values as in `linear`. Runs in the weight's dtype."""
-    return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, None if bias is None else bias.h, ledger, eps)
+    """F.layer_norm over the last dimension of x (B, T, C), with the values as in `linear`. Runs in the weight's dtype.
+    The gradient of weight.each (B, C), if there is one, gains the weight gradient of each chunk."""
+    if isinstance(ledger, Tape):
+        y = F.layer_norm(x, weight.shape, weight, bias, eps)
+        return ledger.watch(y, lambda gy, x: layer_norm_values(gy, x, eps, weight.h, None if bias is None else bias.h), x)
+    return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, None if bias is None else bias.h, ledger, getattr(weight, "each", None), eps)

@@ -1,7 +1,8 @@
 """What a run leaves on disk: the one place that knows the formats.
 
-    ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target); row = step * B + slot
+    ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target), grad_norm, early; row = step * B + slot
     books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN: not computed)
+    audit.npy    one record an audited step: per target how close its values came to the truth
     values.npy   float32 (n_chunks,) or (n_chunks, K): the sum of the ledger's rows, chunk by chunk; NaN = never used
     values.json  sign, unit, rule, the targets, the committed step
 
@@ -22,23 +23,45 @@ SCHEMA = 1  # of values.json
 
 
 def visit_dtype(K):
-    return np.dtype([("step", "<i4"), ("chunk", "<i8"), ("loss", "<f4"), ("value", "<f4", (K,))])
+    """grad_norm: the chunk's gradient norm over the weights values.json names, NaN if not computed. early: 1 where AdamW's moments
+    are too young for its rules to be trusted."""
+    return np.dtype([("step", "<i4"), ("chunk", "<i8"), ("loss", "<f4"), ("value", "<f4", (K,)), ("grad_norm", "<f4"), ("early", "u1")])
 
 
 BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")  # of each target, in nats
 
 
-def book_dtype(K):
+def book_dtype(K, domains=0):
     per_target = [(name, "<f4", (K,)) for name in BOOK_ENTRIES]
+    if domains:
+        per_target.append(("momentum_by_domain", "<f4", (K, domains)))
     return np.dtype([("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4"), *per_target])
 
 
-def empty_book(K):
-    """One step's record with nothing computed yet, shape (1,)."""
-    book = np.zeros(1, book_dtype(K))
-    for name in BOOK_ENTRIES:
-        book[name] = np.nan
-    return book
+AUDIT_ENTRIES = {  # of each target
+    "pearson": "correlation of the step's values with its exact Shapley values",
+    "spearman": "of their ranks",
+    "rmse": "nats",
+    "rel_l2": "|values - truth| / |truth|",
+    "efficiency_gap": "sum of the values - utility, nats",
+    "utility": "what the whole batch did: loss where momentum and decay alone land - loss where the step lands, nats",
+    "standard_error": "of the truth, if by permutations: root mean square, relative; else 0",
+    "loo_pearson": "correlation of the values with leave-one-out",
+    "loo_spearman": "of their ranks",
+}
+
+
+def audit_dtype(K):
+    return np.dtype([("step", "<i4"), *((name, "<f4", (K,)) for name in AUDIT_ENTRIES)])
+
+
+def empty(dtype):
+    """One record with nothing computed yet, shape (1,): NaN, and 0 for integers."""
+    record = np.zeros(1, dtype)
+    for name in dtype.names:
+        if dtype[name].base.kind == "f":
+            record[name] = np.nan
+    return record
 
 
 # -----------------------------------------------------------------------------
@@ -124,6 +147,14 @@ def write_values(run, total, used):
 def read_visits(run):
     """The committed rows of a run's ledger, memmapped."""
     return np.load(Path(run, "ledger.npy"), mmap_mode="r")
+
+
+def read_books(run):
+    return np.load(Path(run, "books.npy"), mmap_mode="r")
+
+
+def read_audits(run):
+    return np.load(Path(run, "audit.npy"), mmap_mode="r")
 
 
 def add_visits(visits, total, used):

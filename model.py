@@ -123,6 +123,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # https://paperswithcode.com/method/weight-tying
+        for weight in {self.transformer.wte.weight, self.lm_head.weight}:
+            weight.tokens = True  # its rows are tokens: valuation knows before a step which of them will move
         self.apply(self._init_weights)
         # special scaled init to the residual projections, per GPT-2 paper
         for pn, p in self.named_parameters():

@@ -5,7 +5,7 @@ Train a GPT-2 on numbered chunks and value every chunk in the same run.
     python train.py config/demo.py --max_iters=100              a config file, then --key=value
     python train.py out/demo/config.json --init_from=resume     go on where a run stopped
 
-Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy, books.npy, values.json, config.json.
+Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy, books.npy, audit.npy, values.json, config.json.
 """
 
 import math
@@ -40,11 +40,15 @@ class Config:
     overwrite: bool = False  # start over in an out_dir that holds a run
     seed: int = 1337  # initial weights, order of chunks, draws of target chunks
     # valuation
-    rule: Literal["off", "sgd", "adamw_linear"] = "adamw_linear"  # what a value is (math in valuation.py)
+    rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw"  # what a value is (math in valuation.py)
     targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file.txt>
     target_batch: int = 1  # chunks of each target that speak for it in a step; its cost beside batch chunks
     target_sampling: Literal["fixed", "redraw"] = "redraw"  # the same target chunks all along, or new ones every time
     target_interval: int = 1  # steps for which a target's gradient serves
+    book_interval: int = 20  # steps between those whose change of the targets' losses is measured and accounted for
+    audit_interval: int = 0  # steps between those whose values are compared with the exact truth; 0: never, for it is slow
+    audit_permutations: int = 200  # for the truth where a step has more than 12 chunks
+    domain_momentum: bool = False  # credit momentum to domains: one copy of the parameters a domain, and forward and backward again
     # evaluation, logging, checkpoints
     eval_interval: int = 250  # steps between evaluations, by domain; 0: never
     eval_chunks: int = 16  # validation chunks of each domain it uses
@@ -85,22 +89,28 @@ class Config:
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
-        positive = "target_batch target_interval log_interval checkpoint_interval batch_size gradient_accumulation_steps n_layer n_head n_embd"
-        for key in (positive + " max_iters eval_chunks wandb_histogram_interval").split():
+        positive = """target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval batch_size
+            gradient_accumulation_steps n_layer n_head n_embd max_iters eval_chunks wandb_histogram_interval"""
+        for key in positive.split():
             if getattr(self, key) < 1:
                 raise ValueError(f"--{key}={getattr(self, key)}: it must be at least 1")
-        for key in "eval_interval block_size warmup_iters learning_rate min_lr weight_decay grad_clip dropout seed".split():
+        for key in "eval_interval audit_interval block_size warmup_iters learning_rate min_lr weight_decay grad_clip dropout seed".split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"--{key}={getattr(self, key)}: it must not be negative")
         if self.n_embd % self.n_head:
             raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
         if self.dropout >= 1 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError("--dropout, --beta1 and --beta2 lie between 0 and 1")
-        if self.rule == "adamw_linear" and self.optimizer != "adamw":
-            raise ValueError(f"--rule=adamw_linear speaks of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd")
+        if self.optimizer != "adamw" and (self.rule.startswith("adamw") or self.domain_momentum):
+            what = "--domain_momentum" if self.domain_momentum else f"--rule={self.rule}"
+            raise ValueError(
+                f"{what} speaks of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum"
+            )
+        if self.audit_interval and self.batch_size * self.gradient_accumulation_steps < 2:
+            raise ValueError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
 
 
-RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy")  # beside config.json
+RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy", "audit.npy")  # beside config.json
 
 # may differ between a run and its resumption; everything else would make the values belong to another run
 MAY_CHANGE = """
@@ -265,6 +275,41 @@ def domain_table(total, used, data, names):
     return "\n".join(lines)
 
 
+def account(entries, names, domains):
+    """Per target: how much of the measured drop of its loss the books account for, and which domains' momentum had a part in it."""
+    entries = entries[np.isfinite(entries["residual"]).all(1)]  # the measured steps
+    lines = [""]
+    for k, name in enumerate(names):
+        total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in ("before", "after", "data", "momentum", "decay", "residual")}
+        drop = total["before"] - total["after"]
+        parts = ", ".join(f"{key} {total[key] / drop:.1%}" for key in ("data", "momentum", "decay"))
+        lines.append(
+            f"{name}: accounted for {1 - total['residual'] / drop:.1%} of the drop of {drop:.4f} nats in {len(entries)} measured steps ({parts})"
+        )
+        if "momentum_by_domain" in entries.dtype.names:
+            credit = entries["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
+            order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
+            lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / drop:.1%}" for d in order))
+    return "\n".join(lines)
+
+
+def audit_lines(audits, names):
+    """Per target: how close the audited steps' values came to the truth."""
+    lines = []
+    for k, name in enumerate(names):
+        a = {key: audits[key][:, k] for key in audits.dtype.names if key != "step"}
+        spread = [f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman") if len(audits)]
+        if len(audits):
+            gap = a["efficiency_gap"].sum() / a["utility"].sum()
+            spread += [
+                f"relative L2 {np.median(a['rel_l2']):.1%} (median)",
+                f"sum {gap:+.1%} of the truth",
+                f"leave-one-out Pearson {a['loo_pearson'].mean():.4f}",
+            ]
+        lines.append(f"{name}: audit of {len(audits)} steps: " + ", ".join(spread))
+    return "\n".join(lines)
+
+
 # -----------------------------------------------------------------------------
 
 
@@ -310,14 +355,14 @@ def train(cfg):
     model = torch.compile(raw_model) if cfg.compile else raw_model
 
     def to_device(*arrays):
-        tensors = [torch.from_numpy(a) for a in arrays]
+        tensors = [torch.as_tensor(a) for a in arrays]
         if device_type == "cuda":  # pinned, so that the copy does not wait
-            tensors = [t.pin_memory() for t in tensors]
+            tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
         return [t.to(cfg.device, non_blocking=True) for t in tensors]
 
-    def loss_of(X, Y):
+    def loss_of(X, Y, ledger=None):
         with ctx:
-            return model(*to_device(X, Y))[1]
+            return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
     out.mkdir(parents=True, exist_ok=True)
@@ -327,7 +372,8 @@ def train(cfg):
     books.write_json(out / "config.json", describe_run(cfg, data))
     valuation = Valuation(
         raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
-        cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed,
+        cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed, cfg.grad_clip, cfg.compile,
+        cfg.book_interval, cfg.audit_interval, cfg.audit_permutations, data.train.domain if cfg.domain_momentum else None,
         info=dict(data_hash=data.hash), step=start, state=valuation_state,
     )  # fmt: skip
     if cfg.wandb_log:
@@ -372,21 +418,23 @@ def train(cfg):
             group["lr"] = lr
         ids = global_batch(step, B, n_chunks, cfg.seed)
 
-        valuation.open(step, lr)  # the targets' gradients -> directions
-        for micro in np.split(ids, cfg.gradient_accumulation_steps):
-            X, Y = to_device(*data.train.batch(micro, cfg.block_size))
-            ledger = valuation.ledger(micro)  # zeros (b, K); None when valuation is off
-            with ctx:
-                loss = model(X, Y, ledger)[1]  # the logits are not kept: they are the largest tensor of the step
+        tokens = data.train.batch(ids, cfg.block_size)
+
+        valuation.open(step, lr, tokens)  # one-pass rules: the targets' gradients -> directions
+        for micro, X, Y in zip(*(np.split(a, cfg.gradient_accumulation_steps) for a in (ids, *tokens))):
+            X, Y = to_device(X, Y)
+            ledger = valuation.ledger(micro, X, Y)  # zeros (b, K); None when valuation is off
+            loss = loss_of(X, Y, ledger)
             (loss / cfg.gradient_accumulation_steps).backward()  # ledger.grad is now this micro-batch's values
             losses.append(loss.detach())
         kappa = 1.0
         if cfg.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
             kappa = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # what it multiplied the gradients by
+        valuation.before_step(kappa)  # two-pass rules: the batch's gradient is known now
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        valuation.close(kappa)
+        valuation.close()  # rows for the ledger
 
         done, last = step + 1, step + 1 == cfg.max_iters
         if done % cfg.log_interval == 0 or done % cfg.checkpoint_interval == 0 or last:
@@ -416,6 +464,9 @@ def train(cfg):
         print(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used.any():
         print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
+        print(account(books.read_books(out), [t.name for t in targets], data.domains))
+        if cfg.audit_interval:
+            print(audit_lines(books.read_audits(out), [t.name for t in targets]))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
     print(f"\nDone in {clock_time(time.perf_counter() - began)}. Written to {out}: {files}")
     if cfg.wandb_log:

@@ -3,34 +3,101 @@
 A step is a game whose players are the chunks of the global batch; chunk i's value for target k is <x_i, h_k> nats, where
 x_i is the gradient of its share of the training loss and h_k the rule's direction (positive: it lowered the target's loss):
 
-    rule          direction                                          source
-    sgd           lr kappa g_k                                       Wang et al., arXiv 2406.11011, eq. 5
-    adamw_linear  lr kappa b g_k / (sqrt(c max(v, floor)) + eps)     Ding et al., arXiv 2602.00329, with a floor on v
+    rule          passes  direction, times lr                                          source
+    sgd           one     kappa g_k(w)                                                 Wang et al., arXiv 2406.11011, eq. 5
+    sgd2          two     kappa g_k(w - lr kappa g / 2)                                their second order, without a Hessian
+    adamw_linear  one     kappa b g_k(w) / (sqrt(c max(v, floor)) + eps)               Ding et al., arXiv 2602.00329, with a floor
+    adamw         one     g_k(w_empty) E[sec(g)], and the clip correction below        look-ahead and predicted secant
+    adamw2        two     kappa g_k(w_mid) sec(kappa g), and the clip path below       Aumann-Shapley of the step itself
 
-g_k is the target's gradient at the weights before the step, kappa the step's clip coefficient, v AdamW's second moment
-before the step, and with t = 1, 2, ... b = (1 - b1) / (1 - b1^t), c = b2 / (1 - b2^t), d = (1 - b2) / (1 - b2^t).
-floor = 1e-2 x the mean of v over the tensor: where v is near zero (rare embedding rows, dead units) the formula is unbounded.
-At t = 1 there is no v at all. The target's own gradient stands in for the batch's: the denominator is
-sqrt(d max(g_k^2, floor)) + eps, with floor = 1e-2 x the mean of g_k^2, which is the step AdamW would take on g_k.
+g_k is the target's gradient, g the batch's before clipping, kappa the step's clip coefficient, m and v AdamW's moments before
+the step; with t = 1, 2, ... a = b1 / (1 - b1^t), b = (1 - b1) / (1 - b1^t), c = b2 / (1 - b2^t), d = (1 - b2) / (1 - b2^t).
 
-The scalars (lr, b, kappa) multiply the values, not the direction: kappa is known only after the backward.
+    D(g)    = (a m + b g) / (sqrt(c v + d g^2) + eps)           AdamW lands on w+ - lr D(kappa g), w+ = (1 - lr wd) w
+    sec(g)  = (D(g) - D(0)) / g = b / s - a m d g / (s s0 (r + r0)),  r0 = sqrt(c v), r = sqrt(c v + d g^2), s0, s = r0, r + eps
+    w_empty = w+ - lr D(0)                                       where momentum and decay alone would land
+    w_mid   = w+ - lr (D(0) + D(kappa g)) / 2                    the middle of what the batch moves
+
+Floor: v is at least 1e-2 (`adamw_linear`) or 1e-4 (`adamw`) x its mean over the tensor. Where it is near zero (rare embedding rows,
+dead units) these formulas are unbounded. At t = 1 there is no v: both take the target's own gradient for the batch's, the
+denominator being sqrt(d max(g_k^2, 1e-2 mean g_k^2)) + eps. The first EARLY steps are marked in the ledger: every rule is rough there.
+
+`adamw` predicts the secant from m and v, but a rare word's row moves as nothing before foretold. The rows of the batch's own tokens,
+in weights with an attribute `tokens`, are known before the step: each chunk's gradient of these rows alone is kept, and contracted
+with lr g_k(w_empty) sec(kappa g) after the backward (at most ROWS elements of them; those of the largest predicted directions).
+
+Clipping depends on the whole batch, so a chunk has a part in it. Two passes take the path of the clipped step exactly:
+    h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)},  p = g_k D'(kappa g), u = g / |g|     (sgd2: sec = D' = 1)
+one pass (`adamw`) corrects its values d_i afterwards, with q_i = <x_i, g> over the LayerNorms' weights, where each chunk's
+gradient is at hand (it did as well as over all weights, and better than the chunks' whole squared norms: experiments/fidelity.py):
+    value_i = kappa (1 + ln(1/kappa)) d_i - kappa ln(1/kappa) (sum_j d_j) q_i / sum_j q_j
+
+The scalars (lr, b, kappa) multiply the values, not the direction. Books, of measured steps and per target, in nats:
+    before - after = data + momentum + decay + residual,  data = sum_i value_i, momentum = lr <g_k, D(0)>, decay = lr wd <g_k, w>
+with g_k halfway between w and w_empty in the last two. A measured step costs the targets' pass once more, and two forwards.
+
 Works on any nn.Module made of ghost.py's ops. Shape suffixes: B chunks of the global batch, b of a micro-batch, K targets.
 """
 
+import contextlib
 import time
+from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
+import exact
+import ghost
 import ledger as books
 
-RULES = ("off", "sgd", "adamw_linear")
-FLOOR = 1e-2
-BLOCK = 2**18  # elements of a direction worked on at a time on CPU, so that its passes stay in cache
+RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
+TWO_PASS = ("sgd2", "adamw2")
+FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
+ROWS = 2**27
+EARLY = 3
+ENUMERATE = 12  # chunks of a batch up to which an audit runs through every subset
+BLOCK = 2**18  # elements worked on at a time on CPU, so that the passes over them stay in cache
+TINY = torch.finfo(torch.float32).tiny
+
+# -----------------------------------------------------------------------------
+# AdamW's step, for blocks of a tensor; q: its scalars
+
+Scalars = namedtuple("Scalars", "a b c d mean square eps wd")  # mean * m, square * v: the bias-corrected moments before the step
+
+
+def displacement(q, m, v, g=None):
+    """D(g), or D(0) without g."""
+    if g is None:
+        return (m * q.a).div_((v * q.c).sqrt_().add_(q.eps))
+    return (m * q.a).add_(g, alpha=q.b).div_((v * q.c).addcmul_(g, g, value=q.d).sqrt_().add_(q.eps))
+
+
+def secant(q, m, v, g):
+    """sec(g); where r + r0 = 0 the second term is 0."""
+    r0 = v * q.c
+    r = torch.addcmul(r0, g, g, value=q.d).sqrt_()
+    second = (m * g).mul_(q.a * q.d).div_((r0.sqrt_() + r).clamp_(min=TINY)).div_(r0.add_(q.eps))
+    return second.neg_().add_(q.b).div_(r.add_(q.eps))
+
+
+def slope(q, m, v, g):
+    """D'(g) = b / s - (a m + b g) d g / (r s^2); where r = 0 the second term is 0."""
+    r = (v * q.c).addcmul_(g, g, value=q.d).sqrt_()
+    second = (m * q.a).add_(g, alpha=q.b).mul_(g).mul_(q.d).div_(r.clamp(min=TINY)).div_(r.add_(q.eps))
+    return second.neg_().add_(q.b).div_(r)
+
+
+def expected_secant(q, m, v, floor):
+    """sec(g) with E[g] for g and E[g^2] for g^2, so that r0 and r are both multiples of sqrt(v); v at least floor."""
+    root, at0, at = v.clamp(min=floor).sqrt_(), q.c**0.5, (q.c + q.d * q.square) ** 0.5
+    second = (m * m).mul_(q.a * q.d * q.mean / (at0 + at)).div_(root).div_((root * at0).add_(q.eps))
+    return second.neg_().add_(q.b).div_(root.mul_(at).add_(q.eps))
 
 
 def denominator(v, scale, floor, eps):
-    """sqrt(scale * max(v, floor)) + eps, for a block of the second moment."""
+    """sqrt(scale * max(v, floor)) + eps."""
     return v.clamp(min=floor).mul_(scale).sqrt_().add_(eps)
 
 
@@ -38,6 +105,30 @@ def blocks(*tensors):
     """Matching flat pieces of equally shaped tensors: cache-sized on CPU, whole elsewhere (a kernel launch costs more)."""
     size = BLOCK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
     return zip(*(t.view(-1).split(size) for t in tensors))
+
+
+def rng_state():
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+@contextlib.contextmanager
+def replaying(state):
+    """Random numbers (dropout) as they were at state, without disturbing those to come; None: nothing to replay."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.set_rng_state(state[0])
+        if state[1]:
+            torch.cuda.set_rng_state_all(state[1])
+        yield
+
+
+def host(x):
+    return torch.as_tensor(x).double().cpu().numpy()
+
+
+# -----------------------------------------------------------------------------
 
 
 class Valuation:
@@ -56,43 +147,61 @@ class Valuation:
         target_interval=1,
         micro_batch=0,
         seed=0,
+        grad_clip=0.0,
+        recompute=False,
+        book_interval=1,
+        audit_interval=0,
+        audit_permutations=200,
+        domains=None,
         info=None,
         step=0,
         state=None,
     ):
-        """model: built of ghost ops; loss(X, Y) -> its mean token loss on a batch of a target, a scalar tensor.
+        """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor.
         targets: objects with name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to.
         A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every target_interval
-        steps. info: more entries for values.json. step, state: where to go on (state_dict's), reading the ledger back up to there.
+        steps. recompute: two-pass rules repeat forward and backward even where the global batch is one micro-batch.
+        The books are measured every book_interval steps, the step audited every audit_interval (0: never; by every subset up
+        to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain,
+        if momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on (state_dict's),
+        reading the ledger back up to there.
         """
         assert rule in RULES
         self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
-        self.batch, self.run, self.seed, self.step = batch, run, seed, step
+        self.batch, self.run, self.seed, self.step, self.grad_clip, self.recompute = batch, run, seed, step, grad_clip, recompute
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
+        self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
-        self.seconds = 0.0  # spent in open and close since take_seconds
+        self.seconds = 0.0  # spent in open, before_step and close since take_seconds
         self.micro, self.pending, self.recent = [], [], []  # micro-batches of this step, closed steps, visits flushed
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
+        norms = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}  # the LayerNorms'
+        self.norms = norms if rule == "adamw" else {}
+        self.embeddings = [p for p in self.params if hasattr(p, "tokens")] if rule == "adamw" else []
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self.dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
         K = len(targets)
         self.visits = books.Records(run / "ledger.npy", books.visit_dtype(K), step * batch)
-        self.books = books.Records(run / "books.npy", books.book_dtype(K), step)
+        self.books = books.Records(run / "books.npy", books.book_dtype(K, n_domains), step)
+        self.audits = books.Records(run / "audit.npy", books.audit_dtype(K), step // audit_interval) if audit_interval else None
         self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
         if step:
             books.add_visits(books.read_visits(run), self.total, self.used)
         self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
+        self.info |= dict(grad_norm_over=list(self.norms)) if self.norms else {}
         self.info["targets"] = [self.describe(k) for k in range(K)]
-        self.before = None  # (K,) the targets' losses where their gradients were taken
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
+        self.domain_momentum = [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
         if state:
-            self.before, self.grads = state["before"], state["grads"]
+            self.grads, self.domain_momentum = state["grads"], state["domain_momentum"]
         if step:
             self.commit()  # a crash between values.npy and the checkpoint left them apart
 
     # -------------------------------------------------------------------------
-    # targets and directions
+    # targets
 
     def picks(self, k, step):
         """Which of target k's chunks speak for it at a step: a pure function of (seed, k, step)."""
@@ -112,126 +221,443 @@ class Valuation:
             entry["drawn"] = every + how + " of the target's chunks, in order of their ids"
         return entry
 
-    def target_gradients(self, step):
-        """Sets self.grads, per parameter (K, *shape), and self.before (K,). Leaves no .grad behind, and dropout off meanwhile."""
-        K, losses, grads = len(self.targets), [], None
+    def target_batches(self, k):
+        """The chunks that speak for target k at this step, in slices, each with its share of the tokens."""
+        X, Y = self.targets[k].batch(self.picks(k, self.step - self.step % self.interval))
+        tokens, size = (Y >= 0).sum(), self.micro_batch or len(X)
+        return [(X[i : i + size], Y[i : i + size], (Y[i : i + size] >= 0).sum() / tokens) for i in range(0, len(X), size)]
+
+    @contextlib.contextmanager
+    def evaluating(self):
         was_training = self.model.training
         self.model.eval()
+        yield
+        self.model.train(was_training)
+
+    @torch.no_grad()
+    def target_losses(self):
+        """(K,) at the weights as they are."""
+        with self.evaluating():
+            return torch.stack([sum(self.loss(X, Y) * share for X, Y, share in self.target_batches(k)) for k in range(len(self.targets))])
+
+    def target_gradients(self):
+        """Sets self.grads, per parameter (K, *shape); returns the losses (K,). Leaves no .grad behind, and dropout off meanwhile."""
+        K, losses, grads = len(self.targets), [], None
         if K == 1:  # the new gradients take the place of the old directions
             self.grads = None
             for p in self.params:
                 p.h = None
-        for k, target in enumerate(self.targets):
-            X, Y = target.batch(self.picks(k, step))
-            tokens, size, total = (Y >= 0).sum(), self.micro_batch or len(X), 0.0
-            for i in range(0, len(X), size):
-                share = (Y[i : i + size] >= 0).sum() / tokens
-                loss = self.loss(X[i : i + size], Y[i : i + size])
-                (loss * share).backward()
-                total = total + loss.detach() * share
-            losses.append(total)
-            if K == 1:
-                grads = [p.grad[None] for p in self.params]
-            else:
-                grads = grads or self.grads or [p.new_empty(K, *p.shape) for p in self.params]
-                for g, p in zip(grads, self.params):
-                    g[k] = p.grad
-            for p in self.params:
-                p.grad = None
-        self.model.train(was_training)
-        self.grads, self.before = grads, torch.stack(losses)
+        with self.evaluating():
+            for k in range(K):
+                total = 0.0
+                for X, Y, share in self.target_batches(k):
+                    loss = self.loss(X, Y)
+                    (loss * share).backward()
+                    total = total + loss.detach() * share
+                losses.append(total)
+                if K == 1:
+                    grads = [p.grad[None] for p in self.params]
+                else:
+                    grads = grads or self.grads or [p.new_empty(K, *p.shape) for p in self.params]
+                    for g, p in zip(grads, self.params):
+                        g[k] = p.grad
+                for p in self.params:
+                    p.grad = None
+        self.grads = grads
+        return torch.stack(losses)
 
-    def directions(self):
-        """Sets each parameter's .h, (K, *shape), from self.grads; returns the scalar to multiply the values by, but lr and kappa."""
+    # -------------------------------------------------------------------------
+    # directions
+
+    def adamw(self, p):
+        """The moments of p before the coming step, and its Scalars."""
+        group, state = self.groups[p], self.optimizer.state.get(p)
+        (beta1, beta2), t = group["betas"], self.t
+        one, two = 1 - beta1**t, 1 - beta2**t
+        mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
+        q = Scalars(beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two, mean, square, group["eps"], group["weight_decay"])
+        return (state["exp_avg"], state["exp_avg_sq"], q) if state else (torch.zeros_like(p), torch.zeros_like(p), q)
+
+    @torch.no_grad()
+    def landing(self, p, part=1.0):
+        """Where momentum and decay alone take p, or part of the way: w - part lr (wd w + D(0))."""
+        if "betas" not in self.groups[p]:  # SGD, without momentum
+            return p.data * (1 - part * self.lr * self.groups[p]["weight_decay"])
+        place, (m, v, q) = torch.empty_like(p.data), self.adamw(p)
+        for out, w, m_n, v_n in blocks(place, p.data, m, v):
+            torch.mul(w, 1 - part * self.lr * q.wd, out=out).sub_(displacement(q, m_n, v_n), alpha=part * self.lr)
+        return place
+
+    @torch.no_grad()
+    def middle(self, p, taken):
+        """w_mid, with taken = kappa g; for `sgd2` w - lr taken / 2."""
+        if self.rule == "sgd2":
+            return torch.add(p.data, taken, alpha=-self.lr / 2)
+        place, (m, v, q) = torch.empty_like(p.data), self.adamw(p)
+        for out, w, m_n, v_n, g in blocks(place, p.data, m, v, taken):
+            both = displacement(q, m_n, v_n).add_(displacement(q, m_n, v_n, g))
+            torch.mul(w, 1 - self.lr * q.wd, out=out).sub_(both, alpha=self.lr / 2)
+        return place
+
+    @contextlib.contextmanager
+    def weights_at(self, places):
+        """The model with other weights, one tensor a parameter; then, to the bit, its own."""
+        weights = [p.data for p in self.params]
+        for p, place in zip(self.params, places):
+            p.data = place
+        try:
+            yield weights
+        finally:
+            for p, w in zip(self.params, weights):
+                p.data = w
+
+    def aim(self, batch=None):
+        """The targets' gradients where the rule wants them -> each parameter's .h (K, *shape), and self.scale for the values.
+        batch: what the optimizer will take, kappa g, a tensor a parameter, for two-pass rules."""
+        if self.grads is None or self.step % self.interval == 0:
+            if self.rule in TWO_PASS:
+                with self.weights_at([self.middle(p, taken) for p, taken in zip(self.params, batch)]):
+                    self.target_gradients()
+            elif self.rule == "adamw" and self.t > 1:
+                with self.weights_at([self.landing(p) for p in self.params]):
+                    self.target_gradients()
+            else:
+                self.book.before = self.target_gradients()
+        self.scale = self.lr * (self.directions_of_two(batch) if self.rule in TWO_PASS else self.directions_of_one())
+
+    def direction_buffer(self, p, g):
+        """Where p's direction goes: in place of the gradient, unless that serves again."""
+        if self.interval == 1:
+            return g
+        return p.h if getattr(p, "h", None) is not None else torch.empty_like(g)
+
+    @torch.no_grad()
+    def directions_of_one(self):
+        """Sets .h; returns the scalar to multiply the values by, but lr and kappa."""
         if self.rule == "sgd":
             for p, g in zip(self.params, self.grads):
                 p.h = g
             return 1.0
-        group = self.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        t = 1 + next((int(state["step"]) for state in self.optimizer.state.values()), 0)
-        b, c, d = (1 - beta1) / (1 - beta1**t), beta2 / (1 - beta2**t), (1 - beta2) / (1 - beta2**t)
         for p, g in zip(self.params, self.grads):
-            h = g  # in place, unless the gradient serves again
-            if self.interval > 1:
-                h = p.h if getattr(p, "h", None) is not None else torch.empty_like(g)
-            eps, state = self.groups[p]["eps"], self.optimizer.state.get(p)
-            v = state["exp_avg_sq"] if state else None
+            h = self.direction_buffer(p, g)
+            m, v, q = self.adamw(p)
             for k in range(len(self.targets)):
-                if v is not None:
-                    floor = FLOOR * v.mean()
-                    for h_n, g_n, v_n in blocks(h[k], g[k], v):
-                        torch.div(g_n, denominator(v_n, c, floor, eps), out=h_n)
-                else:
-                    floor = FLOOR * g[k].square().mean()
+                if self.t == 1:
+                    floor = FLOORS["adamw_linear"] * g[k].square().mean()
                     for h_n, g_n in blocks(h[k], g[k]):
-                        torch.div(g_n, denominator(g_n.square(), d, floor, eps), out=h_n)
+                        torch.div(g_n, denominator(g_n.square(), q.d, floor, q.eps), out=h_n)
+                elif self.rule == "adamw_linear":
+                    floor = FLOORS[self.rule] * v.mean()
+                    for h_n, g_n, v_n in blocks(h[k], g[k], v):
+                        torch.div(g_n, denominator(v_n, q.c, floor, q.eps), out=h_n)
+            if self.rule == "adamw" and self.t > 1:
+                floor = FLOORS[self.rule] * v.mean()
+                known = p in self.known and g[:, self.tokens]  # a copy: h may take g's place
+                for m_n, v_n, *pieces in blocks(m, v, *h, *g):
+                    factor = expected_secant(q, m_n, v_n, floor)
+                    for h_n, g_n in zip(pieces, pieces[len(h) :]):
+                        torch.mul(g_n, factor, out=h_n)
+                if p in self.known:
+                    self.know(p, h, known)
             p.h = h
-        return b
+        return q.b if self.t == 1 or self.rule == "adamw_linear" else 1.0
+
+    def know(self, p, h, g):
+        """Takes the rows of the batch's tokens, whose targets' gradient is g (K, R, I), out of p's direction h: theirs comes later."""
+        rows, most = self.tokens, max(1, ROWS // (self.batch * p.shape[1]))
+        if len(rows) > most:
+            chosen = h[:, rows].abs().sum((0, 2)).topk(most).indices.sort().values
+            rows, g = rows[chosen], g[:, chosen]
+        h[:, rows] = 0
+        p.rows, self.known[p] = rows, g
+
+    @torch.no_grad()
+    def value_known_rows(self):
+        """What those rows add to the chunks' values, now that the optimizer's gradient is known."""
+        for i, (p, g) in enumerate(self.known.items()):
+            m, v, q = self.adamw(p)
+            h = g * secant(q, m[p.rows], v[p.rows], p.grad[p.rows])
+            for part in self.micro:
+                part.added = part.added + part.rows[i].flatten(1) @ h.flatten(1).t()
+            p.rows = None
+
+    @torch.no_grad()
+    def directions_of_two(self, batch):
+        """Sets .h; returns kappa. batch: kappa g, a tensor a parameter."""
+        K, adamw = len(self.targets), self.rule == "adamw2"
+        weight = -torch.as_tensor(self.kappa).log()  # ln(1/kappa)
+        clipped = bool(weight > 0)
+        along = [0.0] * K  # <u, p_k> |batch|
+        for p, g, taken in zip(self.params, self.grads, batch):
+            h = self.direction_buffer(p, g)
+            if adamw:
+                m, v, q = self.adamw(p)
+                for m_n, v_n, taken_n, *pieces in blocks(m, v, taken, *h, *g):
+                    factor, steep = secant(q, m_n, v_n, taken_n), None
+                    if clipped:
+                        steep = slope(q, m_n, v_n, taken_n)
+                        factor.add_(steep * weight)
+                        steep.mul_(taken_n)
+                    for k, (h_n, g_n) in enumerate(zip(pieces, pieces[K:])):
+                        if clipped:
+                            along[k] += torch.dot(steep, g_n)
+                        torch.mul(g_n, factor, out=h_n)
+            else:
+                if clipped:
+                    along = [a + torch.dot(taken.flatten(), g_k.flatten()) for a, g_k in zip(along, g)]
+                torch.mul(g, 1 + weight, out=h)
+            p.h = h
+        if clipped:
+            square = sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch)
+            for p, taken in zip(self.params, batch):
+                for k in range(K):
+                    p.h[k].sub_(taken * (weight * along[k] / square))
+        return self.kappa
+
+    def credit(self):
+        """What momentum and decay do to the targets' losses at this step, into the book: by the target's gradient halfway between
+        the weights and where those two alone would land, so that data's part (from there on) and theirs add up to third order."""
+        momentum, decay, by_domain = [], [], []
+        with self.evaluating(), self.weights_at([self.landing(p, 0.5) for p in self.params]) as weights:
+            for k in range(len(self.targets)):
+                for X, Y, share in self.target_batches(k):
+                    (self.loss(X, Y) * share).backward()
+                gradients = [p.grad for p in self.params]
+                for p in self.params:
+                    p.grad = None
+                for entries, entry in zip((momentum, decay, by_domain), self.credit_of(gradients, weights)):
+                    entries.append(entry)
+        self.book.momentum, self.book.decay = torch.stack(momentum), torch.stack(decay)
+        self.book.by_domain = torch.stack(by_domain) if self.domain_momentum else None
+
+    @torch.no_grad()
+    def credit_of(self, gradients, weights):
+        """lr <g_k, D(0)>, lr wd <g_k, w>, and the first by domain or None, for one target's gradient."""
+        momentum = decay = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
+        by_domain = None
+        for i, (p, g, w) in enumerate(zip(self.params, gradients, weights)):
+            group, g = self.groups[p], self.lr * g.flatten()
+            decay = decay + group["weight_decay"] * (g @ w.flatten())
+            if "betas" not in group:
+                continue
+            m, v, q = self.adamw(p)
+            momentum = momentum + g @ displacement(q, m, v).flatten()
+            if self.domain_momentum:
+                g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
+                by_domain = (0.0 if by_domain is None else by_domain) + self.domain_momentum[i].flatten(1) @ g
+        return momentum, decay, by_domain
 
     # -------------------------------------------------------------------------
-    # a step: open, one ledger for each micro-batch, close
+    # a step: open, one ledger for each micro-batch, before_step, close
 
-    def open(self, step, lr):
-        """Before the step's first backward: the targets' gradients at the present weights -> directions."""
+    def open(self, step, lr, tokens=None):
+        """Before the step's first backward: one-pass rules take the targets' gradients and set the directions.
+        tokens: the global batch's, an integer array of any shape, for `adamw`; without them it predicts every secant."""
         if not self.on:
             return
         began = time.perf_counter()
-        self.step, self.lr = step, lr
-        if self.grads is None or step % self.interval == 0:
-            self.target_gradients(step)
-        self.scale = lr * self.directions()
+        self.step, self.lr, self.kappa, self.truth = step, lr, 1.0, None
+        self.t = 1 + next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
+        self.known = {p: None for p in self.embeddings} if tokens is not None and self.t > 1 else {}
+        if self.known:
+            self.tokens = torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
+        self.book = SimpleNamespace(due=step % self.book_interval == 0, before=None, after=None)
+        if self.book.due:
+            self.credit()
+        if self.rule not in TWO_PASS:
+            self.aim()
+        if self.book.due and self.book.before is None:
+            self.book.before = self.target_losses()
         self.seconds += time.perf_counter() - began
 
-    def ledger(self, ids):
-        """ids (b,) of the next micro-batch -> zeros (b, K) for the model, whose gradient will be the values; None when off."""
+    def ledger(self, ids, X, Y):
+        """The next micro-batch's ids (b,) and tokens X, Y (b, T) -> what its forward takes as ledger: zeros (b, K) whose gradient
+        will be the values; for two-pass rules a Tape, or None if they will repeat the forward; None when off."""
         if not self.on:
             return None
         self._collect()
-        p = self.params[0]
-        ledger = torch.zeros(len(ids), len(self.targets), dtype=p.dtype, device=p.device, requires_grad=True)
-        self.micro.append([ids, ledger, None])
+        two_pass = self.rule in TWO_PASS
+        if two_pass:
+            ledger = None if self.recompute or len(ids) < self.batch else ghost.Tape()
+        else:
+            ledger = self.zeros(len(ids), len(self.targets))
+            for p in self.norms.values():
+                p.each = self.zeros(len(ids), len(p))
+            for p in self.known:
+                p.each = self.zeros(len(ids), len(p.rows), p.shape[1])
+        rng = rng_state() if self.dropout else None
+        self.micro.append(SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, each=None, rows=[], added=0.0, rng=rng))
         return ledger
 
-    def _collect(self):
-        """The chunks' losses of the micro-batch just done, before the next forward replaces them."""
-        if self.micro:
-            self.micro[-1][2] = self.model.chunk_loss
+    def zeros(self, *shape):
+        p = self.params[0]
+        return torch.zeros(shape, dtype=p.dtype, device=p.device, requires_grad=True)
 
-    def close(self, kappa=1.0):
-        """After the optimizer's step. kappa: the clip coefficient, a number or a tensor. Nothing is read off the device yet."""
+    def _collect(self):
+        """What the micro-batch just done left behind, before the next one replaces it."""
+        if self.micro and self.micro[-1].ledger is not None and self.micro[-1].losses is None:
+            self.micro[-1].losses = self.model.chunk_loss
+            if self.norms:
+                self.micro[-1].each = torch.cat([p.each.grad for p in self.norms.values()], 1)
+            self.micro[-1].rows = [p.each.grad for p in self.known]
+            for p in (*self.norms.values(), *self.known):
+                p.each = None
+
+    def before_step(self, kappa=1.0):
+        """Between clipping and the optimizer's step. kappa: the clip coefficient, a number or a tensor. Two-pass rules look at
+        the batch's gradient, as the optimizer will take it, and value the chunks; an audit finds the truth of this step."""
         if not self.on:
             return
         began = time.perf_counter()
         self._collect()
-        ids = np.concatenate([m[0] for m in self.micro])
-        values = torch.cat([m[1].grad for m in self.micro]) * (self.scale * kappa)
-        losses = torch.cat([m[2] for m in self.micro])
-        self.pending.append((self.step, self.lr, kappa, ids, losses, values, self.before))
+        self.kappa = kappa
+        self.value_known_rows()
+        batch = [p.grad for p in self.params]
+        if self.rule in TWO_PASS:
+            for p in self.params:
+                p.grad = None
+            self.aim(batch)
+            self.second_pass()
+            for p, g in zip(self.params, batch):
+                p.grad = g
+        if self.audit_interval and (self.step + 1) % self.audit_interval == 0:
+            self.truth = self.solve()
+        if self.domain_momentum:
+            self.follow_momentum()
+        self.seconds += time.perf_counter() - began
+
+    def second_pass(self):
+        """The chunks' values under directions that their own backward did not know: from the tape, or forward and backward again."""
+        for part in self.micro:
+            if part.ledger is not None:
+                part.values = part.ledger.values()
+                continue
+            for p in self.params:
+                p.requires_grad_(False)
+            with replaying(part.rng):
+                ledger = self.zeros(len(part.ids), len(self.targets))
+                loss = self.loss(part.X, part.Y, ledger) * (len(part.ids) / self.batch)
+                (part.values,) = torch.autograd.grad(loss, ledger)
+                part.losses = self.model.chunk_loss
+            for p in self.params:
+                p.requires_grad_(True)
+
+    def gradient_of(self, chosen):
+        """sum of x_i over the chosen chunks, bool (B,), as in this step's own backward: one tensor a parameter."""
+        total, start = None, 0
+        for part in self.micro:
+            these = torch.from_numpy(chosen[start : start + len(part.ids)])
+            start += len(part.ids)
+            if not these.any():
+                continue
+            these = these.to(part.Y.device)
+            with replaying(part.rng):
+                # dropout's masks belong to the whole micro-batch
+                X, Y = (part.X, part.Y.masked_fill(~these[:, None], -1)) if self.dropout else (part.X[these], part.Y[these])
+                loss = self.loss(X, Y)
+                grads = torch.autograd.grad(loss * (these.sum() / self.batch), self.params)
+            total = grads if total is None else torch._foreach_add(total, grads)
+        return list(total)
+
+    def solve(self):
+        """The truth of this step (exact.py), by the optimizer's own step in float64."""
+        from tqdm import tqdm
+
+        def progress(rounds):
+            return tqdm(rounds, desc=f"audit of step {self.step}", leave=False, disable=None)
+
+        with self.evaluating() if not self.dropout else contextlib.nullcontext():
+            x = [self.gradient_of(np.arange(self.batch) == i) for i in range(self.batch)]
+        losses = []
+        for k, target in enumerate(self.targets):
+            X, Y = (torch.as_tensor(a, device=self.params[0].device) for a in target.batch(self.picks(k, self.step - self.step % self.interval)))
+            losses.append(exact.batch_loss(X, Y))
+        step = exact.Step(self.model, self.optimizer, x, losses, self.grad_clip)
+        if self.batch <= ENUMERATE:
+            values = exact.shapley(step, self.batch, progress)
+            errors = np.zeros_like(values)
+        else:
+            values, errors = exact.monte_carlo(step, self.batch, self.audit_permutations, seed=self.step, progress=progress)
+        return SimpleNamespace(values=values, errors=errors, alone=exact.leave_one_out(step, self.batch), whole=step(np.ones(self.batch, bool)))
+
+    @torch.no_grad()
+    def follow_momentum(self):
+        """One AdamW first moment a domain, from the gradient of its chunks: they add up to the optimizer's own."""
+        beta1 = self.optimizer.param_groups[0]["betas"][0]
+        domains = self.domains[np.concatenate([part.ids for part in self.micro])]
+        for m in self.domain_momentum:
+            m.mul_(beta1)
+        for d in np.unique(domains):
+            with torch.enable_grad():
+                grads = self.gradient_of(domains == d)
+            for m, g in zip(self.domain_momentum, grads):
+                m[d].add_(g * self.kappa, alpha=1 - beta1)
+
+    def close(self):
+        """After the optimizer's step. Nothing is read off the device yet."""
+        if not self.on:
+            return
+        began = time.perf_counter()
+        self._collect()
+        values = torch.cat([part.ledger.grad + part.added if part.values is None else part.values for part in self.micro]) * self.scale
+        kappa, each = torch.as_tensor(self.kappa, dtype=values.dtype, device=values.device), None
+        if self.rule not in TWO_PASS:
+            values = values * kappa
+        if self.norms:
+            each = torch.cat([part.each for part in self.micro])  # (B, width of all LayerNorms)
+            products = each @ each.sum(0)
+            values = values - kappa.log() * (values - values.sum(0) * (products / products.sum().clamp(min=TINY))[:, None])
+        if self.book.due:
+            self.book.after = self.target_losses()
+        step = dict(step=self.step, t=self.t, lr=self.lr, kappa=kappa, values=values, each=each, book=self.book, truth=self.truth)
+        step |= dict(ids=np.concatenate([part.ids for part in self.micro]), losses=torch.cat([part.losses for part in self.micro]))
+        self.pending.append(SimpleNamespace(**step))
         self.micro = []
         self.step += 1
         self.seconds += time.perf_counter() - began
 
     def flush(self):
         """Takes the closed steps off the device. Raises ValueError at the first loss or value that is not finite."""
-        for step, lr, kappa, ids, losses, values, before in self.pending:
-            visits = np.zeros(len(ids), self.visits.dtype)
-            visits["step"], visits["chunk"] = step, ids
-            visits["loss"], visits["value"] = losses.float().cpu().numpy(), values.float().cpu().numpy()
+        for closed in self.pending:
+            visits = np.zeros(len(closed.ids), self.visits.dtype)
+            visits["step"], visits["chunk"], visits["early"] = closed.step, closed.ids, self.rule.startswith("adamw") and closed.t <= EARLY
+            visits["loss"], visits["value"] = host(closed.losses), host(closed.values)
+            visits["grad_norm"] = np.nan if closed.each is None else self.batch * host(closed.each.norm(dim=1))
             bad = ~(np.isfinite(visits["loss"]) & np.isfinite(visits["value"]).all(1))
             if bad.any():
                 what = "loss" if not np.isfinite(visits["loss"]).all() else "value"
-                raise ValueError(
-                    f"step {step}: the {what} of chunks {', '.join(map(str, ids[bad]))} is not finite. Lower --learning_rate, or look at these chunks"
-                )
-            book = books.empty_book(len(self.targets))
-            book["step"], book["lr"], book["kappa"], book["loss"] = step, lr, float(kappa), visits["loss"].mean(dtype=np.float64)
-            book["before"], book["data"] = before.float().cpu().numpy(), visits["value"].sum(0, dtype=np.float64)
+                chunks = ", ".join(map(str, closed.ids[bad]))
+                raise ValueError(f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks")
+            book = books.empty(self.books.dtype)
+            book["step"], book["lr"], book["kappa"], book["loss"] = closed.step, closed.lr, float(closed.kappa), visits["loss"].mean(dtype=np.float64)
+            book["data"] = visits["value"].sum(0, dtype=np.float64)
+            if closed.book.before is not None:
+                book["before"] = host(closed.book.before)
+            if closed.book.due:
+                after, momentum, decay = host(closed.book.after), *map(host, (closed.book.momentum, closed.book.decay))
+                book["after"], book["momentum"], book["decay"] = after, momentum, decay
+                book["residual"] = host(closed.book.before) - after - book["data"] - momentum - decay
+                if self.domain_momentum:
+                    book["momentum_by_domain"] = host(closed.book.by_domain)
+            if closed.truth:
+                self.audits.append(self.compare(closed))
             self.visits.append(visits)
             self.books.append(book)
             self.recent.append(visits)
             books.add_visits(visits, self.total, self.used)
         self.pending = []
+
+    def compare(self, closed):
+        """An audited step's record: its values beside the truth, target by target."""
+        audit, values, truth = books.empty(self.audits.dtype), host(closed.values), closed.truth
+        audit["step"], audit["utility"], audit["efficiency_gap"] = closed.step, truth.whole, values.sum(0) - truth.whole
+        audit["standard_error"] = np.sqrt((truth.errors**2).mean(0) / (truth.values**2).mean(0))
+        for k in range(len(self.targets)):
+            for name, figure in exact.agreement(values[:, k], truth.values[:, k]).items():
+                audit[name][0, k] = figure
+            for name in ("pearson", "spearman"):
+                audit["loo_" + name][0, k] = exact.agreement(values[:, k], truth.alone[:, k])[name]
+        return audit
 
     def take_recent(self):
         """The visits flushed since the last call."""
@@ -239,7 +665,7 @@ class Valuation:
         return np.concatenate(recent) if recent else None
 
     def take_seconds(self):
-        """Seconds spent in open and close since the last call."""
+        """Seconds spent in open, before_step and close since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -251,11 +677,11 @@ class Valuation:
         if not self.on:
             return
         self.flush()
-        self.visits.commit()
-        self.books.commit()
+        for records in filter(None, (self.visits, self.books, self.audits)):
+            records.commit()
         books.write_values(self.run, self.total, self.used)
         books.write_json(self.run / "values.json", dict(self.info, committed_step=self.step))
 
     def state_dict(self):
-        """What cannot be recomputed from the weights at the next step: gradients that are still to be reused."""
-        return dict(before=self.before, grads=self.grads) if self.on and self.interval > 1 else {}
+        """What cannot be recomputed from the weights at the next step: gradients still to be reused, the domains' momentum."""
+        return dict(grads=self.grads if self.interval > 1 else None, domain_momentum=self.domain_momentum) if self.on else {}

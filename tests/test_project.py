@@ -123,7 +123,7 @@ def test_main_tells_users_errors_from_bugs(capsys):
 FLOORS = {
     "config data ghost exact ledger parallel": "",
     "model": "ghost",
-    "valuation": "ghost ledger",
+    "valuation": "exact ghost ledger",
     "values": "data ledger",
     "prepare_pile": "config data",
     "train": "config data ledger model valuation parallel",
@@ -145,7 +145,7 @@ def test_imports_go_strictly_down():
 
 def test_training_needs_none_of_the_optional_libraries():
     """datasets, wandb, tiktoken and pyarrow are imported only where they are used: a GPU machine may lack them."""
-    code = "import sys, train, sample; print([m for m in ('datasets', 'wandb', 'tiktoken', 'pyarrow') if m in sys.modules])"
+    code = "import sys, train, sample; print([m for m in 'datasets wandb tiktoken pyarrow scipy matplotlib'.split() if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

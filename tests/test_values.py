@@ -13,6 +13,7 @@ from model import GPT, GPTConfig
 from valuation import Valuation
 
 T, B, VOCAB = 12, 4, 61
+RULES = ["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"]
 
 
 def relative(a, b):
@@ -44,14 +45,11 @@ class Run:
         self.targets = targets(K)
         options = {"target_batch": 3, "target_sampling": "fixed", **options}
         self.autocast = autocast
-        self.valuation = Valuation(self.model, self.optimizer, self.target_loss, self.targets, rule, B, 100, tmp_path, **options)
+        self.valuation = Valuation(self.model, self.optimizer, self.loss, self.targets, rule, B, 100, tmp_path, **options)
 
     def loss(self, X, Y, ledger=None):
         with torch.amp.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return self.model(X, Y, ledger)[1]
-
-    def target_loss(self, X, Y):
-        return self.loss(torch.from_numpy(X), torch.from_numpy(Y))
+            return self.model(torch.as_tensor(X), torch.as_tensor(Y), ledger)[1]
 
     def step(self, step, lr=1e-2, clip=0.0, micro_steps=1):
         """-> the step's values (B, K) and losses (B,), and what exact.py says the values are."""
@@ -61,19 +59,20 @@ class Run:
         truth = exact.values(self.model, self.optimizer, X, Y, pairs, self.valuation.rule, lr, clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.valuation.open(step, lr)
+        self.valuation.open(step, lr, rows.numpy())
         for ids in np.split(np.arange(B), micro_steps):
-            ledger = self.valuation.ledger(ids)
+            ledger = self.valuation.ledger(ids, X[ids], Y[ids])
             (self.loss(X[ids], Y[ids], ledger) / micro_steps).backward()
         kappa = 1.0
         if clip:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
             kappa = (clip / (norm + 1e-6)).clamp(max=1.0)
+        self.valuation.before_step(kappa)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.valuation.close(kappa)
-        _, _, _, _, losses, values, _ = self.valuation.pending[-1]
-        return values, losses, truth
+        self.valuation.close()
+        closed = self.valuation.pending[-1]
+        return closed.values, closed.losses, truth
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +83,7 @@ def auto_form():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("form", ["running", "matmul"])
-@pytest.mark.parametrize("rule", ["sgd", "adamw_linear"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("K", [1, 3])
 def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
     """First step and later, clip off and on, tied and untied, bias on and off, 1, 2 and 4 micro-steps."""
@@ -94,11 +93,13 @@ def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
         run = Run(run_dir, dtype, rule, K, tie, bias)
         for step, (clip, micro_steps) in enumerate([(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]):
             values, _, truth = run.step(step, clip=clip, micro_steps=micro_steps)
-            assert relative(values, truth) < tolerance, (tie, bias, step)
+            # at t = 1 AdamW steps by g / (|g| + eps): in float32 the sign of a gradient that is zero but for rounding is noise
+            noisy = rule == "adamw2" and step == 0 and dtype == torch.float32
+            assert relative(values, truth) < (5e-2 if noisy else tolerance), (tie, bias, step)
             assert truth.abs().min() > 0
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw_linear"])
+@pytest.mark.parametrize("rule", RULES)
 def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
     runs = {}
     for micro_steps in (1, 2, 4):
@@ -177,7 +178,7 @@ def test_second_moment_floor_bounds_rare_rows(tmp_path):
     assert float(wte.h[0, 7].abs().max()) < 1 / (0.5 * floor) ** 0.5
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw_linear"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_target_gradient_serves_for_an_interval(tmp_path, rule):
     """Between refreshes the direction is the old gradient under the present optimizer state; state_dict carries it over."""
     run = Run(tmp_path, torch.float64, rule, target_interval=2)
@@ -209,3 +210,125 @@ def test_bfloat16_values_stay_close(tmp_path, form):
         values, _, truth = run.step(step)
         assert relative(values, truth) < 5e-2
     assert run.model.lm_head.weight.dtype == torch.float32
+
+
+# -----------------------------------------------------------------------------
+# two passes, the clip path, the books
+
+
+def tokens(run, step):
+    rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+def target_losses(run):
+    return [exact.batch_loss(*map(torch.from_numpy, t.batch(np.arange(3)))) for t in run.targets]
+
+
+def test_sgd2_is_the_second_order_value_with_an_explicit_hessian(tmp_path):
+    """lr <x_i, g_k> - lr^2 / 2 <x_i, H_k g> (Wang et al., their second order), to O(lr^3): halving lr divides the difference by 8."""
+    errors = []
+    for i, lr in enumerate((0.2, 0.1, 0.05)):
+        (run_dir := tmp_path / str(i)).mkdir()
+        run = Run(run_dir, torch.float64, "sgd2", optimizer="sgd")
+        X, Y = tokens(run, 0)
+        x, (loss,) = exact.chunk_gradients(run.model, X, Y), target_losses(run)
+        g, g_k = [sum(parts) for parts in zip(*x)], exact.gradient(run.model, loss)
+        hessian_g = exact.hvp(run.model, loss, g)
+        truth = torch.stack([lr * exact.dot(x_i, g_k) - lr**2 / 2 * exact.dot(x_i, hessian_g) for x_i in x])
+        values, _, _ = run.step(0, lr=lr)
+        errors.append(float((values[:, 0] - truth).norm()))
+    assert 6.5 < errors[0] / errors[1] < 9.5 and 7 < errors[1] / errors[2] < 9
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_adamw2_values_sum_to_what_the_step_does_along_the_gradient(tmp_path, clip, steps):
+    """sum_i value_i = lr <g_k(w_mid), D(kappa g) - D(0)>, from the weights before and after the real step. First step: m = v = 0."""
+    run, lr = Run(tmp_path, torch.float64, "adamw2"), 1e-2
+    for step in range(steps):
+        run.step(step)
+    params, (loss,) = list(run.model.parameters()), target_losses(run)
+    # where nobody's step lands: the optimizer on a zero gradient
+    nobody = exact.Step(run.model, run.optimizer, exact.chunk_gradients(run.model, *tokens(run, steps)), [loss], clip)
+    nobody.land(np.zeros(B, bool))
+    empty = [p.detach().clone() for p in nobody.params]
+    values, _, _ = run.step(steps, lr=lr, clip=clip)
+    moved = [p.detach() - e for p, e in zip(params, empty)]
+    middle = exact.displaced(nobody.twin, [e + m / 2 - p.detach() for e, m, p in zip(empty, moved, nobody.params)])
+    drop = -exact.dot(exact.gradient(middle, loss), moved)
+    assert float(values.sum()) == pytest.approx(float(drop), rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw2"])
+@pytest.mark.parametrize("clip", [0.0, 1e-4])
+def test_degenerate_first_steps_are_finite_and_right(tmp_path, rule, clip):
+    """v = 0, kappa = 1 and far below 1, an untied embedding with rows that no chunk read (g = 0), biases without decay."""
+    run = Run(tmp_path, torch.float64, rule, K=3, tie=False, bias=True)
+    values, _, truth = run.step(0, clip=clip)
+    assert torch.isfinite(values).all() and relative(values, truth) < 1e-10 and truth.abs().min() > 0
+    wte = run.model.transformer.wte.weight
+    unread = torch.ones(VOCAB, dtype=torch.bool)
+    unread[tokens(run, 0)[0]] = False
+    assert unread.any() and torch.isfinite(wte.h).all()
+    state = run.optimizer.state[wte]
+    assert (state["exp_avg_sq"][unread] == 0).all()  # and again with m = v = 0 in an optimizer that has moved
+    values, _, truth = run.step(1, clip=clip)
+    assert torch.isfinite(values).all() and relative(values, truth) < 1e-10
+    groups = {p: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert {groups[p] for p in run.model.parameters()} == {0.0, 0.1}
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
+    """The game of the real step, by all 2^4 subsets, at the steps after the first three."""
+    agreements = {}
+    for rule in ("sgd", "adamw", "adamw2"):
+        (run_dir := tmp_path / rule).mkdir()
+        run, agreements[rule] = Run(run_dir, torch.float64, rule), []
+        for step in range(8):
+            X, Y = tokens(run, step)
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e-3
+            game = exact.Step(run.model, run.optimizer, exact.chunk_gradients(run.model, X, Y), target_losses(run), clip)
+            truth = exact.shapley(game, B)[:, 0]
+            values, _, _ = run.step(step, lr=1e-3, clip=clip)
+            agreements[rule].append(exact.agreement(values[:, 0].numpy(), truth))
+    late = {rule: {key: np.array([a[key] for a in rows[3:]]) for key in rows[0]} for rule, rows in agreements.items()}
+    assert late["adamw2"]["pearson"].mean() > 0.998 and np.median(late["adamw2"]["rel_l2"]) < (0.2 if clip else 0.05)
+    assert np.median(late["adamw2"]["rel_l2"]) < np.median(late["adamw"]["rel_l2"]) < np.median(late["sgd"]["rel_l2"])
+
+
+def test_the_books_close(tmp_path):
+    """before - after = data + momentum + decay up to third order, and momentum and decay are what the real optimizer does alone."""
+    residuals = []
+    for i, lr in enumerate((4e-3, 2e-3)):
+        (run_dir := tmp_path / str(i)).mkdir()
+        run = Run(run_dir, torch.float64, "adamw2", K=3)
+        for step in range(4):
+            run.step(step, lr=1e-3)
+        run.step(4, lr=lr)
+        book, values = run.valuation.pending[-1].book, run.valuation.pending[-1].values
+        residuals.append((book.before - book.after - values.sum(0) - book.momentum - book.decay).abs().max())
+        assert (book.before - book.after).abs().min() > 20 * residuals[-1]
+    assert residuals[0] / residuals[1] > 5
+
+
+def test_two_pass_rules_leave_the_backward_alone(tmp_path):
+    """With a tape the ops are PyTorch's own: the weights of a two-pass run are those of a run without valuation, to the bit."""
+    weights = []
+    for rule in ("off", "adamw2", "sgd2"):
+        (run_dir := tmp_path / rule).mkdir()
+        run = Run(run_dir, torch.float32, rule)
+        for step in range(3):
+            X, Y = tokens(run, step)
+            run.valuation.open(step, 1e-2)
+            run.loss(X, Y, run.valuation.ledger(np.arange(B), X, Y)).backward()
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
+            run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.valuation.close()
+        weights.append([p.detach().clone() for p in run.model.parameters()])
+    for other in weights[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights[0], other))
