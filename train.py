@@ -244,12 +244,20 @@ def start_wandb(cfg, run_id):
     return wandb.init(**settings), run_id
 
 
-def value_metrics(visits, targets, data, histogram):
-    """Dashboard entries for the visits since the last log: per target the spread of the values and their sum by domain."""
+def value_metrics(recent, targets, data, histogram):
+    """Dashboard entries for what was flushed since the last log: per target the spread of the values and their sum by domain,
+    what the measured steps' drop was made of, and how close the audited steps' values came to the truth."""
     import wandb
 
-    metrics = {}
+    metrics, visits = {}, recent.visits
+    measured = recent.books[np.isfinite(recent.books["residual"]).all(1)]
     for k, target in enumerate(targets):
+        if len(measured):
+            drop = measured["before"][:, k] - measured["after"][:, k]
+            metrics |= {f"books/{target.name}/drop": float(drop.sum())}
+            metrics |= {f"books/{target.name}/{key}": float(measured[key][:, k].sum()) for key in ("data", "momentum", "decay", "residual")}
+        if recent.audits is not None:
+            metrics |= {f"audit/{target.name}/{key}": float(recent.audits[key][-1, k]) for key in books.AUDIT_ENTRIES}
         v = visits["value"][:, k]
         low, high = np.percentile(v, (5, 95))
         entries = dict(mean=v.mean(), p5=low, p95=high, negative=(v < 0).mean())
@@ -445,16 +453,16 @@ def train(cfg):
             history.append((done, loss))
             now = time.perf_counter()
             dt = (now - clock - paused) / (done - since)
-            visits, share = valuation.take_recent(), valuation.take_seconds() / (now - clock - paused)
+            recent, share = valuation.take_recent(), valuation.take_seconds() / (now - clock - paused)
             mfu = raw_model.estimate_mfu(B, dt, peak)
             line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
             if targets:
-                line += f" | negative {(visits['value'] < 0).mean():.0%} | valuation {share:.0%}"
+                line += f" | negative {(recent.visits['value'] < 0).mean():.0%} | valuation {share:.0%}"
             print(f"{line} | {clock_time(dt * (cfg.max_iters - done))} left", flush=True)
             if cfg.wandb_log:
                 metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
                 if targets:
-                    metrics |= value_metrics(visits, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
+                    metrics |= value_metrics(recent, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
                 dashboard.log(metrics, step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
         if done % cfg.checkpoint_interval == 0 or last:

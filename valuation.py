@@ -173,7 +173,8 @@ class Valuation:
         self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
         self.seconds = 0.0  # spent in open, before_step and close since take_seconds
-        self.micro, self.pending, self.recent = [], [], []  # micro-batches of this step, closed steps, visits flushed
+        self.micro, self.pending = [], []  # micro-batches of this step, closed steps
+        self.recent = dict(visits=[], books=[], audits=[])  # flushed since take_recent
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -640,10 +641,12 @@ class Valuation:
                 if self.domain_momentum:
                     book["momentum_by_domain"] = host(closed.book.by_domain)
             if closed.truth:
-                self.audits.append(self.compare(closed))
+                self.recent["audits"].append(self.compare(closed))
+                self.audits.append(self.recent["audits"][-1])
             self.visits.append(visits)
             self.books.append(book)
-            self.recent.append(visits)
+            self.recent["visits"].append(visits)
+            self.recent["books"].append(book)
             books.add_visits(visits, self.total, self.used)
         self.pending = []
 
@@ -660,9 +663,9 @@ class Valuation:
         return audit
 
     def take_recent(self):
-        """The visits flushed since the last call."""
-        recent, self.recent = self.recent, []
-        return np.concatenate(recent) if recent else None
+        """The records flushed since the last call: visits, books and audits, each an array, or None where there are none."""
+        recent, self.recent = self.recent, {name: [] for name in self.recent}
+        return SimpleNamespace(**{name: np.concatenate(records) if records else None for name, records in recent.items()})
 
     def take_seconds(self):
         """Seconds spent in open, before_step and close since the last call."""

@@ -277,14 +277,9 @@ def rule_tables(rows):
 
 def target_table(rows):
     lines = ["", "### Cheaper targets (byte vocabulary, B = 8, rule adamw)", ""]
-    lines.append(
-        f"Values of the whole run ({RUN_STEPS} steps) against those of a run with {REFERENCE} target chunks a step; pace: of the run without valuation."
-    )
-    lines += [
-        "",
-        "| target_batch | target_interval | sampling | Pearson, chunks | Spearman, chunks | Spearman, domains | pace |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines += [f"Values of the whole run ({RUN_STEPS} steps) against those of a run with {REFERENCE} target chunks a step.", ""]
+    lines += ["Pace: of the run without valuation.", ""]
+    lines += ["| target_batch | target_interval | sampling | Pearson, chunks | Spearman, chunks | Spearman, domains | pace |", "|---" * 7 + "|"]
     for setting in SETTINGS:
         of = [r for r in rows if all(r[key] == value for key, value in setting.items())]
         if of:
@@ -306,11 +301,8 @@ def figure(rows, path):
     for ax, vocab in zip(axes[0], vocabs):
         for x, name in enumerate(names):
             for clipped, marker, shift in ((False, "o", -0.12), (True, "x", 0.12)):
-                of = [
-                    max(1 - r["pearson"], 1e-6)
-                    for r in rows
-                    if r["vocab"] == vocab and r["name"] == name and r["step"] > WARMUP and (r["kappa"] < 1) == clipped
-                ]
+                of = [r for r in rows if (r["vocab"], r["name"], r["kappa"] < 1) == (vocab, name, clipped) and r["step"] > WARMUP]
+                of = [max(1 - r["pearson"], 1e-6) for r in of]
                 label = ("clipped step" if clipped else "unclipped step") if x == 0 else None
                 ax.plot([x + shift] * len(of), of, marker, color=f"C{int(clipped)}", markersize=4, alpha=0.6, label=label)
         ax.set_yscale("log")

@@ -353,7 +353,7 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(python_data, tmp_pa
     before = read_bytes(out)
     assert "--init_from=resume goes on, --overwrite starts over" in refused(capsys, python_data, out)
     for argument, had in {
-        "--rule=sgd": "rule=adamw_linear",
+        "--rule=sgd": "rule=adamw",
         "--n_embd=32": "n_embd=16",
         "--batch_size=4": "batch_size=2",
         "--seed=1": "seed=1337",
@@ -489,13 +489,14 @@ def test_wandb_goes_offline_without_a_login(python_data, tmp_path, monkeypatch):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     root = Path(config.__file__).parent
-    argv = [a for a in arguments(python_data, tmp_path / "run", TWO, "--wandb_log", "--wandb_histogram_interval=4")]
+    argv = [a for a in arguments(python_data, tmp_path / "run", TWO, "--wandb_log", "--wandb_histogram_interval=4", "--audit_interval=6")]
     done = subprocess.run([sys.executable, root / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no login found, so this run is logged offline" in done.stdout
     logged = next((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
     wanted = ["loss", "lr", "mfu", "val_loss/val"]
     for name in ("Python code", "Docstrings"):
+        wanted += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [f"audit/{name}/{x}" for x in ("pearson", "rel_l2")]
         wanted += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [f"value_by_domain/{name}/Topics", f"histogram/{name}"]
     assert [key for key in wanted if key.encode() not in logged] == []
 
