@@ -225,15 +225,14 @@ def floored(q, floor):
 def expected_secant(q, points=0):
     """secant(g) as g is expected before the batch is seen, from the bias-corrected moments mhat, vhat.
 
-    points = 0: the mean field, mhat for g and vhat for g^2. Else E[secant(g)], g ~ N(mhat, vhat - mhat^2), by so many Gauss-Hermite points."""
+    points = 0: the mean field, mhat for g and vhat for g^2. 3: E[secant(g)], g ~ N(mhat, vhat - mhat^2), by Gauss-Hermite points."""
     mhat, vhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1)), q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
     if points == 0:
         r0, r = (q["c"] * q["v"]).sqrt(), (q["c"] * q["v"] + q["d"] * vhat).sqrt()
         s0, s = r0 + q["eps"], r + q["eps"]
         return q["b"] / s - q["a"] * q["m"] * q["d"] * mhat / (s * s0 * (r + r0))
     sd = (vhat - mhat**2).clamp(min=0).sqrt()
-    nodes = {1: [(0.0, 1.0)], 2: [(1.0, 0.5), (-1.0, 0.5)], 3: [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)]}[points]
-    return sum(weight * secant(q, mhat + z * sd) for z, weight in nodes)
+    return sum(weight * secant(q, mhat + z * sd) for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)])
 
 
 def linear_denominator(q, g_k, floor=FLOORS["adamw_linear"]):

@@ -163,7 +163,7 @@ class _Embedding(torch.autograd.Function):
         idx, h, rows = ctx.saved_tensors
         gw, each = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False) if ctx.needs_input_grad[1] else None, None
         if rows is not None:
-            place = torch.searchsorted(rows, idx).clamp(max=len(rows) - 1)  # (B, T)
+            place = torch.searchsorted(rows, idx.contiguous()).clamp(max=len(rows) - 1)  # (B, T)
             found = (rows[place] == idx)[..., None]
             place = place + len(rows) * torch.arange(len(idx), device=idx.device)[:, None]  # each chunk has rows of its own
             each = gy.new_zeros(len(idx) * len(rows), gy.shape[-1]).index_add_(0, place.flatten(), (gy * found).flatten(0, 1))

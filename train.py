@@ -28,7 +28,7 @@ import config
 import ledger as books
 from data import global_batch, open_dataset, parse_targets
 from model import GPT, GPTConfig
-from valuation import Valuation
+from valuation import Valuation, rng_state, set_rng_state
 
 
 @dataclass
@@ -179,16 +179,6 @@ def peak_flops(device, dtype):
         float((a @ a)[0, 0])  # reading a number waits for the device
         times.append(time.perf_counter() - began)
     return 2 * 1024**3 / min(times)
-
-
-def rng_state():
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-
-def restore_rng(state):
-    torch.set_rng_state(state["cpu"].cpu())
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
 # -----------------------------------------------------------------------------
@@ -406,7 +396,7 @@ def train(cfg):
             raise OSError(f"{cause}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
 
     if checkpoint:
-        restore_rng(checkpoint["rng"])
+        set_rng_state(checkpoint["rng"])
 
     # training loop
     history, losses, since, clock, paused = [], [], start, time.perf_counter(), 0.0

@@ -58,7 +58,7 @@ FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
 ROWS = 2**27
 EARLY = 3
 ENUMERATE = 12  # chunks of a batch up to which an audit runs through every subset
-BLOCK = 2**18  # elements worked on at a time on CPU, so that the passes over them stay in cache
+BLOCK = 2**17  # elements worked on at a time on CPU, so that the passes over them stay in cache
 TINY = torch.finfo(torch.float32).tiny
 
 # -----------------------------------------------------------------------------
@@ -111,6 +111,12 @@ def rng_state():
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
+def set_rng_state(state):
+    torch.set_rng_state(state[0].cpu())
+    if torch.cuda.is_available() and state[1]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state[1]])
+
+
 @contextlib.contextmanager
 def replaying(state):
     """Random numbers (dropout) as they were at state, without disturbing those to come; None: nothing to replay."""
@@ -118,9 +124,7 @@ def replaying(state):
         yield
         return
     with torch.random.fork_rng():
-        torch.set_rng_state(state[0])
-        if state[1]:
-            torch.cuda.set_rng_state_all(state[1])
+        set_rng_state(state)
         yield
 
 
@@ -133,30 +137,10 @@ def host(x):
 
 class Valuation:
     def __init__(
-        self,
-        model,
-        optimizer,
-        loss,
-        targets,
-        rule,
-        batch,
-        n_chunks,
-        run,
-        target_batch=1,
-        target_sampling="redraw",
-        target_interval=1,
-        micro_batch=0,
-        seed=0,
-        grad_clip=0.0,
-        recompute=False,
-        book_interval=1,
-        audit_interval=0,
-        audit_permutations=200,
-        domains=None,
-        info=None,
-        step=0,
-        state=None,
-    ):
+        self, model, optimizer, loss, targets, rule, batch, n_chunks, run,
+        target_batch=1, target_sampling="redraw", target_interval=1, micro_batch=0, seed=0, grad_clip=0.0, recompute=False,
+        book_interval=1, audit_interval=0, audit_permutations=200, domains=None, info=None, step=0, state=None,
+    ):  # fmt: skip
         """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor.
         targets: objects with name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to.
         A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every target_interval
@@ -279,12 +263,17 @@ class Valuation:
         q = Scalars(beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two, mean, square, group["eps"], group["weight_decay"])
         return (state["exp_avg"], state["exp_avg_sq"], q) if state else (torch.zeros_like(p), torch.zeros_like(p), q)
 
+    def room(self, p):
+        """A tensor of p's shape: its old direction, where nobody needs that any more."""
+        spent = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None
+        return p.h[0] if spent else torch.empty_like(p.data)
+
     @torch.no_grad()
     def landing(self, p, part=1.0):
         """Where momentum and decay alone take p, or part of the way: w - part lr (wd w + D(0))."""
         if "betas" not in self.groups[p]:  # SGD, without momentum
             return p.data * (1 - part * self.lr * self.groups[p]["weight_decay"])
-        place, (m, v, q) = torch.empty_like(p.data), self.adamw(p)
+        place, (m, v, q) = self.room(p), self.adamw(p)
         for out, w, m_n, v_n in blocks(place, p.data, m, v):
             torch.mul(w, 1 - part * self.lr * q.wd, out=out).sub_(displacement(q, m_n, v_n), alpha=part * self.lr)
         return place
@@ -294,7 +283,7 @@ class Valuation:
         """w_mid, with taken = kappa g; for `sgd2` w - lr taken / 2."""
         if self.rule == "sgd2":
             return torch.add(p.data, taken, alpha=-self.lr / 2)
-        place, (m, v, q) = torch.empty_like(p.data), self.adamw(p)
+        place, (m, v, q) = self.room(p), self.adamw(p)
         for out, w, m_n, v_n, g in blocks(place, p.data, m, v, taken):
             both = displacement(q, m_n, v_n).add_(displacement(q, m_n, v_n, g))
             torch.mul(w, 1 - self.lr * q.wd, out=out).sub_(both, alpha=self.lr / 2)

@@ -16,7 +16,9 @@ learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 30
 
-rule = "adamw_linear"
+rule = "adamw2"
+book_interval = 5
+audit_interval = 100
 targets = "val:Python code,val:Topics"
 target_batch = 1
 

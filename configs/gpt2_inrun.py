@@ -24,7 +24,7 @@ grad_clip = 1.0
 warmup_iters = 2000
 max_iters = 500000
 
-rule = "adamw_linear"
+rule = "adamw"
 targets = "val"
 target_batch = 1
 
