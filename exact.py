@@ -307,8 +307,8 @@ def clip_coefficient(gradients, grad_clip):
 
 
 def inner_products(x, chosen):
-    """q_i = <x_i, g> over the chosen parameters, bool each: what the clip correction goes by."""
-    x = [[g for g, use in zip(x_i, chosen) if use] for x_i in x]
+    """q_i = <x_i, g> over the chosen parameters, or rows of them, bool each: what the clip correction goes by."""
+    x = [[g[use] for g, use in zip(x_i, chosen) if torch.is_tensor(use) or use] for x_i in x]
     g = [sum(parts) for parts in zip(*x)]
     return torch.stack([dot(x_i, g) for x_i in x])
 
@@ -316,14 +316,17 @@ def inner_products(x, chosen):
 def rule_values(model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=None, **parts):
     """The rule's values of the players x (example_gradients' result) for K losses: float64 (B, K).
 
-    products: q_i (B,) of the clip correction of `adamw`; default the inner_products over the one-dimensional weights (LayerNorm's; none: no
-    correction), False: no correction. parts: see `directions`. Model and optimizer as they are before the step, untouched.
+    products: q_i (B,) of the clip correction of `adamw`; default the inner_products over the one-dimensional weights (LayerNorm's)
+    and the known rows (where there is neither: no correction), False: no correction. parts: see `directions`. Model and optimizer
+    as they are before the step, untouched.
     """
     g = [sum(parts) for parts in zip(*x)]
     kappa, columns = clip_coefficient(g, grad_clip), []
     if products is None:
-        norms = [p.dim() == 1 and name.endswith("weight") for name, p in model.named_parameters()]
-        products = inner_products(x, norms) if any(norms) else False
+        chosen = [p.dim() == 1 and name.endswith("weight") for name, p in model.named_parameters()]
+        known = parts.get("known") if optimizer.state else None  # at the first step no secant is predicted
+        chosen = [use if rows is None else rows for use, rows in zip(chosen, known or [None] * len(chosen))]
+        products = inner_products(x, chosen) if any(torch.is_tensor(use) or use for use in chosen) else False
     for loss in losses:
         h = directions(model, optimizer, loss, rule, lr, g, kappa, **parts)
         d = torch.stack([dot(x_i, h) for x_i in x])

@@ -28,8 +28,8 @@ with lr g_k(w_empty) sec(kappa g) after the backward (at most ROWS elements of t
 
 Clipping depends on the whole batch, so a chunk has a part in it. Two passes take the path of the clipped step exactly:
     h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)},  p = g_k D'(kappa g), u = g / |g|     (sgd2: sec = D' = 1)
-one pass (`adamw`) corrects its values d_i afterwards, with q_i = <x_i, g> over the LayerNorms' weights, where each chunk's
-gradient is at hand (it did as well as over all weights, and better than the chunks' whole squared norms: experiments/fidelity.py):
+one pass (`adamw`) corrects its values d_i afterwards, with q_i = <x_i, g> over the LayerNorms' weights and the rows of the batch's
+tokens, where each chunk's gradient is at hand (it does as well as over all weights: experiments/fidelity.py):
     value_i = kappa (1 + ln(1/kappa)) d_i - kappa ln(1/kappa) (sum_j d_j) q_i / sum_j q_j
 
 The scalars (lr, b, kappa) multiply the values, not the direction. Books, of measured steps and per target, in nats:
@@ -367,8 +367,10 @@ class Valuation:
         for i, (p, g) in enumerate(self.known.items()):
             m, v, q = self.adamw(p)
             h = g * secant(q, m[p.rows], v[p.rows], p.grad[p.rows])
+            total = sum(part.rows[i].sum(0) for part in self.micro).flatten()
             for part in self.micro:
-                part.added = part.added + part.rows[i].flatten(1) @ h.flatten(1).t()
+                each = part.rows[i].flatten(1)
+                part.added, part.products = part.added + each @ h.flatten(1).t(), part.products + each @ total
             p.rows = None
 
     @torch.no_grad()
@@ -476,7 +478,9 @@ class Valuation:
             for p in self.known:
                 p.each = self.zeros(len(ids), len(p.rows), p.shape[1])
         rng = rng_state() if self.dropout else None
-        self.micro.append(SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, each=None, rows=[], added=0.0, rng=rng))
+        self.micro.append(
+            SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, each=None, rows=[], added=0.0, products=0.0, rng=rng)
+        )
         return ledger
 
     def zeros(self, *shape):
@@ -596,6 +600,8 @@ class Valuation:
         if self.norms:
             each = torch.cat([part.each for part in self.micro])  # (B, width of all LayerNorms)
             products = each @ each.sum(0)
+            if self.known:
+                products = products + torch.cat([part.products for part in self.micro])
             values = values - kappa.log() * (values - values.sum(0) * (products / products.sum().clamp(min=TINY))[:, None])
         if self.book.due:
             self.book.after = self.target_losses()

@@ -84,6 +84,7 @@ RULES = {
     "adamw, no floor": dict(rule="adamw", floor=0.0),
     "adamw, 3-point secant": dict(rule="adamw", points=3),
     "adamw, no clip correction": dict(rule="adamw", products=lambda x, model: False),
+    "adamw, clip by LayerNorms alone": dict(rule="adamw", products=lambda x, model: over(x, model, "ln_")),
     "adamw, clip by all weights": dict(rule="adamw", products=lambda x, model: over(x, model, "")),
     "adamw, clip by squared norms": dict(rule="adamw", products=lambda x, model: torch.stack([exact.dot(g, g) for g in x])),
     "adamw2": dict(rule="adamw2"),
