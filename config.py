@@ -143,7 +143,7 @@ def main(run):
         sys.exit(130)
     except (ValueError, OSError) as e:
         where = Path(traceback.extract_tb(e.__traceback__)[-1].filename).resolve()
-        if not isinstance(e, OSError) and where.parent != ROOT:
+        if not isinstance(e, OSError) and where.parent not in (ROOT, ROOT / "bench", ROOT / "experiments"):
             raise
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
