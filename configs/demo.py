@@ -16,9 +16,9 @@ learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 30
 
-rule = "adamw2"
-book_interval = 5
-audit_interval = 100
+rule = "adamw"
+book_interval = 10
+audit_interval = 150
 targets = "val:Python code,val:Topics"
 target_batch = 1
 
