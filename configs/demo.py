@@ -11,18 +11,18 @@ Expected: validation loss about 2.7 nats a byte, falling; each target's highest 
 data_dir = "data/python"
 batch_size = 8
 n_layer, n_head, n_embd = 4, 4, 160
-max_iters = 200
+max_iters = 150
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 30
 
-rule = "adamw"
+rule = "adamw2"
 book_interval = 10
-audit_interval = 150
+audit_interval = 100
 targets = "val:Python code,val:Topics"
 target_batch = 1
 
-eval_interval = 100
+eval_interval = 75
 eval_chunks = 12
 log_interval = 20
-checkpoint_interval = 100
+checkpoint_interval = 75
