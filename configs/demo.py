@@ -4,8 +4,9 @@ A small GPT on the text every Python installation carries, for a CPU: two target
     python prepare_pile.py --source=python --tokenizer=byte --block_size=256 --val_fraction=0.05 --data_dir=data/python
     python train.py config/demo.py
 
-Machine: two CPU cores, about two minutes.
-Expected: validation loss about 2.7 nats a byte, falling; each target's highest median value comes from its own kind of text.
+Machine: two CPU cores, two to three minutes.
+Expected: validation loss about 2.7 nats a byte, falling; a code target is helped most by code, by median; the books close to 1 %;
+the audited step agrees with its exact Shapley values.
 """
 
 data_dir = "data/python"
