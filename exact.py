@@ -20,6 +20,7 @@ import math
 import numpy as np
 import torch
 
+ENUMERATE = 12  # players up to which solve runs through every subset
 FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)  # of the second moment, as a share of its mean over the tensor
 
 # -----------------------------------------------------------------------------
@@ -168,6 +169,14 @@ def leave_one_in(utility, n):
     return np.stack([np.asarray(utility(np.arange(n) == i), float) for i in range(n)])
 
 
+def solve(utility, n, permutations=200, tolerance=0.0, seed=0, progress=iter):
+    """(values, standard errors) of shapley for up to ENUMERATE players, where the errors are 0, and of monte_carlo above."""
+    if n > ENUMERATE:
+        return monte_carlo(utility, n, permutations, tolerance, seed, progress)
+    values = shapley(utility, n, progress)
+    return values, np.zeros_like(values)
+
+
 def agreement(values, truth):
     """How close values (n,) are to the truth (n,): Pearson, Spearman, root mean square error, relative L2 distance."""
     from scipy import stats
@@ -218,27 +227,19 @@ def slope(q, g):
     return q["b"] / s - torch.where(r > 0, (q["a"] * q["m"] + q["b"] * g) * q["d"] * g / (r * s**2), 0.0)
 
 
-def floored(q, floor):
-    return dict(q, v=torch.maximum(q["v"], floor * q["v"].mean()))
+def expected_secant(q, floor=FLOORS["adamw"]):
+    """secant(g) as g is expected before the batch is seen, the mean field: from the bias-corrected moments mhat for g, vhat for g^2."""
+    m, v = q["m"], torch.maximum(q["v"], floor * q["v"].mean())
+    mhat, vhat = m / (1 - q["beta1"] ** (q["t"] - 1)), v / (1 - q["beta2"] ** (q["t"] - 1))
+    r0, r = (q["c"] * v).sqrt(), (q["c"] * v + q["d"] * vhat).sqrt()
+    s0, s = r0 + q["eps"], r + q["eps"]
+    return q["b"] / s - q["a"] * m * q["d"] * mhat / (s * s0 * (r + r0))
 
 
-def expected_secant(q, points=0):
-    """secant(g) as g is expected before the batch is seen, from the bias-corrected moments mhat, vhat.
-
-    points = 0: the mean field, mhat for g and vhat for g^2. 3: E[secant(g)], g ~ N(mhat, vhat - mhat^2), by Gauss-Hermite points."""
-    mhat, vhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1)), q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
-    if points == 0:
-        r0, r = (q["c"] * q["v"]).sqrt(), (q["c"] * q["v"] + q["d"] * vhat).sqrt()
-        s0, s = r0 + q["eps"], r + q["eps"]
-        return q["b"] / s - q["a"] * q["m"] * q["d"] * mhat / (s * s0 * (r + r0))
-    sd = (vhat - mhat**2).clamp(min=0).sqrt()
-    return sum(weight * secant(q, mhat + z * sd) for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)])
-
-
-def linear_denominator(q, g_k, floor=FLOORS["adamw_linear"]):
-    """The denominator of adamw_linear; at t = 1, where v = 0, the target's own gradient stands in for the batch's."""
+def linearised(q, g_k=0.0, floor=FLOORS["adamw_linear"]):
+    """The secant at g = 0, with a floor; at t = 1, where v = 0, the target's own gradient stands in for the batch's."""
     scale, v = (q["c"], q["v"]) if q["t"] > 1 else (q["d"], g_k**2)
-    return (scale * torch.maximum(v, floor * v.mean())).sqrt() + q["eps"]
+    return q["b"] / ((scale * torch.maximum(v, floor * v.mean())).sqrt() + q["eps"])
 
 
 def displaced(model, steps):
@@ -250,14 +251,13 @@ def displaced(model, steps):
     return twin
 
 
-def directions(model, optimizer, loss, rule, lr, g=None, kappa=1.0, lookahead=True, points=0, floor=None, known=None):
+def directions(model, optimizer, loss, rule, lr, g, kappa=1.0, lookahead=True, expected=expected_secant, floor=FLOORS["adamw_linear"], known=None):
     """The rule's direction for the target loss(model), one float64 tensor a parameter: what <x_i, .> is to be taken with.
 
-    One-pass rules: before clipping, and g, kappa are not used. Two-pass rules: g the batch's gradient before clipping, kappa the
-    clip coefficient, which is in the direction. lookahead, points, floor, known: the parts of `adamw`; known: per parameter None or
-    a bool tensor of the rows whose secant is taken at kappa g. ValueError for an unknown rule.
+    g: the batch's gradient before clipping, kappa the clip coefficient; it is in the direction of two-pass rules, not of one-pass ones.
+    floor: of `adamw_linear`. lookahead, expected, known: the parts of `adamw`; expected: from adamw_pieces of a parameter its secant,
+    known: per parameter None or a bool tensor of the rows whose secant is taken at kappa g. ValueError for an unknown rule.
     """
-    floor = FLOORS.get(rule) if floor is None else floor
     params = [p.detach().double() for p in model.parameters()]
     here = displaced(model, [torch.zeros_like(p) for p in params])
     if rule == "sgd":
@@ -265,26 +265,19 @@ def directions(model, optimizer, loss, rule, lr, g=None, kappa=1.0, lookahead=Tr
     if rule == "sgd2":
         g_k = gradient(displaced(model, [-lr * kappa * g_p / 2 for g_p in g]), loss)
         return clip_path(lr, kappa, g, g_k, [1.0] * len(g), [1.0] * len(g))
-    q = adamw_pieces(model, optimizer)
-    if rule == "adamw_linear" or (rule == "adamw" and q[0]["t"] == 1):
-        g_k = gradient(here, loss)
-        return [
-            lr * q_p["b"] * g_p / linear_denominator(q_p, g_p, floor if rule == "adamw_linear" else FLOORS["adamw_linear"])
-            for q_p, g_p in zip(q, g_k)
-        ]
+    q, taken = adamw_pieces(model, optimizer), [kappa * g_p for g_p in g]
     empty = [-lr * (q_p["wd"] * p + step_direction(q_p, torch.zeros_like(p))) for q_p, p in zip(q, params)]
+    first = q[0]["t"] == 1
+    if rule == "adamw_linear":
+        return [lr * g_p * linearised(q_p, g_p, floor) for q_p, g_p in zip(q, gradient(here, loss))]
     if rule == "adamw":
-        g_k = gradient(displaced(model, empty) if lookahead else here, loss)
-        if points is None:
-            factors = [q_p["b"] / linear_denominator(q_p, 0) for q_p in q]
-        else:
-            factors = [expected_secant(floored(q_p, floor), points) for q_p in q]
-        for factor, q_p, g_p, rows in zip(factors, q, g, known or [None] * len(q)):
+        g_k = gradient(displaced(model, empty) if lookahead and not first else here, loss)
+        factors = [linearised(q_p, g_p) if first else expected(q_p) for q_p, g_p in zip(q, g_k)]
+        for factor, q_p, g_p, rows in zip(factors, q, taken, known or [None] * len(q)):
             if rows is not None:
-                factor[rows] = secant(q_p, kappa * g_p)[rows]
+                factor[rows] = secant(q_p, g_p)[rows]
         return [lr * g_p * factor for g_p, factor in zip(g_k, factors)]
     if rule == "adamw2":
-        taken = [kappa * g_p for g_p in g]
         to_mid = [e - lr * secant(q_p, g_p) * g_p / 2 for e, q_p, g_p in zip(empty, q, taken)]
         g_k = gradient(displaced(model, to_mid), loss)
         return clip_path(lr, kappa, g, g_k, [secant(q_p, g_p) for q_p, g_p in zip(q, taken)], [slope(q_p, g_p) for q_p, g_p in zip(q, taken)])
@@ -306,29 +299,24 @@ def clip_coefficient(gradients, grad_clip):
     return min(1.0, grad_clip / (float(torch.sqrt(dot(gradients, gradients))) + 1e-6)) if grad_clip else 1.0
 
 
-def inner_products(x, chosen):
-    """q_i = <x_i, g> over the chosen parameters, or rows of them, bool each: what the clip correction goes by."""
-    x = [[g[use] for g, use in zip(x_i, chosen) if torch.is_tensor(use) or use] for x_i in x]
-    g = [sum(parts) for parts in zip(*x)]
-    return torch.stack([dot(x_i, g) for x_i in x])
+def inner_products(x, rows):
+    """q_i = <x_i, g> over the rows, bool, of each parameter (None: none of it): what the clip correction goes by."""
+    x = [torch.cat([g[r].flatten() for g, r in zip(x_i, rows) if r is not None]) for x_i in x]
+    return torch.stack(x) @ sum(x)
 
 
-def rule_values(model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=None, **parts):
+def rule_values(model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=None, known=None, **parts):
     """The rule's values of the players x (example_gradients' result) for K losses: float64 (B, K).
 
-    products: q_i (B,) of the clip correction of `adamw`; default the inner_products over the one-dimensional weights (LayerNorm's)
-    and the known rows (where there is neither: no correction), False: no correction. parts: see `directions`. Model and optimizer
-    as they are before the step, untouched.
+    products: q_i (B,) of the clip correction of `adamw`; default the inner_products over the known rows, False (and where none are known):
+    no correction. known and other parts: see `directions`. Model and optimizer as they are before the step, untouched.
     """
     g = [sum(parts) for parts in zip(*x)]
     kappa, columns = clip_coefficient(g, grad_clip), []
     if products is None:
-        chosen = [p.dim() == 1 and name.endswith("weight") for name, p in model.named_parameters()]
-        known = parts.get("known") if optimizer.state else None  # at the first step no secant is predicted
-        chosen = [use if rows is None else rows for use, rows in zip(chosen, known or [None] * len(chosen))]
-        products = inner_products(x, chosen) if any(torch.is_tensor(use) or use for use in chosen) else False
+        products = inner_products(x, known) if known else False
     for loss in losses:
-        h = directions(model, optimizer, loss, rule, lr, g, kappa, **parts)
+        h = directions(model, optimizer, loss, rule, lr, g, kappa, known=known, **parts)
         d = torch.stack([dot(x_i, h) for x_i in x])
         if rule in ("sgd", "adamw_linear", "adamw"):
             d = kappa * d
@@ -338,15 +326,18 @@ def rule_values(model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=N
     return torch.stack(columns, 1)
 
 
-def token_rows(model, X, Y):
-    """Per parameter the rows of the tokens in X or Y, bool, where its rows are tokens (attribute `tokens`); else None."""
-    seen = torch.cat([X.flatten(), Y.flatten()])
-    return [torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True) if hasattr(p, "tokens") else None for p in model.parameters()]
+def known_rows(model, X, Y):
+    """Per parameter which rows' gradient a run keeps chunk by chunk, bool: of weights whose rows are tokens (attribute `tokens`)
+    those of the tokens in X or Y, of one-dimensional weights (LayerNorm's) all; None for the others."""
+    seen, rows = torch.cat([X.flatten(), Y.flatten()]), []
+    for name, p in model.named_parameters():
+        norm = p.dim() == 1 and name.endswith("weight")
+        mask = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True) if hasattr(p, "tokens") else torch.ones(len(p), dtype=torch.bool)
+        rows.append(mask if norm or hasattr(p, "tokens") else None)
+    return rows
 
 
-def values(model, optimizer, X, Y, targets, rule, lr, grad_clip=0.0, **options):
-    """rule_values of a language model's step on the global batch X, Y (B, T). targets: K pairs (X, Y), Y = -1 where nothing is predicted.
-
-    With `adamw` the secant of the batch's own tokens' rows is known, where the model marks weights whose rows are tokens."""
-    options = {"known": token_rows(model, X, Y), **options}
-    return rule_values(model, optimizer, chunk_gradients(model, X, Y), list(itertools.starmap(batch_loss, targets)), rule, lr, grad_clip, **options)
+def values(model, optimizer, X, Y, targets, rule, lr, grad_clip=0.0):
+    """rule_values of a language model's step on the global batch X, Y (B, T). targets: K pairs (X, Y), Y = -1 where nothing is predicted."""
+    x, losses = chunk_gradients(model, X, Y), list(itertools.starmap(batch_loss, targets))
+    return rule_values(model, optimizer, x, losses, rule, lr, grad_clip, known=known_rows(model, X, Y))

@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
         if hb is not None:
             gb_BO = gy.sum(1, dtype=hb.dtype)
             gb, values = gb_BO.sum(0), values + gb_BO @ hb.t()
-        if rows is not None:
+        if ctx.needs_input_grad[6]:
             each = (gy[..., rows].mT @ x.to(gy.dtype)).to(hw.dtype)
         return gx, gw, gb, None, None, values, each, None, None
 
@@ -162,7 +162,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, gy):
         idx, h, rows = ctx.saved_tensors
         gw, each = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False) if ctx.needs_input_grad[1] else None, None
-        if rows is not None:
+        if ctx.needs_input_grad[4]:
             place = torch.searchsorted(rows, idx.contiguous()).clamp(max=len(rows) - 1)  # (B, T)
             found = (rows[place] == idx)[..., None]
             place = place + len(rows) * torch.arange(len(idx), device=idx.device)[:, None]  # each chunk has rows of its own

@@ -22,17 +22,17 @@ Floor: v is at least 1e-2 (`adamw_linear`) or 1e-4 (`adamw`) x its mean over the
 dead units) these formulas are unbounded. At t = 1 there is no v: both take the target's own gradient for the batch's, the
 denominator being sqrt(d max(g_k^2, 1e-2 mean g_k^2)) + eps. The first EARLY steps are marked in the ledger: every rule is rough there.
 
-`adamw` predicts the secant from m and v, but a rare word's row moves as nothing before foretold. The rows of the batch's own tokens,
-in weights with an attribute `tokens`, are known before the step: each chunk's gradient of these rows alone is kept, and contracted
-with lr g_k(w_empty) sec(kappa g) after the backward (at most ROWS elements of them; those of the largest predicted directions).
+`adamw` predicts the secant from m and v, but a rare word's row moves as nothing before foretold. For the rows of the batch's own
+tokens (in weights with an attribute `tokens`) and for the LayerNorms' weights, each chunk's own gradient is kept and, after the
+backward, contracted with lr g_k(w_empty) sec(kappa g): at most ROWS elements, those of the largest predicted directions.
 
 Clipping depends on the whole batch, so a chunk has a part in it. Two passes take the path of the clipped step exactly:
     h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)},  p = g_k D'(kappa g), u = g / |g|     (sgd2: sec = D' = 1)
-one pass (`adamw`) corrects its values d_i afterwards, with q_i = <x_i, g> over the LayerNorms' weights and the rows of the batch's
-tokens, where each chunk's gradient is at hand (it does as well as over all weights: experiments/fidelity.py):
+one pass (`adamw`) corrects its values d_i afterwards, with q_i = <x_i, g> over what was kept of each chunk's gradient (it does as
+well as over all weights: experiments/fidelity.py):
     value_i = kappa (1 + ln(1/kappa)) d_i - kappa ln(1/kappa) (sum_j d_j) q_i / sum_j q_j
 
-The scalars (lr, b, kappa) multiply the values, not the direction. Books, of measured steps and per target, in nats:
+lr and kappa multiply the values, not the direction. Books, of measured steps and per target, in nats:
     before - after = data + momentum + decay + residual,  data = sum_i value_i, momentum = lr <g_k, D(0)>, decay = lr wd <g_k, w>
 with g_k halfway between w and w_empty in the last two. A measured step costs the targets' pass once more, and two forwards.
 
@@ -57,7 +57,6 @@ TWO_PASS = ("sgd2", "adamw2")
 FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
 ROWS = 2**27
 EARLY = 3
-ENUMERATE = 12  # chunks of a batch up to which an audit runs through every subset
 BLOCK = 2**17  # elements worked on at a time on CPU, so that the passes over them stay in cache
 TINY = torch.finfo(torch.float32).tiny
 
@@ -162,9 +161,9 @@ class Valuation:
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
-        norms = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}  # the LayerNorms'
-        self.norms = norms if rule == "adamw" else {}
-        self.embeddings = [p for p in self.params if hasattr(p, "tokens")] if rule == "adamw" else []
+        norm = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}  # the LayerNorms'
+        token = {n: p for n, p in model.named_parameters() if hasattr(p, "tokens")}
+        self.keeping = norm | token if rule == "adamw" else {}  # of these each chunk's own gradient
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
@@ -176,7 +175,7 @@ class Valuation:
         if step:
             books.add_visits(books.read_visits(run), self.total, self.used)
         self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
-        self.info |= dict(grad_norm_over=list(self.norms)) if self.norms else {}
+        self.info |= dict(grad_norm_over=[n + ", rows of the batch's tokens" * (n in token) for n in self.keeping]) if self.keeping else {}
         self.info["targets"] = [self.describe(k) for k in range(K)]
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
         self.domain_momentum = [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
@@ -225,29 +224,35 @@ class Valuation:
         with self.evaluating():
             return torch.stack([sum(self.loss(X, Y) * share for X, Y, share in self.target_batches(k)) for k in range(len(self.targets))])
 
+    def target_gradient(self, k):
+        """Target k's loss at the weights as they are, and its gradient, a tensor a parameter. Leaves no .grad behind; dropout off."""
+        total = 0.0
+        with self.evaluating():
+            for X, Y, share in self.target_batches(k):
+                loss = self.loss(X, Y) * share
+                loss.backward()
+                total = total + loss.detach()
+        gradient = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        return total, gradient
+
     def target_gradients(self):
-        """Sets self.grads, per parameter (K, *shape); returns the losses (K,). Leaves no .grad behind, and dropout off meanwhile."""
-        K, losses, grads = len(self.targets), [], None
+        """Sets self.grads, per parameter (K, *shape); returns the losses (K,)."""
+        K, losses, grads = len(self.targets), [], self.grads
         if K == 1:  # the new gradients take the place of the old directions
-            self.grads = None
+            self.grads = grads = None
             for p in self.params:
                 p.h = None
-        with self.evaluating():
-            for k in range(K):
-                total = 0.0
-                for X, Y, share in self.target_batches(k):
-                    loss = self.loss(X, Y)
-                    (loss * share).backward()
-                    total = total + loss.detach() * share
-                losses.append(total)
-                if K == 1:
-                    grads = [p.grad[None] for p in self.params]
-                else:
-                    grads = grads or self.grads or [p.new_empty(K, *p.shape) for p in self.params]
-                    for g, p in zip(grads, self.params):
-                        g[k] = p.grad
-                for p in self.params:
-                    p.grad = None
+        for k in range(K):
+            loss, gradient = self.target_gradient(k)
+            losses.append(loss)
+            if K == 1:
+                grads = [g[None] for g in gradient]
+            else:
+                grads = grads or [p.new_empty(K, *p.shape) for p in self.params]
+                for g, g_k in zip(grads, gradient):
+                    g[k] = g_k
         self.grads = grads
         return torch.stack(losses)
 
@@ -302,7 +307,7 @@ class Valuation:
                 p.data = w
 
     def aim(self, batch=None):
-        """The targets' gradients where the rule wants them -> each parameter's .h (K, *shape), and self.scale for the values.
+        """The targets' gradients where the rule wants them -> each parameter's .h (K, *shape).
         batch: what the optimizer will take, kappa g, a tensor a parameter, for two-pass rules."""
         if self.grads is None or self.step % self.interval == 0:
             if self.rule in TWO_PASS:
@@ -313,120 +318,90 @@ class Valuation:
                     self.target_gradients()
             else:
                 self.book.before = self.target_gradients()
-        self.scale = self.lr * (self.directions_of_two(batch) if self.rule in TWO_PASS else self.directions_of_one())
-
-    def direction_buffer(self, p, g):
-        """Where p's direction goes: in place of the gradient, unless that serves again."""
-        if self.interval == 1:
-            return g
-        return p.h if getattr(p, "h", None) is not None else torch.empty_like(g)
+        for p, g in zip(self.params, self.grads):  # directions take the place of gradients, unless these serve again
+            if self.interval == 1:
+                p.h = g
+            elif getattr(p, "h", None) is None:
+                p.h = torch.empty_like(g)
+        if self.rule in TWO_PASS:
+            self.directions_of_two(batch)
+        else:
+            self.directions_of_one()
 
     @torch.no_grad()
     def directions_of_one(self):
-        """Sets .h; returns the scalar to multiply the values by, but lr and kappa."""
-        if self.rule == "sgd":
-            for p, g in zip(self.params, self.grads):
-                p.h = g
-            return 1.0
+        """self.grads -> .h, before lr and kappa."""
+        first = self.t == 1
         for p, g in zip(self.params, self.grads):
-            h = self.direction_buffer(p, g)
+            if self.rule == "sgd":
+                p.h = g
+                continue
+            kept = g[:, rows].clone() if (rows := self.rows.get(p)) is not None else None
             m, v, q = self.adamw(p)
-            for k in range(len(self.targets)):
-                if self.t == 1:
-                    floor = FLOORS["adamw_linear"] * g[k].square().mean()
-                    for h_n, g_n in blocks(h[k], g[k]):
-                        torch.div(g_n, denominator(g_n.square(), q.d, floor, q.eps), out=h_n)
-                elif self.rule == "adamw_linear":
-                    floor = FLOORS[self.rule] * v.mean()
-                    for h_n, g_n, v_n in blocks(h[k], g[k], v):
-                        torch.div(g_n, denominator(v_n, q.c, floor, q.eps), out=h_n)
-            if self.rule == "adamw" and self.t > 1:
-                floor = FLOORS[self.rule] * v.mean()
-                known = p in self.known and g[:, self.tokens]  # a copy: h may take g's place
-                for m_n, v_n, *pieces in blocks(m, v, *h, *g):
-                    factor = expected_secant(q, m_n, v_n, floor)
-                    for h_n, g_n in zip(pieces, pieces[len(h) :]):
-                        torch.mul(g_n, factor, out=h_n)
-                if p in self.known:
-                    self.know(p, h, known)
-            p.h = h
-        return q.b if self.t == 1 or self.rule == "adamw_linear" else 1.0
+            for h_k, g_k in zip(p.h, g):
+                v_k = g_k.square() if first else v
+                floor = FLOORS["adamw_linear" if first else self.rule] * v_k.mean()
+                for h_n, g_n, m_n, v_n in blocks(h_k, g_k, m, v_k):
+                    if self.rule == "adamw" and not first:
+                        torch.mul(g_n, expected_secant(q, m_n, v_n, floor), out=h_n)
+                    else:  # b goes into the denominator
+                        torch.div(g_n, denominator(v_n, (q.d if first else q.c) / q.b**2, floor, q.eps / q.b), out=h_n)
+            if kept is not None:
+                self.keep(p, kept)
 
-    def know(self, p, h, g):
-        """Takes the rows of the batch's tokens, whose targets' gradient is g (K, R, I), out of p's direction h: theirs comes later."""
-        rows, most = self.tokens, max(1, ROWS // (self.batch * p.shape[1]))
+    def keep(self, p, g):
+        """Takes p's rows that are kept, whose targets' gradient is g (K, R, ...), out of its direction: theirs comes after the backward."""
+        rows, most = self.rows[p], max(1, ROWS // (self.batch * p[0].numel()))
         if len(rows) > most:
-            chosen = h[:, rows].abs().sum((0, 2)).topk(most).indices.sort().values
-            rows, g = rows[chosen], g[:, chosen]
-        h[:, rows] = 0
-        p.rows, self.known[p] = rows, g
+            chosen = p.h[:, rows].abs().flatten(2).sum((0, 2)).topk(most).indices.sort().values
+            self.rows[p], g = rows[chosen], g[:, chosen]
+        p.h[:, self.rows[p]] = 0
+        self.kept[p] = g
 
     @torch.no_grad()
-    def value_known_rows(self):
-        """What those rows add to the chunks' values, now that the optimizer's gradient is known."""
-        for i, (p, g) in enumerate(self.known.items()):
-            m, v, q = self.adamw(p)
-            h = g * secant(q, m[p.rows], v[p.rows], p.grad[p.rows])
-            total = sum(part.rows[i].sum(0) for part in self.micro).flatten()
+    def value_kept(self):
+        """What the kept rows add to the chunks' values, now that the optimizer's gradient is known; and <x_i, g>, |x_i|^2 over them."""
+        for p, g in self.kept.items():
+            rows, (m, v, q) = self.rows[p], self.adamw(p)
+            h = (g * secant(q, m[rows], v[rows], p.grad[rows])).flatten(1)
+            total = sum(part.each[p].sum(0) for part in self.micro).flatten()
             for part in self.micro:
-                each = part.rows[i].flatten(1)
-                part.added, part.products = part.added + each @ h.flatten(1).t(), part.products + each @ total
-            p.rows = None
+                each = part.each[p].flatten(1)
+                part.added, part.products, part.squares = part.added + each @ h.t(), part.products + each @ total, part.squares + each.square().sum(1)
 
     @torch.no_grad()
     def directions_of_two(self, batch):
-        """Sets .h; returns kappa. batch: kappa g, a tensor a parameter."""
-        K, adamw = len(self.targets), self.rule == "adamw2"
+        """self.grads -> .h, before lr and kappa. batch: kappa g, a tensor a parameter."""
         weight = -torch.as_tensor(self.kappa).log()  # ln(1/kappa)
-        clipped = bool(weight > 0)
-        along = [0.0] * K  # <u, p_k> |batch|
+        clipped, along = bool(weight > 0), [0.0] * len(self.targets)  # <u, p_k> |batch|
         for p, g, taken in zip(self.params, self.grads, batch):
-            h = self.direction_buffer(p, g)
-            if adamw:
-                m, v, q = self.adamw(p)
-                for m_n, v_n, taken_n, *pieces in blocks(m, v, taken, *h, *g):
-                    factor, steep = secant(q, m_n, v_n, taken_n), None
-                    if clipped:
-                        steep = slope(q, m_n, v_n, taken_n)
-                        factor.add_(steep * weight)
-                        steep.mul_(taken_n)
-                    for k, (h_n, g_n) in enumerate(zip(pieces, pieces[K:])):
-                        if clipped:
-                            along[k] += torch.dot(steep, g_n)
-                        torch.mul(g_n, factor, out=h_n)
-            else:
+            m, v, q = self.adamw(p) if self.rule == "adamw2" else (taken, taken, None)
+            for m_n, v_n, taken_n, *pieces in blocks(m, v, taken, *p.h, *g):
+                factor = secant(q, m_n, v_n, taken_n) if q else torch.ones_like(taken_n)
                 if clipped:
-                    along = [a + torch.dot(taken.flatten(), g_k.flatten()) for a, g_k in zip(along, g)]
-                torch.mul(g, 1 + weight, out=h)
-            p.h = h
+                    steep = slope(q, m_n, v_n, taken_n) if q else factor
+                    factor, steep = factor + weight * steep, steep * taken_n
+                for k, (h_n, g_n) in enumerate(zip(pieces, pieces[len(g) :])):
+                    if clipped:
+                        along[k] += torch.dot(steep, g_n)
+                    torch.mul(g_n, factor, out=h_n)
         if clipped:
             square = sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch)
             for p, taken in zip(self.params, batch):
-                for k in range(K):
-                    p.h[k].sub_(taken * (weight * along[k] / square))
-        return self.kappa
+                for h_k, along_k in zip(p.h, along):
+                    h_k.sub_(taken * (weight * along_k / square))
 
     def credit(self):
         """What momentum and decay do to the targets' losses at this step, into the book: by the target's gradient halfway between
         the weights and where those two alone would land, so that data's part (from there on) and theirs add up to third order."""
-        momentum, decay, by_domain = [], [], []
-        with self.evaluating(), self.weights_at([self.landing(p, 0.5) for p in self.params]) as weights:
-            for k in range(len(self.targets)):
-                for X, Y, share in self.target_batches(k):
-                    (self.loss(X, Y) * share).backward()
-                gradients = [p.grad for p in self.params]
-                for p in self.params:
-                    p.grad = None
-                for entries, entry in zip((momentum, decay, by_domain), self.credit_of(gradients, weights)):
-                    entries.append(entry)
-        self.book.momentum, self.book.decay = torch.stack(momentum), torch.stack(decay)
-        self.book.by_domain = torch.stack(by_domain) if self.domain_momentum else None
+        with self.weights_at([self.landing(p, 0.5) for p in self.params]) as weights:
+            credits = [self.credit_of(self.target_gradient(k)[1], weights) for k in range(len(self.targets))]
+        self.book.momentum, self.book.decay, self.book.by_domain = map(torch.stack, zip(*credits))
 
     @torch.no_grad()
     def credit_of(self, gradients, weights):
-        """lr <g_k, D(0)>, lr wd <g_k, w>, and the first by domain or None, for one target's gradient."""
-        momentum = decay = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
-        by_domain = None
+        """lr <g_k, D(0)>, lr wd <g_k, w>, and the first by domain (0 if not followed), for one target's gradient."""
+        momentum = decay = by_domain = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
         for i, (p, g, w) in enumerate(zip(self.params, gradients, weights)):
             group, g = self.groups[p], self.lr * g.flatten()
             decay = decay + group["weight_decay"] * (g @ w.flatten())
@@ -436,7 +411,7 @@ class Valuation:
             momentum = momentum + g @ displacement(q, m, v).flatten()
             if self.domain_momentum:
                 g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
-                by_domain = (0.0 if by_domain is None else by_domain) + self.domain_momentum[i].flatten(1) @ g
+                by_domain = by_domain + self.domain_momentum[i].flatten(1) @ g
         return momentum, decay, by_domain
 
     # -------------------------------------------------------------------------
@@ -450,9 +425,8 @@ class Valuation:
         began = time.perf_counter()
         self.step, self.lr, self.kappa, self.truth = step, lr, 1.0, None
         self.t = 1 + next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
-        self.known = {p: None for p in self.embeddings} if tokens is not None and self.t > 1 else {}
-        if self.known:
-            self.tokens = torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
+        seen = None if tokens is None else torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
+        self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
         self.book = SimpleNamespace(due=step % self.book_interval == 0, before=None, after=None)
         if self.book.due:
             self.credit()
@@ -473,14 +447,11 @@ class Valuation:
             ledger = None if self.recompute or len(ids) < self.batch else ghost.Tape()
         else:
             ledger = self.zeros(len(ids), len(self.targets))
-            for p in self.norms.values():
-                p.each = self.zeros(len(ids), len(p))
-            for p in self.known:
-                p.each = self.zeros(len(ids), len(p.rows), p.shape[1])
+            for p, g in self.kept.items():
+                p.each, p.rows = self.zeros(len(ids), *g.shape[1:]), self.rows[p]
         rng = rng_state() if self.dropout else None
-        self.micro.append(
-            SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, each=None, rows=[], added=0.0, products=0.0, rng=rng)
-        )
+        part = dict(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, each={}, added=0.0, products=0.0, squares=0.0, rng=rng)
+        self.micro.append(SimpleNamespace(**part))
         return ledger
 
     def zeros(self, *shape):
@@ -491,11 +462,9 @@ class Valuation:
         """What the micro-batch just done left behind, before the next one replaces it."""
         if self.micro and self.micro[-1].ledger is not None and self.micro[-1].losses is None:
             self.micro[-1].losses = self.model.chunk_loss
-            if self.norms:
-                self.micro[-1].each = torch.cat([p.each.grad for p in self.norms.values()], 1)
-            self.micro[-1].rows = [p.each.grad for p in self.known]
-            for p in (*self.norms.values(), *self.known):
-                p.each = None
+            self.micro[-1].each = {p: p.each.grad for p in self.kept}
+            for p in self.kept:
+                p.each = p.rows = None
 
     def before_step(self, kappa=1.0):
         """Between clipping and the optimizer's step. kappa: the clip coefficient, a number or a tensor. Two-pass rules look at
@@ -505,7 +474,7 @@ class Valuation:
         began = time.perf_counter()
         self._collect()
         self.kappa = kappa
-        self.value_known_rows()
+        self.value_kept()
         batch = [p.grad for p in self.params]
         if self.rule in TWO_PASS:
             for p in self.params:
@@ -567,11 +536,7 @@ class Valuation:
             X, Y = (torch.as_tensor(a, device=self.params[0].device) for a in target.batch(self.picks(k, self.step - self.step % self.interval)))
             losses.append(exact.batch_loss(X, Y))
         step = exact.Step(self.model, self.optimizer, x, losses, self.grad_clip)
-        if self.batch <= ENUMERATE:
-            values = exact.shapley(step, self.batch, progress)
-            errors = np.zeros_like(values)
-        else:
-            values, errors = exact.monte_carlo(step, self.batch, self.audit_permutations, seed=self.step, progress=progress)
+        values, errors = exact.solve(step, self.batch, self.audit_permutations, seed=self.step, progress=progress)
         return SimpleNamespace(values=values, errors=errors, alone=exact.leave_one_out(step, self.batch), whole=step(np.ones(self.batch, bool)))
 
     @torch.no_grad()
@@ -593,19 +558,15 @@ class Valuation:
             return
         began = time.perf_counter()
         self._collect()
-        values = torch.cat([part.ledger.grad + part.added if part.values is None else part.values for part in self.micro]) * self.scale
-        kappa, each = torch.as_tensor(self.kappa, dtype=values.dtype, device=values.device), None
-        if self.rule not in TWO_PASS:
-            values = values * kappa
-        if self.norms:
-            each = torch.cat([part.each for part in self.micro])  # (B, width of all LayerNorms)
-            products = each @ each.sum(0)
-            if self.known:
-                products = products + torch.cat([part.products for part in self.micro])
+        values = torch.cat([part.ledger.grad + part.added if part.values is None else part.values for part in self.micro])
+        kappa, squares = torch.as_tensor(self.kappa, dtype=values.dtype, device=values.device), None
+        values = values * (self.lr * kappa)
+        if self.kept:
+            products, squares = (torch.cat([getattr(part, name) for part in self.micro]) for name in ("products", "squares"))
             values = values - kappa.log() * (values - values.sum(0) * (products / products.sum().clamp(min=TINY))[:, None])
         if self.book.due:
             self.book.after = self.target_losses()
-        step = dict(step=self.step, t=self.t, lr=self.lr, kappa=kappa, values=values, each=each, book=self.book, truth=self.truth)
+        step = dict(step=self.step, t=self.t, lr=self.lr, kappa=kappa, values=values, squares=squares, book=self.book, truth=self.truth)
         step |= dict(ids=np.concatenate([part.ids for part in self.micro]), losses=torch.cat([part.losses for part in self.micro]))
         self.pending.append(SimpleNamespace(**step))
         self.micro = []
@@ -618,7 +579,7 @@ class Valuation:
             visits = np.zeros(len(closed.ids), self.visits.dtype)
             visits["step"], visits["chunk"], visits["early"] = closed.step, closed.ids, self.rule.startswith("adamw") and closed.t <= EARLY
             visits["loss"], visits["value"] = host(closed.losses), host(closed.values)
-            visits["grad_norm"] = np.nan if closed.each is None else self.batch * host(closed.each.norm(dim=1))
+            visits["grad_norm"] = np.nan if closed.squares is None else self.batch * host(closed.squares) ** 0.5
             bad = ~(np.isfinite(visits["loss"]) & np.isfinite(visits["value"]).all(1))
             if bad.any():
                 what = "loss" if not np.isfinite(visits["loss"]).all() else "value"

@@ -66,9 +66,24 @@ def numbers(text, kind=float):
 # the rules and their parts: name -> arguments of exact.rule_values
 
 
-def over(x, model, *names):
-    """q_i for the clip correction, over the parameters whose name holds one of names."""
-    return exact.inner_products(x, [any(part in name for part in names) for name, _ in model.named_parameters()])
+def hermite(q):
+    """E[secant(g)] for g ~ N(mhat, vhat - mhat^2), by three Gauss-Hermite points: instead of the mean field."""
+    q = dict(q, v=torch.maximum(q["v"], exact.FLOORS["adamw"] * q["v"].mean()))
+    mhat, vhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1)), q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
+    sd = (vhat - mhat**2).clamp(min=0).sqrt()
+    return sum(weight * exact.secant(q, mhat + z * sd) for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)])
+
+
+def floored(floor):
+    return lambda q: exact.expected_secant(q, floor)
+
+
+def norms_only(x, known):
+    return exact.inner_products(x, [rows if g.dim() == 1 else None for g, rows in zip(x[0], known)])
+
+
+def whole(x, known):
+    return exact.inner_products(x, [torch.ones_like(g, dtype=bool) for g in x[0]])
 
 
 RULES = {
@@ -78,50 +93,34 @@ RULES = {
     "adamw_linear": dict(rule="adamw_linear"),
     "adamw": dict(rule="adamw"),
     "adamw, no look-ahead": dict(rule="adamw", lookahead=False),
-    "adamw, no secant": dict(rule="adamw", points=None, known=None),
-    "adamw, tokens' rows predicted too": dict(rule="adamw", known=None),
-    "adamw, floor 1e-2": dict(rule="adamw", floor=1e-2),
-    "adamw, no floor": dict(rule="adamw", floor=0.0),
-    "adamw, 3-point secant": dict(rule="adamw", points=3),
-    "adamw, no clip correction": dict(rule="adamw", products=lambda x, model: False),
-    "adamw, clip by LayerNorms alone": dict(rule="adamw", products=lambda x, model: over(x, model, "ln_")),
-    "adamw, clip by all weights": dict(rule="adamw", products=lambda x, model: over(x, model, "")),
-    "adamw, clip by squared norms": dict(rule="adamw", products=lambda x, model: torch.stack([exact.dot(g, g) for g in x])),
+    "adamw, no secant": dict(rule="adamw", expected=exact.linearised, known=None),
+    "adamw, every secant predicted": dict(rule="adamw", known=None),
+    "adamw, floor 1e-2": dict(rule="adamw", expected=floored(1e-2)),
+    "adamw, no floor": dict(rule="adamw", expected=floored(0.0)),
+    "adamw, 3-point secant": dict(rule="adamw", expected=hermite),
+    "adamw, no clip correction": dict(rule="adamw", products=lambda x, known: False),
+    "adamw, clip by LayerNorms alone": dict(rule="adamw", products=norms_only),
+    "adamw, clip by all weights": dict(rule="adamw", products=whole),
+    "adamw, clip by squared norms": dict(rule="adamw", products=lambda x, known: torch.stack([exact.dot(g, g) for g in x])),
     "adamw2": dict(rule="adamw2"),
-}
+}  # fmt: skip
+MAIN = ("sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw", "adamw2", "leave-one-out")
 
 
 def judge_step(model, optimizer, X, Y, loss, lr, clip, permutations):
     """One row a rule: its values of the coming step against the truth."""
-    x = exact.chunk_gradients(model, X, Y)
+    x, known = exact.chunk_gradients(model, X, Y), exact.known_rows(model, X, Y)
     step = exact.Step(model, optimizer, x, [loss], clip)
-    if len(x) <= 12:
-        truth, error = exact.shapley(step, len(x))[:, 0], 0.0
-    else:
-        truth, errors = exact.monte_carlo(step, len(x), permutations, tolerance=0.02)
-        truth, error = truth[:, 0], float(np.sqrt(np.mean(errors**2)) / np.sqrt(np.mean(truth**2)))
-    kappa = exact.clip_coefficient([sum(g) for g in zip(*x)], clip)
-    rows = []
+    truth, errors = (a[:, 0] for a in exact.solve(step, len(x), permutations, tolerance=0.02))
+    rms = float(np.sqrt(np.mean(truth**2)))
+    common = dict(kappa=exact.clip_coefficient([sum(g) for g in zip(*x)], clip), truth_rms=rms, truth_error=float(np.sqrt(np.mean(errors**2)) / rms))
+    found = {}
     for name, arguments in RULES.items():
-        arguments = {"known": exact.token_rows(model, X, Y), **arguments}
-        if "products" in arguments:
-            arguments["products"] = arguments["products"](x, model)
-        values = exact.rule_values(model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments)[:, 0].numpy()
-        rows.append(
-            dict(
-                name=name,
-                kappa=kappa,
-                truth_error=error,
-                truth_rms=float(np.sqrt(np.mean(truth**2))),
-                sum_ratio=float(values.sum() / truth.sum()),
-                **exact.agreement(values, truth),
-            )
-        )
-    alone = exact.leave_one_out(step, len(x))[:, 0]
-    rows.append(
-        dict(name="leave-one-out", kappa=kappa, truth_error=error, truth_rms=rows[0]["truth_rms"], sum_ratio=1.0, **exact.agreement(alone, truth))
-    )
-    return rows
+        arguments = {"known": known, "products": exact.inner_products, **arguments}
+        arguments["products"] = arguments["products"](x, known)
+        found[name] = exact.rule_values(model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments)[:, 0].numpy()
+    found["leave-one-out"] = exact.leave_one_out(step, len(x))[:, 0]
+    return [dict(name=name, **common, sum_ratio=float(v.sum() / truth.sum()), **exact.agreement(v, truth)) for name, v in found.items()]
 
 
 def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
@@ -170,7 +169,7 @@ def run(cfg):
     prepare(cfg)
     vocabs, seeds = cfg.vocabs.split(","), numbers(cfg.seeds, int)
     jobs = [(v, lr, clip, 8, seed) for seed, v, lr, clip in product(seeds, vocabs, numbers(cfg.lrs), numbers(cfg.clips))]
-    jobs[len(jobs) // len(seeds) : 0] = [(v, 6e-4, 1.0, 16, seeds[0]) for v in vocabs]
+    jobs = [(v, 6e-4, 1.0, 16, seeds[0]) for v in vocabs[::-1]] + jobs  # the longest first
     with open(Path(cfg.out, "rows.jsonl"), "w") as f, ProcessPoolExecutor(cfg.workers) as pool:
         futures = [pool.submit(train_and_judge, cfg, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
@@ -234,45 +233,57 @@ def mean_and_spread(rows, key):
     return f"{values.mean():.4f} ± {values.std(ddof=1) if len(values) > 1 else 0:.4f} ({values.min():.3f})"
 
 
+def summary(rows):
+    """Markdown: the main rules over every judged step of B = 8 after the warm-up, and of those the clipped and the others."""
+    rows = [r for r in rows if r["step"] > WARMUP and r["B"] == 8]
+    groups = [(v, clipped) for v in sorted({r["vocab"] for r in rows}) for clipped in (None, False, True)]
+    chosen = {g: [r for r in rows if r["vocab"] == g[0] and g[1] in (None, r["kappa"] < 1)] for g in groups}
+    if not rows:
+        return []
+    lines = ["### After the warm-up, B = 8: mean Pearson (lowest), median relative L2", ""]
+    which = {None: "all", False: "not clipped", True: "clipped"}
+    titles = [f"{v}, {which[c]}: {sum(r['name'] == 'sgd' for r in chosen[v, c])} steps" for v, c in groups]
+    lines += ["| rule | " + " | ".join(titles) + " |", "|---" * (1 + len(groups)) + "|"]
+    for name in MAIN:
+        cells = []
+        for g in groups:
+            pearson, l2 = (np.array([r[key] for r in chosen[g] if r["name"] == name]) for key in ("pearson", "rel_l2"))
+            cells.append(f"{pearson.mean():.4f} ({pearson.min():.3f}), {np.median(l2):.0%}" if len(pearson) else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def rule_tables(rows):
     """Markdown: mean ± standard deviation over steps and seeds (lowest) of Pearson, and more, by vocabulary and clipping."""
-    lines = []
-    for vocab, B in sorted({(r["vocab"], r["B"]) for r in rows}):
-        for clipped in (False, True):
-            some = [r for r in rows if (r["vocab"], r["B"]) == (vocab, B) and r["step"] > WARMUP and (r["kappa"] < 1) == clipped]
-            if not some:
-                continue
-            n, kappa = len({(r["lr"], r["clip"], r["seed"], r["step"]) for r in some}), min(r["kappa"] for r in some)
-            lines += [
-                f"### {vocab} vocabulary, B = {B}, "
-                + (f"clipping active (kappa down to {kappa:.2f})" if clipped else "not clipped")
-                + f": {n} steps",
-                "",
-            ]
-            lines += [
-                "| rule | Pearson, mean ± sd (lowest) | Spearman | RMSE, 1e-6 nats | relative L2, median | sum / truth, median |",
-                "|---|---|---|---|---|---|",
-            ]
-            for name in [*RULES, "leave-one-out"]:
-                of = [r for r in some if r["name"] == name]
-                figures = f"{np.mean([r['spearman'] for r in of]):.3f} | {1e6 * np.mean([r['rmse'] for r in of]):.1f}"
-                figures += f" | {np.median([r['rel_l2'] for r in of]):.1%} | {np.median([r['sum_ratio'] for r in of]):.2f}"
-                lines.append(f"| {name} | {mean_and_spread(of, 'pearson')} | {figures} |")
-            lines.append("")
-    lines += ["### By learning rate (B = 8, after the warm-up): mean Pearson (lowest)", ""]
-    lrs = sorted({r["lr"] for r in rows})
-    cells = list(product(sorted({r["vocab"] for r in rows}), lrs))
-    lines += ["| rule | " + " | ".join(f"{v}, {lr:g}" for v, lr in cells) + " |", "|---" * (1 + len(cells)) + "|"]
-    for name in ("sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw", "adamw2", "leave-one-out"):
-        row = []
-        for v, lr in cells:
-            of = [r["pearson"] for r in rows if (r["name"], r["vocab"], r["lr"], r["B"]) == (name, v, lr, 8) and r["step"] > WARMUP]
-            row.append(f"{np.mean(of):.4f} ({min(of):.3f})" if of else "-")
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    lines += ["", f"### In the warm-up (B = 8, step {min(r['step'] for r in rows)}): mean Pearson (lowest)", "", "| rule | Pearson |", "|---|---|"]
-    for name in ("sgd", "adamw_linear", "adamw", "adamw2", "leave-one-out"):
-        of = [r for r in rows if r["name"] == name and r["step"] < WARMUP and r["B"] == 8]
-        lines.append(f"| {name} | {mean_and_spread(of, 'pearson')} |")
+    lines = summary(rows)
+    for vocab, B, clipped in product(sorted({r["vocab"] for r in rows}), sorted({r["B"] for r in rows}), (False, True)):
+        some = [r for r in rows if (r["vocab"], r["B"]) == (vocab, B) and r["step"] > WARMUP and (r["kappa"] < 1) == clipped]
+        if not some:
+            continue
+        n = len({(r["lr"], r["clip"], r["seed"], r["step"]) for r in some})
+        how = f"clipping active (kappa down to {min(r['kappa'] for r in some):.2f})" if clipped else "not clipped"
+        lines += [f"### {vocab} vocabulary, B = {B}, {how}: {n} steps", ""]
+        lines += ["| rule | Pearson, mean ± sd (lowest) | Spearman | RMSE, 1e-6 nats | relative L2, median | sum / truth, median |", "|---" * 6 + "|"]
+        for name in [*RULES, "leave-one-out"]:
+            of = [r for r in some if r["name"] == name]
+            figures = f"{np.mean([r['spearman'] for r in of]):.3f} | {1e6 * np.mean([r['rmse'] for r in of]):.1f}"
+            figures += f" | {np.median([r['rel_l2'] for r in of]):.1%} | {np.median([r['sum_ratio'] for r in of]):.2f}"
+            lines.append(f"| {name} | {mean_and_spread(of, 'pearson')} | {figures} |")
+        lines.append("")
+    lines += ["### By setting (B = 8, after the warm-up): mean Pearson (lowest)", ""]
+    settings = sorted({(r["vocab"], r["lr"], r["clip"]) for r in rows if r["B"] == 8})
+    lines += ["| rule | " + " | ".join(f"{v}, {lr:g}, clip {clip:g}" for v, lr, clip in settings) + " |", "|---" * (1 + len(settings)) + "|"]
+    for name in MAIN:
+        cells = []
+        for setting in settings:
+            keys = (name, *setting, 8)
+            of = [r["pearson"] for r in rows if (r["name"], r["vocab"], r["lr"], r["clip"], r["B"]) == keys and r["step"] > WARMUP]
+            cells.append(f"{np.mean(of):.4f} ({min(of):.3f})" if of else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    early = [r for r in rows if r["step"] < WARMUP and r["B"] == 8]
+    if early:
+        lines += ["", f"### In the warm-up (B = 8, step {early[0]['step']}): mean Pearson ± sd (lowest)", "", "| rule | Pearson |", "|---|---|"]
+        lines += [f"| {name} | {mean_and_spread([r for r in early if r['name'] == name], 'pearson')} |" for name in MAIN]
     return lines
 
 
@@ -300,11 +311,10 @@ def figure(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = ["sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw", "adamw2", "leave-one-out"]
     vocabs = sorted({r["vocab"] for r in rows})
     fig, axes = plt.subplots(1, len(vocabs), figsize=(5 * len(vocabs), 3.6), sharey=True, squeeze=False)
     for ax, vocab in zip(axes[0], vocabs):
-        for x, name in enumerate(names):
+        for x, name in enumerate(MAIN):
             for clipped, marker, shift in ((False, "o", -0.12), (True, "x", 0.12)):
                 of = [r for r in rows if (r["vocab"], r["name"], r["kappa"] < 1) == (vocab, name, clipped) and r["step"] > WARMUP]
                 of = [max(1 - r["pearson"], 1e-6) for r in of]
@@ -312,7 +322,7 @@ def figure(rows, path):
                 ax.plot([x + shift] * len(of), of, marker, color=f"C{int(clipped)}", markersize=4, alpha=0.6, label=label)
         ax.set_yscale("log")
         ax.set_title(f"{vocab} vocabulary")
-        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        ax.set_xticks(range(len(MAIN)), MAIN, rotation=30, ha="right")
         ax.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("1 - Pearson with exact Shapley")
     axes[0, 0].legend()
@@ -330,7 +340,7 @@ def main(cfg):
     if cfg.part in ("all", "targets"):
         run_targets(cfg)
     rows, targets = read(out / "rows.jsonl"), read(out / "targets.jsonl")
-    lines = [*(rule_tables(rows) if rows else []), *target_table(targets)]
+    lines = [*(rule_tables(rows) if rows else []), *(target_table(targets) if targets else [])]
     (out / "table.md").write_text("\n".join(lines) + "\n")
     if rows:
         figure(rows, out / "fidelity.png")

@@ -383,7 +383,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
     out = tmp_path / "run"
     more = ("--optimizer=sgd", f"--rule={rule}", "--grad_clip=0", "--decay_lr=False")
     run(python_data, out, *more, "--max_iters=3", "--learning_rate=1e-3", "--lr_decay_iters=3")
-    kept = (out / "ckpt.pt").read_bytes()
     state = torch.load(out / "ckpt.pt", weights_only=True)
     state["model"]["transformer.ln_f.weight"][0] = 3e38  # the weights diverge: the next losses overflow
     state["config"]["max_iters"] = 9
@@ -396,7 +395,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
         assert line.startswith("error: step 3: the loss of chunks")
         assert all(str(i) in line for i in ids)
         assert len(read_visits(out)) == 12
-    assert (out / "ckpt.pt").read_bytes() == spoiled and len(kept)
+    assert (out / "ckpt.pt").read_bytes() == spoiled
 
 
 def starved_run(argv, log, limit):
@@ -469,11 +468,13 @@ def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw2"])
 def test_compiled_values_equal_eager_ones(python_data, tmp_path, rule):
+    """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently."""
     more = (f"--rule={rule}", "--n_layer=1", "--max_iters=3", "--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=0", TWO)
+    more += ("--dtype=float64",)
     run(python_data, tmp_path / "eager", *more)
     run(python_data, tmp_path / "compiled", *more, "--compile")
     eager, compiled = read_visits(tmp_path / "eager"), read_visits(tmp_path / "compiled")
-    assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-4 * np.linalg.norm(eager["value"])
+    assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(eager["value"])  # of what float32 on disk holds
     assert not any(key.startswith("_orig_mod") for key in weights(tmp_path / "compiled"))
 
 

@@ -92,10 +92,11 @@ def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
         (run_dir := tmp_path / str(i)).mkdir()
         run = Run(run_dir, dtype, rule, K, tie, bias)
         for step, (clip, micro_steps) in enumerate([(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]):
+            for group in run.optimizer.param_groups if "adamw" in rule else []:
+                # the first step is g / (|g| + eps), by elements: in float32 the sign of one that is zero but for rounding is noise
+                group["eps"] = 1e-3 if step == 0 and dtype == torch.float32 else 1e-8
             values, _, truth = run.step(step, clip=clip, micro_steps=micro_steps)
-            # at t = 1 AdamW steps by g / (|g| + eps): in float32 the sign of a gradient that is zero but for rounding is noise
-            noisy = rule == "adamw2" and step == 0 and dtype == torch.float32
-            assert relative(values, truth) < (5e-2 if noisy else tolerance), (tie, bias, step)
+            assert relative(values, truth) < tolerance, (tie, bias, step)
             assert truth.abs().min() > 0
 
 
@@ -279,24 +280,28 @@ def test_degenerate_first_steps_are_finite_and_right(tmp_path, rule, clip):
     assert {groups[p] for p in run.model.parameters()} == {0.0, 0.1}
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.3])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
-    """The game of the real step, by all 2^4 subsets, at the steps after the first three."""
-    agreements = {}
+    """The game of the real step, by all 2^4 subsets, after a warm-up of 20 steps; the clip acts on all of the steps judged."""
+    agreements, kappas = {}, []
     for rule in ("sgd", "adamw", "adamw2"):
         (run_dir := tmp_path / rule).mkdir()
         run, agreements[rule] = Run(run_dir, torch.float64, rule), []
-        for step in range(8):
+        for step in range(26):
             X, Y = tokens(run, step)
-            for group in run.optimizer.param_groups:
-                group["lr"] = 1e-3
-            game = exact.Step(run.model, run.optimizer, exact.chunk_gradients(run.model, X, Y), target_losses(run), clip)
-            truth = exact.shapley(game, B)[:, 0]
+            if step >= 20:
+                x = exact.chunk_gradients(run.model, X, Y)
+                kappas.append(exact.clip_coefficient([sum(parts) for parts in zip(*x)], clip))
+                for group in run.optimizer.param_groups:
+                    group["lr"] = 1e-3
+                truth = exact.shapley(exact.Step(run.model, run.optimizer, x, target_losses(run), clip), B)[:, 0]
             values, _, _ = run.step(step, lr=1e-3, clip=clip)
-            agreements[rule].append(exact.agreement(values[:, 0].numpy(), truth))
-    late = {rule: {key: np.array([a[key] for a in rows[3:]]) for key in rows[0]} for rule, rows in agreements.items()}
-    assert late["adamw2"]["pearson"].mean() > 0.998 and np.median(late["adamw2"]["rel_l2"]) < (0.2 if clip else 0.05)
-    assert np.median(late["adamw2"]["rel_l2"]) < np.median(late["adamw"]["rel_l2"]) < np.median(late["sgd"]["rel_l2"])
+            if step >= 20:
+                agreements[rule].append(exact.agreement(values[:, 0].numpy(), truth))
+    l2 = {rule: np.median([a["rel_l2"] for a in of]) for rule, of in agreements.items()}
+    assert np.mean([a["pearson"] for a in agreements["adamw2"]]) > 0.999 and l2["adamw2"] < 0.1
+    assert l2["adamw2"] < l2["adamw"] < l2["sgd"]
+    assert (max(kappas) < 0.8) == bool(clip)
 
 
 def test_the_books_close(tmp_path):
