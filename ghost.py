@@ -19,19 +19,12 @@ Source: In-Run Data Shapley (Wang et al., arXiv 2406.11011), section 4, restated
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 TILE = 2**21  # elements of the weight gradient worked on at a time on CPU: a tile and its direction stay in cache
-FORMS = ("auto", "running", "matmul")
-_form = "auto"
-
-
-def set_form(form):
-    """How Linear contracts: "running" reads the values off the weight gradient as it accumulates, chunk after chunk;
-    "matmul" spends one more matmul of the layer's size and sums each token's value. "auto": running on CPU, else matmul."""
-    global _form
-    if form not in FORMS:
-        raise ValueError(f"ghost form {form!r}: choose one of {', '.join(FORMS)}")
-    _form = form
+# How Linear contracts. running: reads the values off the weight gradient as it accumulates, chunk after chunk;
+# matmul: spends one more matmul of the layer's size and sums each token's value. auto: running on CPU, else matmul.
+FORM = "auto"
 
 
 class Tape:
@@ -55,11 +48,10 @@ class Tape:
         return total
 
 
-# -----------------------------------------------------------------------------
-# the contraction: summed weight gradient and each chunk's <gradient, direction>
+# --- the contraction: summed weight gradient and each chunk's <gradient, direction>
 
 
-def weight_grad(gy_BTO: torch.Tensor, x_BTI: torch.Tensor, h_KOI: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_grad(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """Gradient of y = x W^T with respect to W, and its inner products with the directions, chunk by chunk.
 
     Returns gw_OI = sum_b gy_b^T x_b and v_BK = <gy_b^T x_b, h_k>, both of the direction's dtype.
@@ -103,8 +95,7 @@ def opaque(function, fake):
 contract = opaque(weight_grad, lambda gy_BTO, x_BTI, h_KOI, form: (h_KOI.new_empty(h_KOI.shape[1:]), h_KOI.new_empty(len(x_BTI), len(h_KOI))))
 
 
-# -----------------------------------------------------------------------------
-# y = x W^T + b
+# --- y = x W^T + b ------------------------------------------------------------
 
 
 class _Linear(torch.autograd.Function):
@@ -141,15 +132,14 @@ def linear_values(gy, x, hw, hb):
 def linear(x, weight, bias, ledger):
     """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>."""
     if isinstance(ledger, Tape):
-        return ledger.watch(F.linear(x, weight, bias), lambda gy, x: linear_values(gy, x, weight.h, None if bias is None else bias.h), x)
+        return ledger.watch(F.linear(x, weight, bias), lambda gy, x: linear_values(gy, x, weight.h, getattr(bias, "h", None)), x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     each, rows = getattr(weight, "each", None), getattr(weight, "rows", None)
-    return _Linear.apply(x, weight, bias, weight.h, None if bias is None else bias.h, ledger, each, rows, _form)
+    return _Linear.apply(x, weight, bias, weight.h, getattr(bias, "h", None), ledger, each, rows, FORM)
 
 
-# -----------------------------------------------------------------------------
-# y = W[idx]
+# --- y = W[idx] ---------------------------------------------------------------
 
 
 class _Embedding(torch.autograd.Function):
@@ -183,13 +173,10 @@ def embedding(idx, weight, ledger):
     return _Embedding.apply(idx, weight, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
 
 
-# -----------------------------------------------------------------------------
-# y = (x - mean) / std * w + b
+# --- y = (x - mean) / std * w + b ---------------------------------------------
 
 
-def layer_norm_grad(
-    gy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, w: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_norm_grad(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """gx (B, T, C), and the weight's and bias's gradients chunk by chunk, (B, C) each: B calls of PyTorch's own backward,
     which together do the work of one."""
     gx, gw_BC, gb_BC = torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))
@@ -199,10 +186,7 @@ def layer_norm_grad(
     return gx, gw_BC, gb_BC
 
 
-normalise = opaque(
-    layer_norm_grad,
-    lambda gy, x, mean, rstd, w: (torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))),
-)
+normalise = opaque(layer_norm_grad, lambda gy, x, mean, rstd, w: (torch.empty_like(x), *(x.new_empty(len(x), len(w)) for _ in range(2))))
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -236,5 +220,5 @@ def layer_norm(x, weight, bias, eps, ledger):
     The gradient of weight.each (B, C), if there is one, gains the weight gradient of each chunk."""
     if isinstance(ledger, Tape):
         y = F.layer_norm(x, weight.shape, weight, bias, eps)
-        return ledger.watch(y, lambda gy, x: layer_norm_values(gy, x, eps, weight.h, None if bias is None else bias.h), x)
-    return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, None if bias is None else bias.h, ledger, getattr(weight, "each", None), eps)
+        return ledger.watch(y, lambda gy, x: layer_norm_values(gy, x, eps, weight.h, getattr(bias, "h", None)), x)
+    return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, getattr(bias, "h", None), ledger, getattr(weight, "each", None), eps)

@@ -38,17 +38,10 @@ def book_dtype(K, domains=0):
     return np.dtype([("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4"), *per_target])
 
 
-AUDIT_ENTRIES = {  # of each target
-    "pearson": "correlation of the step's values with its exact Shapley values",
-    "spearman": "of their ranks",
-    "rmse": "nats",
-    "rel_l2": "|values - truth| / |truth|",
-    "efficiency_gap": "sum of the values - utility, nats",
-    "utility": "what the whole batch did: loss where momentum and decay alone land - loss where the step lands, nats",
-    "standard_error": "of the truth, if by permutations: root mean square, relative; else 0",
-    "loo_pearson": "correlation of the values with leave-one-out",
-    "loo_spearman": "of their ranks",
-}
+# Of each target: the values beside the exact Shapley values (rmse in nats; rel_l2 = |values - truth| / |truth|); utility: what the whole batch
+# did, loss where momentum and decay alone land - loss where the step lands; efficiency_gap: sum of the values - utility; standard_error of
+# the truth, if by permutations: root mean square, relative; loo_: the values beside leave-one-out.
+AUDIT_ENTRIES = ("pearson", "spearman", "rmse", "rel_l2", "efficiency_gap", "utility", "standard_error", "loo_pearson", "loo_spearman")
 
 
 def audit_dtype(K):
@@ -64,8 +57,7 @@ def empty(dtype):
     return record
 
 
-# -----------------------------------------------------------------------------
-# writing
+# --- writing ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -127,9 +119,6 @@ class Records:
         self._header()
         os.fsync(self.file.fileno())
 
-    def close(self):
-        self.file.close()
-
 
 def write_values(run, total, used):
     """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy."""
@@ -140,21 +129,12 @@ def write_values(run, total, used):
         f.write(np.ascontiguousarray(values).data)  # np.save would hide why a disk refuses
 
 
-# -----------------------------------------------------------------------------
-# reading
+# --- reading ------------------------------------------------------------------
 
 
-def read_visits(run):
-    """The committed rows of a run's ledger, memmapped."""
-    return np.load(Path(run, "ledger.npy"), mmap_mode="r")
-
-
-def read_books(run):
-    return np.load(Path(run, "books.npy"), mmap_mode="r")
-
-
-def read_audits(run):
-    return np.load(Path(run, "audit.npy"), mmap_mode="r")
+def read(run, name="ledger"):
+    """The committed rows of a run's ledger, books or audit, memmapped."""
+    return np.load(Path(run, name + ".npy"), mmap_mode="r")
 
 
 def add_visits(visits, total, used):

@@ -5,7 +5,6 @@ Linear, Embedding and LayerNorm also take a ledger (see ghost.py) and return eac
 Reference: the official GPT-2 TensorFlow implementation released by OpenAI, github.com/openai/gpt-2/blob/master/src/model.py
 """
 
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -15,8 +14,7 @@ from torch.nn import functional as F
 
 import ghost
 
-# -----------------------------------------------------------------------------
-# layers that take the ledger; without one they are PyTorch's own
+# --- layers that take the ledger; without one they are PyTorch's own ----------
 
 
 class Linear(nn.Linear):
@@ -29,22 +27,12 @@ class Embedding(nn.Embedding):
         return super().forward(idx) if ledger is None else ghost.embedding(idx, self.weight, ledger)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm but with an optional bias."""
-
-    def __init__(self, ndim, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-
+class LayerNorm(nn.LayerNorm):
     def forward(self, x, ledger=None):
-        if ledger is None:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-        return ghost.layer_norm(x, self.weight, self.bias, 1e-5, ledger)
+        return super().forward(x) if ledger is None else ghost.layer_norm(x, self.weight, self.bias, self.eps, ledger)
 
 
-# -----------------------------------------------------------------------------
-# the transformer
+# --- the transformer ----------------------------------------------------------
 
 
 class CausalSelfAttention(nn.Module):
@@ -108,8 +96,7 @@ class GPTConfig:
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        assert config.n_embd % config.n_head == 0
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
@@ -138,12 +125,10 @@ class GPT(nn.Module):
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, ledger=None):
         """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger (B, K) zeros that require
@@ -172,12 +157,6 @@ class GPT(nn.Module):
         self.chunk_loss = token_loss.detach().mean(1)
         return logits, token_loss.mean()
 
-    def crop_block_size(self, block_size):
-        """Model surgery to decrease the block size, e.g. to sample with a shorter context."""
-        assert block_size <= self.config.block_size
-        self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
-
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW; all 2D parameters (matmuls and embeddings) are decayed, biases and layernorms are not."""
         params = [p for p in self.parameters() if p.requires_grad]
@@ -185,9 +164,7 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused_available = "fused" in inspect.signature(torch.optim.AdamW).parameters
-        extra_args = dict(fused=True) if fused_available and device_type == "cuda" else dict()
-        return torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, **extra_args)
+        return torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, fused=device_type == "cuda" or None)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model flops utilization (MFU) in units of peak_flops, A100 bfloat16 by default; PaLM paper, appendix B."""

@@ -35,7 +35,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,7 +44,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import zstandard
 from tqdm import tqdm
 
 import config
@@ -76,13 +74,12 @@ class Config:
                 raise ValueError(f"--{key}={getattr(self, key)}: write --{key}=<{wanted}>")
 
 
-# -----------------------------------------------------------------------------
-# sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or
+# --- sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or
 # Lines (the record is the first of them), or a Path of Python code: what a worker can do is left to the workers
 
 MB = 1 << 20
 TXT = 64 << 10  # a .txt longer than this becomes several documents
-ZIPPED = {".gz": lambda: zlib.decompressobj(31), ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()}
+ZIPPED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Lines(bytes):
@@ -122,36 +119,26 @@ def find_files(source):
 
 def file_documents(name, cfg, bar, domain=None, opener=open):
     """The documents of one file; domain: of those that have none themselves, where it is not to be the file's name."""
+    import pyarrow as pa
+
     kind, zipped = suffixes(name)
     with opener(name, "rb") as raw:
         if kind == ".parquet":
             yield from parquet_documents(raw, name, cfg, bar)
             return
         try:
-            pieces = whole_lines(unzip(raw, zipped, bar))
-            yield from txt_documents(pieces, name) if kind == ".txt" else json_lines(pieces, name, kind, domain)
-        except (zlib.error, zstandard.ZstdError, EOFError) as e:
+            pieces = whole_lines(pa.CompressedInputStream(raw, ZIPPED[zipped]) if zipped else raw, raw, bar)
+            yield from txt_documents(pieces, name) if kind == ".txt" else json_lines(pieces, name, domain)
+        except OSError as e:
             raise ValueError(f"{name} is damaged or cut short ({e}): fetch it again") from e
 
 
-def unzip(raw, zipped, bar):
-    """A file -> its bytes in blocks: all its frames, and whole ones; zstandard's own reader is silent where a file is cut short."""
-    frame = None
-    while block := raw.read(MB >> 3 if zipped else MB):
-        bar.update(len(block))
-        while zipped and block:
-            frame = frame or ZIPPED[zipped]()
-            yield frame.decompress(block)
-            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        yield block
-    if frame:
-        raise EOFError("its last frame has no end")
-
-
-def whole_lines(blocks):
-    """Blocks -> pieces of about 1 MB, each ending where a line ends."""
-    parts, size = [], 0
-    for block in blocks:
+def whole_lines(stream, raw, bar):
+    """A stream -> pieces of about 1 MB, each ending where a line ends; the bar moves with the raw file under it."""
+    parts, size, at = [], 0, 0
+    while block := stream.read(MB):
+        bar.update(raw.tell() - at)
+        at = raw.tell()
         parts.append(block)
         size += len(block)
         if size >= MB and b"\n" in block:
@@ -163,15 +150,11 @@ def whole_lines(blocks):
         yield b"".join(parts)
 
 
-def json_lines(pieces, name, kind, domain):
-    """A .json file may also be one array; that has to fit in memory."""
+def json_lines(pieces, name, domain):
     first = 0
     for piece in pieces:
-        if kind == ".json" and not first and piece.lstrip().startswith(b"["):
-            try:
-                piece = b"\n".join(json.dumps(record).encode() for record in json.loads(b"".join([piece, *pieces])))
-            except ValueError as e:
-                raise ValueError(f"{name} opens with '[' but is no JSON array ({e}): if it has a record a line, name it .jsonl") from e
+        if not first and piece.lstrip().startswith(b"["):
+            raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
         yield name, first, domain, Lines(piece)
         first += piece.count(b"\n")
 
@@ -265,8 +248,7 @@ def jobs(documents):
         yield job
 
 
-# -----------------------------------------------------------------------------
-# in a worker: a job -> tokens by split and domain
+# --- in a worker: a job -> tokens by split and domain -------------------------
 
 DOCUMENT = [(name, "i8") for name in ("doc", "domain", "source", "record", "first_chunk", "first_token", "n_tokens", "n_bytes")]
 
@@ -366,8 +348,7 @@ def cut_docstrings(source):
     return b"".join(lines), "\n\n".join(docstrings)
 
 
-# -----------------------------------------------------------------------------
-# in the parent: tokens -> rows -> files
+# --- in the parent: tokens -> rows -> files -----------------------------------
 
 
 class Rows:
@@ -375,12 +356,12 @@ class Rows:
 
     def __init__(self, path, row_shape):
         self.file, self.row_shape, self.n, self.sha256 = open(path, "wb"), row_shape, 0, hashlib.sha256()
-        self.start = self.header()
+        self.header()
 
     def header(self):
+        """numpy pads it so that any number of rows fits."""
         self.file.seek(0)
         np.lib.format.write_array_header_1_0(self.file, {"descr": "<u2", "fortran_order": False, "shape": (self.n, *self.row_shape)})
-        return self.file.tell()
 
     def append(self, rows):
         rows = np.ascontiguousarray(rows, "<u2")
@@ -389,8 +370,7 @@ class Rows:
         self.n += len(rows)
 
     def close(self):
-        end = self.header()
-        assert end == self.start, "numpy pads a header for any number of rows"
+        self.header()
         self.file.close()
         return self.sha256.hexdigest()
 
@@ -403,8 +383,8 @@ class Split:
         import pyarrow as pa
         import pyarrow.parquet
 
-        label, i4, i8 = pa.dictionary(pa.int32(), pa.string()), pa.int32(), pa.int64()
-        self.schema = pa.schema(list(zip([key for key, _ in DOCUMENT], [i8, label, label, i8, i8, i4, i8])))
+        i4, i8, text = pa.int32(), pa.int64(), pa.string()
+        self.schema = pa.schema(list(zip([key for key, _ in DOCUMENT], [i8, text, text, i8, i8, i4, i8])))
         self.table = pa.parquet.ParquetWriter(folder / f"{name}_docs.parquet", self.schema)
         self.rows, self.domain = Rows(folder / f"{name}.npy", (width,)), Rows(folder / f"{name}_domain.npy", ())
         self.width, self.names, self.tokens, self.listed, self.buffer = width, names, 0, 0, []
@@ -450,17 +430,12 @@ class Split:
         """What the buffer holds, as one row group."""
         import pyarrow as pa
 
-        documents, self.buffer, columns = np.concatenate(self.buffer or [np.empty(0, DOCUMENT)]), [], []
-        for column in self.schema:
-            values = documents[column.name]
-            if column.name in self.names:
-                used, index = np.unique(values, return_inverse=True)
-                names = list(self.names[column.name])
-                names = pa.array([names[i].encode(errors="replace") for i in used], pa.binary()).cast(pa.string())
-                columns.append(pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), names))
-            else:
-                columns.append(pa.array(values, column.type))
-        self.table.write_table(pa.table(columns, schema=self.schema))
+        documents, self.buffer = np.concatenate(self.buffer or [np.empty(0, DOCUMENT)]), []
+        columns = {name: documents[name] for name, _ in DOCUMENT}
+        for name, numbers in self.names.items():
+            names = pa.array([text.encode(errors="replace") for text in numbers], pa.binary()).cast(pa.string())
+            columns[name] = names.take(pa.array(columns[name]))
+        self.table.write_table(pa.table([pa.array(columns[field.name], field.type) for field in self.schema], schema=self.schema))
 
 
 class Packer:
@@ -526,32 +501,21 @@ class Packer:
         def of_domain(split, i):
             return {"documents": split.documents[i], "tokens": split.chunks[i] * width, "chunks": split.chunks[i]}
 
-        return {
-            "schema": data.SCHEMA,
-            "tokenizer": cfg.tokenizer,
-            "vocab_size": tok.n_vocab,
-            "eot": tok.eot,
-            "block_size": cfg.block_size,
-            "domains": list(self.domains),
-            "chunks": chunks,
-            "tokens": {name: n * width for name, n in chunks.items()},  # in the arrays, with <eot>
-            "documents": self.documents,
-            "by_domain": {d: {name: of_domain(split, i) for name, split in self.splits.items()} for d, i in self.domains.items()},
-            "dropped_tokens": self.tokens - sum(chunks.values()) * width,
-            "dropped_documents": self.documents - sum(split.listed for split in self.splits.values()),  # those with no token in a chunk
-            "skipped": dict(self.skipped),
-            "source": cfg.source or cfg.dataset,
-            "config": config.as_dict(cfg),
-            "sha256": sha256,  # of each array's data, without its header
-        }
+        meta = dict(schema=data.SCHEMA, tokenizer=cfg.tokenizer, vocab_size=tok.n_vocab, eot=tok.eot, block_size=cfg.block_size)
+        meta |= dict(domains=list(self.domains), chunks=chunks, documents=self.documents, skipped=dict(self.skipped))
+        meta["tokens"] = {name: n * width for name, n in chunks.items()}  # in the arrays, with <eot>
+        meta["by_domain"] = {d: {name: of_domain(split, i) for name, split in self.splits.items()} for d, i in self.domains.items()}
+        meta["dropped_tokens"] = self.tokens - sum(chunks.values()) * width
+        meta["dropped_documents"] = self.documents - sum(split.listed for split in self.splits.values())  # those with no token in a chunk
+        # sha256: of each array's data, without its header
+        return meta | dict(source=cfg.source or cfg.dataset, config=vars(cfg), sha256=sha256)
 
 
 def counts(counter):
     return ", ".join(f"{n} {name}" for name, n in counter.items() if n) or "nothing"
 
 
-# -----------------------------------------------------------------------------
-# the run
+# --- the run ------------------------------------------------------------------
 
 
 def prepare(cfg):
@@ -604,7 +568,7 @@ def is_prepared(folder, cfg):
         raise ValueError(f"{cfg.data_dir} holds files that this program did not write: write another --data_dir")
     if cfg.overwrite:
         return False
-    was, now = data.open_dataset(folder).meta["config"], config.as_dict(cfg)
+    was, now = data.open_dataset(folder).meta["config"], vars(cfg)
     differ = [key for key in now if key not in ("data_dir", "workers", "overwrite") and was.get(key) != now[key]]
     if differ:
         had = " ".join(f"--{key}={was.get(key)}" for key in differ)

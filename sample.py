@@ -4,7 +4,6 @@ Write text with a trained model.
     python sample.py --out_dir=out/demo --start="def main("
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +41,7 @@ def sample(cfg):
     tok = tokenizer(checkpoint["tokenizer"])
     torch.manual_seed(cfg.seed)
     prompt = torch.tensor([tok.eot, *tok.encode(cfg.start).tolist()], device=cfg.device)
-    ctx = torch.amp.autocast("cuda", torch.bfloat16) if "cuda" in cfg.device else nullcontext()
-    with ctx:
+    with torch.amp.autocast("cuda", torch.bfloat16, enabled="cuda" in cfg.device):
         out = model.generate(prompt.expand(cfg.num_samples, -1), cfg.max_new_tokens, cfg.temperature, cfg.top_k or None)
     for tokens in out.tolist():
         known = [t for t in tokens[1:] if t < tok.n_vocab]  # the vocabulary is padded to a multiple of 64

@@ -14,8 +14,9 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import timeit
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -102,10 +103,8 @@ class Config:
         if self.dropout >= 1 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError("--dropout, --beta1 and --beta2 lie between 0 and 1")
         if self.optimizer != "adamw" and (self.rule.startswith("adamw") or self.domain_momentum):
-            what = "--domain_momentum" if self.domain_momentum else f"--rule={self.rule}"
-            raise ValueError(
-                f"{what} speaks of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum"
-            )
+            what = "--domain_momentum speaks" if self.domain_momentum else f"--rule={self.rule} speaks"
+            raise ValueError(f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum")
         if self.audit_interval and self.batch_size * self.gradient_accumulation_steps < 2:
             raise ValueError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
 
@@ -117,8 +116,7 @@ MAY_CHANGE = """
 out_dir data_dir init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval
 wandb_log wandb_project wandb_run_name wandb_histogram_interval device compile""".split()
 
-# -----------------------------------------------------------------------------
-# before the first step
+# --- before the first step ----------------------------------------------------
 
 
 def check_out_dir(cfg, data):
@@ -145,13 +143,9 @@ def check_out_dir(cfg, data):
 def describe_run(cfg, data):
     """What config.json says: enough to run it again."""
     git = subprocess.run(["git", "-C", config.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
-    return dict(
-        config=config.as_dict(cfg),
-        command=" ".join(["python", *sys.argv]),
-        git_commit=git.stdout.strip() if git and git.returncode == 0 else None,
-        versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
-        data_hash=data.hash,
-    )
+    commit = git.stdout.strip() if git and git.returncode == 0 else None
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    return dict(config=vars(cfg), command=" ".join(["python", *sys.argv]), git_commit=commit, versions=versions, data_hash=data.hash)
 
 
 def check_system(cfg):
@@ -172,17 +166,11 @@ def peak_flops(device, dtype):
     for known, peak in (("H200", 989e12), ("H100", 989e12), ("A100", 312e12)):
         if known in name:
             return peak
-    a = torch.rand(1024, 1024, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype if name else torch.float32)
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        float((a @ a)[0, 0])  # reading a number waits for the device
-        times.append(time.perf_counter() - began)
-    return 2 * 1024**3 / min(times)
+    a = torch.ones(1024, 1024, device=device, dtype=dtype if name else torch.float32)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))  # reading a number waits for the device
 
 
-# -----------------------------------------------------------------------------
-# in the loop
+# --- in the loop --------------------------------------------------------------
 
 
 def schedule(cfg, step):
@@ -213,12 +201,7 @@ def evaluate(model, loss_of, data, cfg):
     return {"val": float(np.average(list(losses.values()), weights=sizes))} | losses
 
 
-def clock_time(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
-# -----------------------------------------------------------------------------
-# what people see
+# --- what people see ----------------------------------------------------------
 
 
 def start_wandb(cfg, run_id):
@@ -227,7 +210,7 @@ def start_wandb(cfg, run_id):
 
     run_id = run_id or f"{Path(cfg.out_dir).name}-{time.time_ns():x}"
     settings = dict(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id, dir=cfg.out_dir)
-    settings.update(config=config.as_dict(cfg), resume="allow")
+    settings.update(config=vars(cfg), resume="allow")
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
         print("wandb: no login found, so this run is logged offline; `wandb login` and `wandb sync` send it later")
         settings["mode"] = "offline"
@@ -278,12 +261,11 @@ def account(entries, names, domains):
     entries = entries[np.isfinite(entries["residual"]).all(1)]  # the measured steps
     lines = [""]
     for k, name in enumerate(names):
-        total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in ("before", "after", "data", "momentum", "decay", "residual")}
+        total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in books.BOOK_ENTRIES}
         drop = total["before"] - total["after"]
         parts = ", ".join(f"{key} {total[key] / drop:.1%}" for key in ("data", "momentum", "decay"))
-        lines.append(
-            f"{name}: accounted for {1 - total['residual'] / drop:.1%} of the drop of {drop:.4f} nats in {len(entries)} measured steps ({parts})"
-        )
+        known = f"{1 - total['residual'] / drop:.1%} of the drop of {drop:.4f} nats in {len(entries)} measured steps"
+        lines.append(f"{name}: accounted for {known} ({parts})")
         if "momentum_by_domain" in entries.dtype.names:
             credit = entries["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
             order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
@@ -295,20 +277,11 @@ def audit_lines(audits, names):
     """Per target: how close the audited steps' values came to the truth."""
     lines = []
     for k, name in enumerate(names):
-        a = {key: audits[key][:, k] for key in audits.dtype.names if key != "step"}
-        spread = [f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman") if len(audits)]
-        if len(audits):
-            gap = a["efficiency_gap"].sum() / a["utility"].sum()
-            spread += [
-                f"relative L2 {np.median(a['rel_l2']):.1%} (median)",
-                f"sum {gap:+.1%} of the truth",
-                f"leave-one-out Pearson {a['loo_pearson'].mean():.4f}",
-            ]
-        lines.append(f"{name}: audit of {len(audits)} steps: " + ", ".join(spread))
+        a = {key: audits[key][:, k] for key in books.AUDIT_ENTRIES}
+        spread = ", ".join(f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman"))
+        sums = f"relative L2 {np.median(a['rel_l2']):.1%} (median), sum {a['efficiency_gap'].sum() / a['utility'].sum():+.1%} of the truth"
+        lines.append(f"{name}: audit of {len(audits)} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson'].mean():.4f}")
     return "\n".join(lines)
-
-
-# -----------------------------------------------------------------------------
 
 
 def train(cfg):
@@ -320,17 +293,14 @@ def train(cfg):
     check_system(cfg)
     data = open_dataset(cfg.data_dir)
     if cfg.block_size > data.meta["block_size"]:
-        raise ValueError(
-            f"--block_size={cfg.block_size}, but the chunks of {data.path} have {data.meta['block_size']} tokens: "
-            f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
-        )
+        fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
+        raise ValueError(f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}")
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
     checkpoint = check_out_dir(cfg, data)
     out, n_chunks = Path(cfg.out_dir), len(data.train.rows)
     B = cfg.batch_size * cfg.gradient_accumulation_steps
     device_type, dtype = cfg.device.split(":")[0], getattr(torch, cfg.dtype)
-    ctx = torch.amp.autocast(device_type, dtype) if dtype == torch.bfloat16 else nullcontext()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
@@ -359,7 +329,7 @@ def train(cfg):
         return [t.to(cfg.device, non_blocking=True) for t in tensors]
 
     def loss_of(X, Y, ledger=None):
-        with ctx:
+        with torch.amp.autocast(device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
@@ -386,7 +356,7 @@ def train(cfg):
             valuation.commit()
             with books.atomic(out / "ckpt.pt") as f:
                 content = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
-                content |= dict(best_val_loss=best_val_loss, config=config.as_dict(cfg), wandb_id=wandb_id)
+                content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id)
                 content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"])
                 torch.save(content | dict(valuation=valuation.state_dict(), rng=rng_state()), f)
         except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
@@ -415,7 +385,6 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = lr
         ids = global_batch(step, B, n_chunks, cfg.seed)
-
         tokens = data.train.batch(ids, cfg.block_size)
 
         valuation.open(step, lr, tokens)  # one-pass rules: the targets' gradients -> directions
@@ -436,19 +405,19 @@ def train(cfg):
 
         done, last = step + 1, step + 1 == cfg.max_iters
         if done % cfg.log_interval == 0 or done % cfg.checkpoint_interval == 0 or last:
-            valuation.flush()  # names the chunks if a loss or a value is not finite
+            recent = valuation.flush()  # names the chunks if a loss or a value is not finite
             loss = float(torch.stack(losses).mean())
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
             history.append((done, loss))
             now = time.perf_counter()
             dt = (now - clock - paused) / (done - since)
-            recent, share = valuation.take_recent(), valuation.take_seconds() / (now - clock - paused)
+            share, valuation.seconds = valuation.seconds / (now - clock - paused), 0.0
             mfu = raw_model.estimate_mfu(B, dt, peak)
             line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
             if targets:
                 line += f" | negative {(recent.visits['value'] < 0).mean():.0%} | valuation {share:.0%}"
-            print(f"{line} | {clock_time(dt * (cfg.max_iters - done))} left", flush=True)
+            print(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left", flush=True)
             if cfg.wandb_log:
                 metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
                 if targets:
@@ -462,11 +431,11 @@ def train(cfg):
         print(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used.any():
         print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
-        print(account(books.read_books(out), [t.name for t in targets], data.domains))
-        if cfg.audit_interval:
-            print(audit_lines(books.read_audits(out), [t.name for t in targets]))
+        print(account(books.read(out, "books"), [t.name for t in targets], data.domains))
+        if cfg.audit_interval and len(audits := books.read(out, "audit")):
+            print(audit_lines(audits, [t.name for t in targets]))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
-    print(f"\nDone in {clock_time(time.perf_counter() - began)}. Written to {out}: {files}")
+    print(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
     if cfg.wandb_log:
         dashboard.finish()
     return history

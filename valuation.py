@@ -18,8 +18,8 @@ the step; with t = 1, 2, ... a = b1 / (1 - b1^t), b = (1 - b1) / (1 - b1^t), c =
     w_empty = w+ - lr D(0)                                       where momentum and decay alone would land
     w_mid   = w+ - lr (D(0) + D(kappa g)) / 2                    the middle of what the batch moves
 
-Floor: v is at least 1e-2 (`adamw_linear`) or 1e-4 (`adamw`) x its mean over the tensor. Where it is near zero (rare embedding rows,
-dead units) these formulas are unbounded. At t = 1 there is no v: both take the target's own gradient for the batch's, the
+Floor: v is at least 1e-2 (`adamw_linear`) or 1e-4 (`adamw`) x its mean over the tensor, for where it is near zero (rare embedding
+rows, dead units) these formulas are unbounded. At t = 1 there is no v: both take the target's own gradient for the batch's, the
 denominator being sqrt(d max(g_k^2, 1e-2 mean g_k^2)) + eps. The first EARLY steps are marked in the ledger: every rule is rough there.
 
 `adamw` predicts the secant from m and v, but a rare word's row moves as nothing before foretold. For the rows of the batch's own
@@ -42,6 +42,7 @@ Works on any nn.Module made of ghost.py's ops. Shape suffixes: B chunks of the g
 import contextlib
 import time
 from collections import namedtuple
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,8 +61,7 @@ EARLY = 3
 BLOCK = 2**17  # elements worked on at a time on CPU, so that the passes over them stay in cache
 TINY = torch.finfo(torch.float32).tiny
 
-# -----------------------------------------------------------------------------
-# AdamW's step, for blocks of a tensor; q: its scalars
+# --- AdamW's step, for blocks of a tensor; q: its scalars ---------------------
 
 Scalars = namedtuple("Scalars", "a b c d mean square eps wd")  # mean * m, square * v: the bias-corrected moments before the step
 
@@ -95,11 +95,6 @@ def expected_secant(q, m, v, floor):
     return second.neg_().add_(q.b).div_(root.mul_(at).add_(q.eps))
 
 
-def denominator(v, scale, floor, eps):
-    """sqrt(scale * max(v, floor)) + eps."""
-    return v.clamp(min=floor).mul_(scale).sqrt_().add_(eps)
-
-
 def blocks(*tensors):
     """Matching flat pieces of equally shaped tensors: cache-sized on CPU, whole elsewhere (a kernel launch costs more)."""
     size = BLOCK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
@@ -119,19 +114,27 @@ def set_rng_state(state):
 @contextlib.contextmanager
 def replaying(state):
     """Random numbers (dropout) as they were at state, without disturbing those to come; None: nothing to replay."""
-    if state is None:
+    with torch.random.fork_rng(enabled=state is not None):
+        if state is not None:
+            set_rng_state(state)
         yield
-        return
-    with torch.random.fork_rng():
-        set_rng_state(state)
-        yield
+
+
+def accounted(method):
+    """Nothing happens where valuation is off; else its seconds count."""
+
+    @wraps(method)
+    def timed(self, *args, **kwargs):
+        if self.on:
+            began = time.perf_counter()
+            method(self, *args, **kwargs)
+            self.seconds += time.perf_counter() - began
+
+    return timed
 
 
 def host(x):
     return torch.as_tensor(x).double().cpu().numpy()
-
-
-# -----------------------------------------------------------------------------
 
 
 class Valuation:
@@ -155,9 +158,8 @@ class Valuation:
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
         self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
-        self.seconds = 0.0  # spent in open, before_step and close since take_seconds
+        self.seconds = 0.0  # spent in open, before_step and close
         self.micro, self.pending = [], []  # micro-batches of this step, closed steps
-        self.recent = dict(visits=[], books=[], audits=[])  # flushed since take_recent
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -173,7 +175,7 @@ class Valuation:
         self.audits = books.Records(run / "audit.npy", books.audit_dtype(K), step // audit_interval) if audit_interval else None
         self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
         if step:
-            books.add_visits(books.read_visits(run), self.total, self.used)
+            books.add_visits(books.read(run), self.total, self.used)
         self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
         self.info |= dict(grad_norm_over=[n + ", rows of the batch's tokens" * (n in token) for n in self.keeping]) if self.keeping else {}
         self.info["targets"] = [self.describe(k) for k in range(K)]
@@ -184,8 +186,7 @@ class Valuation:
         if step:
             self.commit()  # a crash between values.npy and the checkpoint left them apart
 
-    # -------------------------------------------------------------------------
-    # targets
+    # --- targets --------------------------------------------------------------
 
     def picks(self, k, step):
         """Which of target k's chunks speak for it at a step: a pure function of (seed, k, step)."""
@@ -198,12 +199,9 @@ class Valuation:
         entry = dict(name=target.name, chunks=len(target), source="text" if target.ids is None else "val.npy")
         if self.sampling == "fixed":
             picks = self.picks(k, 0)
-            entry["ids"] = (picks if target.ids is None else target.ids[picks]).tolist()
-        else:
-            every = f"every {self.interval} steps " if self.interval > 1 else "every step "
-            how = f"numpy.random.default_rng(({self.seed}, {k}, step)).choice({len(target)}, {min(len(target), self.target_batch)}, replace=False)"
-            entry["drawn"] = every + how + " of the target's chunks, in order of their ids"
-        return entry
+            return entry | dict(ids=(picks if target.ids is None else target.ids[picks]).tolist())
+        how = f"numpy.random.default_rng(({self.seed}, {k}, step)).choice({len(target)}, {min(len(target), self.target_batch)}, replace=False)"
+        return entry | dict(drawn=f"where step % {self.interval} == 0: {how} of the target's chunks, in order of their ids")
 
     def target_batches(self, k):
         """The chunks that speak for target k at this step, in slices, each with its share of the tokens."""
@@ -232,32 +230,34 @@ class Valuation:
                 loss = self.loss(X, Y) * share
                 loss.backward()
                 total = total + loss.detach()
-        gradient = [p.grad for p in self.params]
+        return total, self.take_grads()
+
+    def take_grads(self):
+        """The parameters' .grad, which they lose."""
+        grads = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
-        return total, gradient
+        return grads
 
     def target_gradients(self):
         """Sets self.grads, per parameter (K, *shape); returns the losses (K,)."""
-        K, losses, grads = len(self.targets), [], self.grads
+        K, losses = len(self.targets), []
         if K == 1:  # the new gradients take the place of the old directions
-            self.grads = grads = None
+            self.grads = None
             for p in self.params:
                 p.h = None
         for k in range(K):
             loss, gradient = self.target_gradient(k)
             losses.append(loss)
             if K == 1:
-                grads = [g[None] for g in gradient]
-            else:
-                grads = grads or [p.new_empty(K, *p.shape) for p in self.params]
-                for g, g_k in zip(grads, gradient):
-                    g[k] = g_k
-        self.grads = grads
+                self.grads = [g[None] for g in gradient]
+                break
+            self.grads = self.grads or [p.new_empty(K, *p.shape) for p in self.params]
+            for g, g_k in zip(self.grads, gradient):
+                g[k] = g_k
         return torch.stack(losses)
 
-    # -------------------------------------------------------------------------
-    # directions
+    # --- directions -----------------------------------------------------------
 
     def adamw(self, p):
         """The moments of p before the coming step, and its Scalars."""
@@ -274,24 +274,19 @@ class Valuation:
         return p.h[0] if spent else torch.empty_like(p.data)
 
     @torch.no_grad()
-    def landing(self, p, part=1.0):
-        """Where momentum and decay alone take p, or part of the way: w - part lr (wd w + D(0))."""
-        if "betas" not in self.groups[p]:  # SGD, without momentum
-            return p.data * (1 - part * self.lr * self.groups[p]["weight_decay"])
-        place, (m, v, q) = self.room(p), self.adamw(p)
-        for out, w, m_n, v_n in blocks(place, p.data, m, v):
-            torch.mul(w, 1 - part * self.lr * q.wd, out=out).sub_(displacement(q, m_n, v_n), alpha=part * self.lr)
-        return place
-
-    @torch.no_grad()
-    def middle(self, p, taken):
-        """w_mid, with taken = kappa g; for `sgd2` w - lr taken / 2."""
-        if self.rule == "sgd2":
+    def landing(self, p, part=1.0, taken=None):
+        """Where momentum and decay alone take p, w_empty, or part of the way there; with taken = kappa g, w_mid."""
+        if self.rule == "sgd2" and taken is not None:
             return torch.add(p.data, taken, alpha=-self.lr / 2)
+        shrink = 1 - part * self.lr * self.groups[p]["weight_decay"]
+        if "betas" not in self.groups[p]:  # SGD, without momentum
+            return p.data * shrink
         place, (m, v, q) = self.room(p), self.adamw(p)
-        for out, w, m_n, v_n, g in blocks(place, p.data, m, v, taken):
-            both = displacement(q, m_n, v_n).add_(displacement(q, m_n, v_n, g))
-            torch.mul(w, 1 - self.lr * q.wd, out=out).sub_(both, alpha=self.lr / 2)
+        for out, w, m_n, v_n, *g in blocks(place, p.data, m, v, *([] if taken is None else [taken])):
+            move = displacement(q, m_n, v_n)
+            if g:
+                move.add_(displacement(q, m_n, v_n, *g)).mul_(0.5)
+            torch.mul(w, shrink, out=out).sub_(move, alpha=part * self.lr)
         return place
 
     @contextlib.contextmanager
@@ -311,22 +306,19 @@ class Valuation:
         batch: what the optimizer will take, kappa g, a tensor a parameter, for two-pass rules."""
         if self.grads is None or self.step % self.interval == 0:
             if self.rule in TWO_PASS:
-                with self.weights_at([self.middle(p, taken) for p, taken in zip(self.params, batch)]):
+                with self.weights_at([self.landing(p, taken=g) for p, g in zip(self.params, batch)]):
                     self.target_gradients()
             elif self.rule == "adamw" and self.t > 1:
                 with self.weights_at([self.landing(p) for p in self.params]):
                     self.target_gradients()
             else:
-                self.book.before = self.target_gradients()
+                self.book["before"] = self.target_gradients()
         for p, g in zip(self.params, self.grads):  # directions take the place of gradients, unless these serve again
             if self.interval == 1:
                 p.h = g
             elif getattr(p, "h", None) is None:
                 p.h = torch.empty_like(g)
-        if self.rule in TWO_PASS:
-            self.directions_of_two(batch)
-        else:
-            self.directions_of_one()
+        self.directions_of_two(batch) if self.rule in TWO_PASS else self.directions_of_one()
 
     @torch.no_grad()
     def directions_of_one(self):
@@ -345,7 +337,7 @@ class Valuation:
                     if self.rule == "adamw" and not first:
                         torch.mul(g_n, expected_secant(q, m_n, v_n, floor), out=h_n)
                     else:  # b goes into the denominator
-                        torch.div(g_n, denominator(v_n, (q.d if first else q.c) / q.b**2, floor, q.eps / q.b), out=h_n)
+                        torch.div(g_n, v_n.clamp(min=floor).mul_((q.d if first else q.c) / q.b**2).sqrt_().add_(q.eps / q.b), out=h_n)
             if kept is not None:
                 self.keep(p, kept)
 
@@ -396,11 +388,11 @@ class Valuation:
         the weights and where those two alone would land, so that data's part (from there on) and theirs add up to third order."""
         with self.weights_at([self.landing(p, 0.5) for p in self.params]) as weights:
             credits = [self.credit_of(self.target_gradient(k)[1], weights) for k in range(len(self.targets))]
-        self.book.momentum, self.book.decay, self.book.by_domain = map(torch.stack, zip(*credits))
+        self.book |= {name: torch.stack(of) for name, of in zip(("momentum", "decay", "momentum_by_domain"), zip(*credits))}
 
     @torch.no_grad()
     def credit_of(self, gradients, weights):
-        """lr <g_k, D(0)>, lr wd <g_k, w>, and the first by domain (0 if not followed), for one target's gradient."""
+        """lr <g_k, D(0)>, lr wd <g_k, w>, and the first by domain where it is followed, for one target's gradient."""
         momentum = decay = by_domain = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
         for i, (p, g, w) in enumerate(zip(self.params, gradients, weights)):
             group, g = self.groups[p], self.lr * g.flatten()
@@ -412,29 +404,25 @@ class Valuation:
             if self.domain_momentum:
                 g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
                 by_domain = by_domain + self.domain_momentum[i].flatten(1) @ g
-        return momentum, decay, by_domain
+        return (momentum, decay, by_domain) if self.domain_momentum else (momentum, decay)
 
-    # -------------------------------------------------------------------------
-    # a step: open, one ledger for each micro-batch, before_step, close
+    # --- a step: open, one ledger for each micro-batch, before_step, close ----
 
+    @accounted
     def open(self, step, lr, tokens=None):
         """Before the step's first backward: one-pass rules take the targets' gradients and set the directions.
         tokens: the global batch's, an integer array of any shape, for `adamw`; without them it predicts every secant."""
-        if not self.on:
-            return
-        began = time.perf_counter()
         self.step, self.lr, self.kappa, self.truth = step, lr, 1.0, None
         self.t = 1 + next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
         seen = None if tokens is None else torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
         self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
-        self.book = SimpleNamespace(due=step % self.book_interval == 0, before=None, after=None)
-        if self.book.due:
+        self.book, self.measured = {}, step % self.book_interval == 0
+        if self.measured:
             self.credit()
         if self.rule not in TWO_PASS:
             self.aim()
-        if self.book.due and self.book.before is None:
-            self.book.before = self.target_losses()
-        self.seconds += time.perf_counter() - began
+        if self.measured and "before" not in self.book:
+            self.book["before"] = self.target_losses()
 
     def ledger(self, ids, X, Y):
         """The next micro-batch's ids (b,) and tokens X, Y (b, T) -> what its forward takes as ledger: zeros (b, K) whose gradient
@@ -442,16 +430,15 @@ class Valuation:
         if not self.on:
             return None
         self._collect()
-        two_pass = self.rule in TWO_PASS
-        if two_pass:
+        if self.rule in TWO_PASS:
             ledger = None if self.recompute or len(ids) < self.batch else ghost.Tape()
         else:
             ledger = self.zeros(len(ids), len(self.targets))
             for p, g in self.kept.items():
                 p.each, p.rows = self.zeros(len(ids), *g.shape[1:]), self.rows[p]
-        rng = rng_state() if self.dropout else None
-        part = dict(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, each={}, added=0.0, products=0.0, squares=0.0, rng=rng)
-        self.micro.append(SimpleNamespace(**part))
+        part = SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, rng=rng_state() if self.dropout else None)
+        part.each, part.added, part.products, part.squares = {}, 0.0, 0.0, 0.0  # of the kept weights
+        self.micro.append(part)
         return ledger
 
     def zeros(self, *shape):
@@ -466,19 +453,15 @@ class Valuation:
             for p in self.kept:
                 p.each = p.rows = None
 
+    @accounted
     def before_step(self, kappa=1.0):
         """Between clipping and the optimizer's step. kappa: the clip coefficient, a number or a tensor. Two-pass rules look at
         the batch's gradient, as the optimizer will take it, and value the chunks; an audit finds the truth of this step."""
-        if not self.on:
-            return
-        began = time.perf_counter()
         self._collect()
         self.kappa = kappa
         self.value_kept()
-        batch = [p.grad for p in self.params]
         if self.rule in TWO_PASS:
-            for p in self.params:
-                p.grad = None
+            batch = self.take_grads()
             self.aim(batch)
             self.second_pass()
             for p, g in zip(self.params, batch):
@@ -487,7 +470,6 @@ class Valuation:
             self.truth = self.solve()
         if self.domain_momentum:
             self.follow_momentum()
-        self.seconds += time.perf_counter() - began
 
     def second_pass(self):
         """The chunks' values under directions that their own backward did not know: from the tape, or forward and backward again."""
@@ -526,20 +508,15 @@ class Valuation:
         """The truth of this step (exact.py), by the optimizer's own step in float64."""
         from tqdm import tqdm
 
-        def progress(rounds):
-            return tqdm(rounds, desc=f"audit of step {self.step}", leave=False, disable=None)
-
-        with self.evaluating() if not self.dropout else contextlib.nullcontext():
-            x = [self.gradient_of(np.arange(self.batch) == i) for i in range(self.batch)]
-        losses = []
-        for k, target in enumerate(self.targets):
-            X, Y = (torch.as_tensor(a, device=self.params[0].device) for a in target.batch(self.picks(k, self.step - self.step % self.interval)))
-            losses.append(exact.batch_loss(X, Y))
+        progress = partial(tqdm, desc=f"audit of step {self.step}", leave=False, disable=None)
+        x = [self.gradient_of(np.arange(self.batch) == i) for i in range(self.batch)]
+        drawn, device = self.step - self.step % self.interval, self.params[0].device
+        batches = [target.batch(self.picks(k, drawn)) for k, target in enumerate(self.targets)]
+        losses = [exact.batch_loss(*(torch.as_tensor(a, device=device) for a in batch)) for batch in batches]
         step = exact.Step(self.model, self.optimizer, x, losses, self.grad_clip)
         values, errors = exact.solve(step, self.batch, self.audit_permutations, seed=self.step, progress=progress)
         return SimpleNamespace(values=values, errors=errors, alone=exact.leave_one_out(step, self.batch), whole=step(np.ones(self.batch, bool)))
 
-    @torch.no_grad()
     def follow_momentum(self):
         """One AdamW first moment a domain, from the gradient of its chunks: they add up to the optimizer's own."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
@@ -547,16 +524,12 @@ class Valuation:
         for m in self.domain_momentum:
             m.mul_(beta1)
         for d in np.unique(domains):
-            with torch.enable_grad():
-                grads = self.gradient_of(domains == d)
-            for m, g in zip(self.domain_momentum, grads):
+            for m, g in zip(self.domain_momentum, self.gradient_of(domains == d)):
                 m[d].add_(g * self.kappa, alpha=1 - beta1)
 
+    @accounted
     def close(self):
         """After the optimizer's step. Nothing is read off the device yet."""
-        if not self.on:
-            return
-        began = time.perf_counter()
         self._collect()
         values = torch.cat([part.ledger.grad + part.added if part.values is None else part.values for part in self.micro])
         kappa, squares = torch.as_tensor(self.kappa, dtype=values.dtype, device=values.device), None
@@ -564,17 +537,18 @@ class Valuation:
         if self.kept:
             products, squares = (torch.cat([getattr(part, name) for part in self.micro]) for name in ("products", "squares"))
             values = values - kappa.log() * (values - values.sum(0) * (products / products.sum().clamp(min=TINY))[:, None])
-        if self.book.due:
-            self.book.after = self.target_losses()
-        step = dict(step=self.step, t=self.t, lr=self.lr, kappa=kappa, values=values, squares=squares, book=self.book, truth=self.truth)
-        step |= dict(ids=np.concatenate([part.ids for part in self.micro]), losses=torch.cat([part.losses for part in self.micro]))
-        self.pending.append(SimpleNamespace(**step))
+        if self.measured:
+            self.book["after"] = self.target_losses()
+        closed = SimpleNamespace(step=self.step, t=self.t, lr=self.lr, kappa=kappa, values=values, squares=squares, book=self.book, truth=self.truth)
+        closed.ids, closed.losses = np.concatenate([part.ids for part in self.micro]), torch.cat([part.losses for part in self.micro])
+        self.pending.append(closed)
         self.micro = []
         self.step += 1
-        self.seconds += time.perf_counter() - began
 
     def flush(self):
-        """Takes the closed steps off the device. Raises ValueError at the first loss or value that is not finite."""
+        """Takes the closed steps off the device; returns their visits, books and audits, each an array, None where there are none.
+        Raises ValueError at the first loss or value that is not finite."""
+        new = SimpleNamespace(visits=[], books=[], audits=[])
         for closed in self.pending:
             visits = np.zeros(len(closed.ids), self.visits.dtype)
             visits["step"], visits["chunk"], visits["early"] = closed.step, closed.ids, self.rule.startswith("adamw") and closed.t <= EARLY
@@ -585,26 +559,24 @@ class Valuation:
                 what = "loss" if not np.isfinite(visits["loss"]).all() else "value"
                 chunks = ", ".join(map(str, closed.ids[bad]))
                 raise ValueError(f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks")
+            entries = {name: host(x) for name, x in closed.book.items()}
+            entries |= dict(data=visits["value"].sum(0, dtype=np.float64), loss=visits["loss"].mean(dtype=np.float64))
+            entries |= dict(step=closed.step, lr=closed.lr, kappa=float(closed.kappa))
+            if "after" in entries:
+                entries["residual"] = entries["before"] - entries["after"] - sum(entries[name] for name in ("data", "momentum", "decay"))
             book = books.empty(self.books.dtype)
-            book["step"], book["lr"], book["kappa"], book["loss"] = closed.step, closed.lr, float(closed.kappa), visits["loss"].mean(dtype=np.float64)
-            book["data"] = visits["value"].sum(0, dtype=np.float64)
-            if closed.book.before is not None:
-                book["before"] = host(closed.book.before)
-            if closed.book.due:
-                after, momentum, decay = host(closed.book.after), *map(host, (closed.book.momentum, closed.book.decay))
-                book["after"], book["momentum"], book["decay"] = after, momentum, decay
-                book["residual"] = host(closed.book.before) - after - book["data"] - momentum - decay
-                if self.domain_momentum:
-                    book["momentum_by_domain"] = host(closed.book.by_domain)
-            if closed.truth:
-                self.recent["audits"].append(self.compare(closed))
-                self.audits.append(self.recent["audits"][-1])
-            self.visits.append(visits)
-            self.books.append(book)
-            self.recent["visits"].append(visits)
-            self.recent["books"].append(book)
+            for name, x in entries.items():
+                book[name] = x
+            new.visits.append(visits)
+            new.books.append(book)
+            new.audits += [self.compare(closed)] if closed.truth else []
             books.add_visits(visits, self.total, self.used)
         self.pending = []
+        for name, records in vars(new).items():
+            setattr(new, name, np.concatenate(records) if records else None)
+            if records:
+                getattr(self, name).append(getattr(new, name))
+        return new
 
     def compare(self, closed):
         """An audited step's record: its values beside the truth, target by target."""
@@ -618,18 +590,7 @@ class Valuation:
                 audit["loo_" + name][0, k] = exact.agreement(values[:, k], truth.alone[:, k])[name]
         return audit
 
-    def take_recent(self):
-        """The records flushed since the last call: visits, books and audits, each an array, or None where there are none."""
-        recent, self.recent = self.recent, {name: [] for name in self.recent}
-        return SimpleNamespace(**{name: np.concatenate(records) if records else None for name, records in recent.items()})
-
-    def take_seconds(self):
-        """Seconds spent in open, before_step and close since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-    # -------------------------------------------------------------------------
-    # what a checkpoint needs
+    # --- what a checkpoint needs ----------------------------------------------
 
     def commit(self):
         """Puts everything closed so far on disk: ledger.npy, books.npy, then values.npy and values.json, which speak of it."""

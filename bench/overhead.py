@@ -73,7 +73,7 @@ class Bench:
     def __init__(self, cfg, shape, arms, folder):
         n_layer, n_head, n_embd, self.T, vocab, self.B = SHAPES[shape]
         torch.manual_seed(0)
-        ghost.set_form(cfg.form)
+        ghost.FORM = cfg.form
         self.cfg, self.device = cfg, cfg.device
         self.raw_model = GPT(GPTConfig(self.T, vocab, n_layer, n_head, n_embd, bias=False)).to(cfg.device)
         self.model = torch.compile(self.raw_model) if cfg.compile else self.raw_model
@@ -205,7 +205,7 @@ def main(cfg):
         show(rows[-2 - len(cfg.rules.split(",")) :])
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(json.dumps({"device": device, "torch": torch.__version__, "commit": commit, **config.as_dict(cfg), "rows": rows}))
+    print(json.dumps({"device": device, "torch": torch.__version__, "commit": commit, **vars(cfg), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ def numbers(text, kind=float):
     return [kind(x) for x in text.split(",")]
 
 
-# -----------------------------------------------------------------------------
-# the rules and their parts: name -> arguments of exact.rule_values
+# --- the rules and their parts: name -> arguments of exact.rule_values --------
 
 
 def hermite(q):
@@ -177,8 +176,7 @@ def run(cfg):
             f.flush()
 
 
-# -----------------------------------------------------------------------------
-# cheaper targets
+# --- cheaper targets ----------------------------------------------------------
 
 
 REFERENCE, RUN_STEPS = 64, 200
@@ -220,8 +218,7 @@ def run_targets(cfg):
                 f.flush()
 
 
-# -----------------------------------------------------------------------------
-# tables and figure
+# --- tables and figure --------------------------------------------------------
 
 
 def read(path):

@@ -33,8 +33,7 @@ def warm(model, losses, optimizer, steps=4):
     return optimizer
 
 
-# -----------------------------------------------------------------------------
-# games
+# --- games --------------------------------------------------------------------
 
 
 def test_shapley_of_known_games():
@@ -83,8 +82,7 @@ def test_monte_carlo_finds_the_exact_values_within_its_errors():
     assert np.allclose(additive, np.arange(8)) and np.allclose(error, 0)
 
 
-# -----------------------------------------------------------------------------
-# steps
+# --- steps --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])

@@ -18,7 +18,7 @@ import torch
 import config
 import exact
 from data import global_batch, open_dataset, parse_targets
-from ledger import add_visits, read_visits
+from ledger import add_visits, read
 from model import GPT, GPTConfig
 from train import Config, train
 from valuation import Valuation
@@ -70,8 +70,7 @@ def weights(out_dir):
     return torch.load(Path(out_dir, "ckpt.pt"), weights_only=True)["model"]
 
 
-# -----------------------------------------------------------------------------
-# what a run leaves behind
+# --- what a run leaves behind -------------------------------------------------
 
 
 def test_values_are_the_sum_of_the_ledger_and_map_to_documents(python_data, tmp_path, capsys):
@@ -155,7 +154,8 @@ def test_a_step_of_a_run_is_what_exact_says(python_data, tmp_path, rule):
     for k, target in enumerate(parse_targets(argv[0].removeprefix("--targets="), data, 32)):
         picks = np.random.default_rng((1337, k, 5)).choice(len(target), min(3, len(target)), replace=False)
         chosen.append(tuple(map(torch.from_numpy, target.batch(picks))))
-    truth = exact.values(model, optimizer, X, Y, chosen, rule, float(books["lr"][5].astype(np.float64)), 0.5)
+    x, known, losses = exact.chunk_gradients(model, X, Y), exact.known_rows(model, X, Y), [exact.batch_loss(*pair) for pair in chosen]
+    truth = exact.rule_values(model, optimizer, x, losses, rule, float(books["lr"][5].astype(np.float64)), 0.5, known=known)
     rows = visits[5 * 4 : 6 * 4]
     assert (rows["chunk"] == ids).all()
     assert np.linalg.norm(rows["value"] - truth.numpy()) < 1e-6 * np.linalg.norm(truth)  # the ledger's float32
@@ -192,7 +192,7 @@ def test_a_second_epoch_adds_to_the_first(python_data, tmp_path):
     n = len(data.train.rows)
     B, steps = 512, -(-n // 512) + 2
     run(python_data, tmp_path / "run", f"--batch_size={B}", "--gradient_accumulation_steps=1", f"--max_iters={steps}", "--n_layer=1")
-    visits, values = read_visits(tmp_path / "run"), np.load(tmp_path / "run" / "values.npy")
+    visits, values = read(tmp_path / "run"), np.load(tmp_path / "run" / "values.npy")
     assert len(set(visits["chunk"][:n])) == n
     total, used = np.zeros((n, 1)), np.zeros(n, bool)
     add_visits(visits, total, used)
@@ -234,8 +234,7 @@ def test_momentum_is_credited_to_domains(python_data, tmp_path, capsys):
     assert "momentum, of the same drop: Python code" in capsys.readouterr().out
 
 
-# -----------------------------------------------------------------------------
-# kill and resume
+# --- kill and resume ----------------------------------------------------------
 
 
 KILLED = [
@@ -293,15 +292,14 @@ def test_the_files_of_a_killed_run_agree(python_data, tmp_path):
     process.join()
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
     run(python_data, out, "--init_from=resume", f"--max_iters={checkpoint['iter_num']}", "--lr_decay_iters=4000")
-    visits, values = read_visits(out), np.load(out / "values.npy")
+    visits, values = read(out), np.load(out / "values.npy")
     assert len(visits) == 4 * checkpoint["iter_num"]
     total, used = np.zeros((len(values), 1)), np.zeros(len(values), bool)
     add_visits(visits, total, used)
     assert np.array_equal(values, np.where(used, total[:, 0], np.nan).astype(np.float32), equal_nan=True)
 
 
-# -----------------------------------------------------------------------------
-# what goes wrong
+# --- what goes wrong ----------------------------------------------------------
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(python_data, tmp_path, capsys, monkeypatch):
@@ -371,10 +369,10 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(python_data, tmp_pa
     assert "already at step 12" in capsys.readouterr().out
     assert read_bytes(out) == before
     run(python_data, out, "--overwrite", "--max_iters=3")
-    assert len(read_visits(out)) == 12
+    assert len(read(out)) == 12
     # config.json runs again, and a run asked for more steps goes on
     train(config.load(Config, [str(out / "config.json"), "--init_from=resume", "--max_iters=4"]))
-    assert len(read_visits(out)) == 16
+    assert len(read(out)) == 16
 
 
 @pytest.mark.parametrize("rule", ["sgd", "off"])
@@ -394,7 +392,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
     if rule == "sgd":
         assert line.startswith("error: step 3: the loss of chunks")
         assert all(str(i) in line for i in ids)
-        assert len(read_visits(out)) == 12
+        assert len(read(out)) == 12
     assert (out / "ckpt.pt").read_bytes() == spoiled
 
 
@@ -433,8 +431,8 @@ def test_damaged_data_is_named(python_data, tmp_path, capsys):
     import shutil
 
     for name, damage, answer in [
-        ("train.npy", lambda b: b[: len(b) // 2], "train.npy is damaged"),
-        ("val_domain.npy", None, "val_domain.npy is missing"),
+        ("train.npy", lambda b: b[: len(b) // 2], "train.npy is missing or damaged"),
+        ("val_domain.npy", None, "val_domain.npy is missing or damaged"),
         ("meta.json", lambda b: b[:50], "meta.json is damaged"),
         ("meta.json", lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'), "but meta.json says"),
     ]:
@@ -449,8 +447,7 @@ def test_damaged_data_is_named(python_data, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
-# -----------------------------------------------------------------------------
-# the rest of the trainer
+# --- the rest of the trainer --------------------------------------------------
 
 
 def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
@@ -473,7 +470,7 @@ def test_compiled_values_equal_eager_ones(python_data, tmp_path, rule):
     more += ("--dtype=float64",)
     run(python_data, tmp_path / "eager", *more)
     run(python_data, tmp_path / "compiled", *more, "--compile")
-    eager, compiled = read_visits(tmp_path / "eager"), read_visits(tmp_path / "compiled")
+    eager, compiled = read(tmp_path / "eager"), read(tmp_path / "compiled")
     assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(eager["value"])  # of what float32 on disk holds
     assert not any(key.startswith("_orig_mod") for key in weights(tmp_path / "compiled"))
 
