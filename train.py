@@ -320,7 +320,8 @@ def train(cfg):
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
-    model = torch.compile(raw_model) if cfg.compile else raw_model
+    torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
+    model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
 
     def to_device(*arrays):
         tensors = [torch.as_tensor(a) for a in arrays]

@@ -158,7 +158,7 @@ class Valuation:
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
         self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
-        self.seconds = 0.0  # spent in open, before_step and close
+        self.t, self.seconds = None, 0.0  # the optimizer's step; spent in open, before_step and close
         self.micro, self.pending = [], []  # micro-batches of this step, closed steps
         if not self.on:
             return
@@ -364,8 +364,8 @@ class Valuation:
     @torch.no_grad()
     def directions_of_two(self, batch):
         """self.grads -> .h, before lr and kappa. batch: kappa g, a tensor a parameter."""
-        weight = -torch.as_tensor(self.kappa).log()  # ln(1/kappa)
-        clipped, along = bool(weight > 0), [0.0] * len(self.targets)  # <u, p_k> |batch|
+        clipped, along = torch.is_tensor(self.kappa) or self.kappa < 1, [0.0] * len(self.targets)  # <u, p_k> |batch|
+        weight = -torch.as_tensor(self.kappa).log()  # ln(1/kappa); not looked at, for that would wait for the device
         for p, g, taken in zip(self.params, self.grads, batch):
             m, v, q = self.adamw(p) if self.rule == "adamw2" else (taken, taken, None)
             for m_n, v_n, taken_n, *pieces in blocks(m, v, taken, *p.h, *g):
@@ -413,7 +413,9 @@ class Valuation:
         """Before the step's first backward: one-pass rules take the targets' gradients and set the directions.
         tokens: the global batch's, an integer array of any shape, for `adamw`; without them it predicts every secant."""
         self.step, self.lr, self.kappa, self.truth = step, lr, 1.0, None
-        self.t = 1 + next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
+        if self.t is None:  # read once, then counted: on a GPU the optimizer's own count lies there
+            self.t = next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
+        self.t += 1
         seen = None if tokens is None else torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
         self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
         self.book, self.measured = {}, step % self.book_interval == 0

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import config
 import exact
+import train as train_module
 from data import global_batch, open_dataset, parse_targets
 from ledger import add_visits, read
 from model import GPT, GPTConfig
@@ -464,12 +466,26 @@ def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw2"])
-def test_compiled_values_equal_eager_ones(python_data, tmp_path, rule):
-    """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently."""
-    more = (f"--rule={rule}", "--n_layer=1", "--max_iters=3", "--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=0", TWO)
+def test_compiled_values_equal_eager_ones(python_data, tmp_path, monkeypatch, rule):
+    """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently.
+    After three steps nothing is compiled again, and a graph break is an error (fullgraph)."""
+    graphs, schedule = [], train_module.schedule
+    monkeypatch.setattr(train_module, "schedule", lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or schedule(*args))
+    more = (
+        f"--rule={rule}",
+        "--n_layer=1",
+        "--max_iters=8",
+        "--book_interval=2",
+        "--batch_size=4",
+        "--gradient_accumulation_steps=1",
+        "--eval_interval=0",
+        TWO,
+    )
     more += ("--dtype=float64",)
     run(python_data, tmp_path / "eager", *more)
+    graphs.clear()
     run(python_data, tmp_path / "compiled", *more, "--compile")
+    assert len(graphs) == 8 and 0 < graphs[3] == graphs[-1]
     eager, compiled = read(tmp_path / "eager"), read(tmp_path / "compiled")
     assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(eager["value"])  # of what float32 on disk holds
     assert not any(key.startswith("_orig_mod") for key in weights(tmp_path / "compiled"))

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import exact
 import ghost
@@ -316,6 +317,36 @@ def test_the_books_close(tmp_path):
         residuals.append((book["before"] - book["after"] - values.sum(0) - book["momentum"] - book["decay"]).abs().max())
         assert (book["before"] - book["after"]).abs().min() > 20 * residuals[-1]
     assert residuals[0] / residuals[1] > 5
+
+
+class WaitsForNothing(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU, on any device: reading a number, or a shape that depends on numbers."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name().split("::")[1].split(".")[0] not in self.WAITING, func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
+    """From open to close, measured steps too: values, losses and books are read in flush."""
+    run = Run(tmp_path, torch.float32, rule, K=2)
+    for step in range(3):
+        X, Y = tokens(run, step)
+        with WaitsForNothing():
+            run.valuation.open(step, 1e-2, torch.cat([X, Y[:, -1:]], 1).numpy())
+            for ids in np.split(np.arange(B), 2 if step == 1 else 1):
+                (run.loss(X[ids], Y[ids], run.valuation.ledger(ids, X[ids], Y[ids])) * len(ids) / B).backward()
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
+            run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        with WaitsForNothing():
+            run.valuation.close()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"), WaitsForNothing():
+            run.valuation.flush()
 
 
 def test_two_pass_rules_leave_the_backward_alone(tmp_path):
