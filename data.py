@@ -186,8 +186,7 @@ def parse_targets(spec, dataset, block_size):
 
     Raises ValueError for an unknown domain, a missing or empty text, a name used twice."""
     targets = []
-    for part in spec.split(","):
-        part = part.strip()
+    for part in map(str.strip, spec.split(",")):
         rows = dataset.val.rows[:, : block_size + 1]
         if part == "val":
             targets.append(Target("val", rows, np.arange(len(rows))))

@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ import config
 import ghost
 from data import Target
 from model import GPT, GPTConfig
+from train import peak_flops
 from valuation import Valuation
 
 SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
@@ -50,9 +52,10 @@ PLAIN, TARGET = "plain", "plain + target"
 @dataclass
 class Config:
     shapes: str = "byte,gpt2,gpt2-small"  # comma-separated; see SHAPES
-    rules: str = "sgd,adamw_linear"  # comma-separated
+    rules: str = "sgd,adamw_linear,adamw,sgd2,adamw2"  # comma-separated
     target: int = 1  # chunks of the target a step
     K: int = 1  # targets
+    accumulation: int = 1  # micro-batches of a step, each of the shape's B chunks
     rounds: int = 9  # each arm once a round
     form: Literal["auto", "running", "matmul"] = "auto"  # of the contraction
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +79,8 @@ class Bench:
         ghost.FORM = cfg.form
         self.cfg, self.device = cfg, cfg.device
         self.raw_model = GPT(GPTConfig(self.T, vocab, n_layer, n_head, n_embd, bias=False)).to(cfg.device)
-        self.model = torch.compile(self.raw_model) if cfg.compile else self.raw_model
+        torch._dynamo.config.force_parameter_static_shapes = False  # as train.py does
+        self.model = torch.compile(self.raw_model, fullgraph=True) if cfg.compile else self.raw_model
         self.optimizer = self.raw_model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), cfg.device.split(":")[0])
         bf16 = cfg.dtype == "bfloat16"
         self.ctx = torch.amp.autocast(cfg.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
@@ -89,19 +93,9 @@ class Bench:
         for rule in set(arms) - {PLAIN, TARGET}:
             (run := Path(folder, rule)).mkdir()
             self.valuations[rule] = Valuation(
-                self.raw_model,
-                self.optimizer,
-                self.valuation_loss,
-                targets,
-                rule,
-                self.B,
-                1000,
-                run,
-                cfg.target,
-                "fixed",
-                recompute=cfg.compile,
-                book_interval=1000,
-            )
+                self.raw_model, self.optimizer, self.valuation_loss, targets, rule, self.B * cfg.accumulation, 1000, run,
+                cfg.target, "fixed", recompute=cfg.compile, book_interval=1000,
+            )  # fmt: skip
 
     def loss(self, X, Y, ledger=None):
         with self.ctx:
@@ -118,8 +112,9 @@ class Bench:
                 self.optimizer.zero_grad()
         if valuation:
             valuation.open(1, 1e-4, self.tokens)  # step 1: not one that the books measure
-        ledger = valuation.ledger(np.arange(self.B), X, Y) if valuation else None
-        self.loss(X, Y, ledger).backward()
+        for _ in range(self.cfg.accumulation):
+            ledger = valuation.ledger(np.arange(self.B), X, Y) if valuation else None
+            (self.loss(X, Y, ledger) / self.cfg.accumulation).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
         if valuation:
             valuation.before_step((1.0 / (norm + 1e-6)).clamp(max=1.0))
@@ -143,7 +138,7 @@ class Bench:
 
 def peak_memory(cfg, shape, arm):
     """Bytes, from a process that runs nothing but this arm."""
-    keys = ("target", "K", "form", "device", "dtype", "compile")
+    keys = ("target", "K", "accumulation", "form", "device", "dtype", "compile")
     command = [sys.executable, __file__, f"--shapes={shape}", f"--arm={arm}", *(f"--{key}={getattr(cfg, key)}" for key in keys)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -170,7 +165,8 @@ def measure(cfg, shape):
         for i in range(cfg.rounds):
             for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:  # no arm always comes after the same one
                 seconds[arm].append(bench.timed(arm))
-        B, tokens = bench.B, bench.B * bench.T
+        B = bench.B * cfg.accumulation
+        tokens, mfu_of = B * bench.T, partial(bench.raw_model.estimate_mfu, B, peak_flops=peak_flops(cfg.device, getattr(torch, cfg.dtype)))
         params = sum(p.numel() * p.element_size() for p in bench.raw_model.parameters())
         del bench
     memory = {arm: peak_memory(cfg, shape, arm) for arm in arms} if cfg.memory else {}
@@ -180,7 +176,7 @@ def measure(cfg, shape):
         ratio = {base: statistics.median(b / a for a, b in zip(seconds[arm], seconds[base])) for base in (PLAIN, TARGET)}
         row = {"shape": shape, "arm": arm, "ms": 1e3 * statistics.median(seconds[arm]), "tokens_per_s": tokens / statistics.median(seconds[arm])}
         row |= {"to_plain": ratio[PLAIN], "to_plain_target": ratio[TARGET], "to_limit": ratio[PLAIN] / limit}
-        row |= {"best_to_plain_target": min(seconds[TARGET]) / min(seconds[arm])}
+        row |= {"best_to_plain_target": min(seconds[TARGET]) / min(seconds[arm]), "mfu": mfu_of(statistics.median(seconds[arm]))}
         if memory:
             row |= {"peak_mb": memory[arm] / 1e6, "above_plain_in_params": (memory[arm] - memory[PLAIN]) / params}
         rows.append(row)
@@ -188,11 +184,11 @@ def measure(cfg, shape):
 
 
 def show(rows):
-    print(f"{'shape':16}{'arm':16}{'ms':>9}{'tok/s':>10}{'/plain':>9}{'/+target':>10}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}")
+    print(f"{'shape':16}{'arm':16}{'ms':>9}{'tok/s':>10}{'mfu':>7}{'/plain':>9}{'/+target':>10}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}")
     for r in rows:
         memory = f"{r['peak_mb']:9.0f}{r['above_plain_in_params']:9.2f}" if "peak_mb" in r else ""
         ratios = f"{r['to_plain']:9.3f}{r['to_plain_target']:10.3f}{r['best_to_plain_target']:8.3f}{r['to_limit']:8.3f}"
-        times = f"{r['ms']:9.1f}{r['tokens_per_s']:10,.0f}{ratios}"
+        times = f"{r['ms']:9.1f}{r['tokens_per_s']:10,.0f}{r['mfu']:7.1%}{ratios}"
         print(f"{r['shape']:16}{r['arm']:16}{times}{memory}", flush=True)
 
 

@@ -97,7 +97,7 @@ def test_a_json_config_from_a_run(tmp_path):
     assert config.load(Small, [str(tmp_path / "config.json")]).out_dir == "out/x"
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py", "bench/kernels.py", "experiments/fidelity.py"])
 def test_help_lists_every_key(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0 and not done.stderr
@@ -107,6 +107,15 @@ def test_help_lists_every_key(script):
         if isinstance(field, ast.AnnAssign):
             assert f"--{field.target.id}=" in done.stdout, field.target.id
     assert f"python {script}" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["kernels.py --layers=16x24,7x5 --chunks=3x7,1x2 --K=2", "overhead.py --shapes=tiny --memory=False"])
+def test_benchmarks_end_with_one_line_of_json(command):
+    command = [sys.executable, *f"{ROOT}/bench/{command} --rounds=1 --device=cpu --dtype=float32".split(" ")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["torch"] and len(found["rows"]) == (4 if "kernels" in command[1] else 7)
 
 
 def test_main_tells_users_errors_from_bugs(capsys):
