@@ -248,9 +248,7 @@ def jobs(documents):
         yield job
 
 
-# --- in a worker: a job -> tokens by split and domain -------------------------
-
-DOCUMENT = [(name, "i8") for name in ("doc", "domain", "source", "record", "first_chunk", "first_token", "n_tokens", "n_bytes")]
+# --- in a worker: a job -> documents in tokens -------------------------
 
 
 def start_worker(cfg):
@@ -268,12 +266,9 @@ def die_with_parent():
 
 
 def encode(job):
-    """A list of documents -> groups, lengths, sources, skipped, left_out.
-
-    groups: {(split, domain): (tokens uint16 (n,) with <eot>s, DOCUMENT (m,))}, in order of appearance; a DOCUMENT's doc is an
-    index into lengths (tokens of each document with its <eot>), its source one into sources (names).
-    left_out: domains there are but that --domains does not name."""
-    wanted, groups, lengths, sources, skipped, left_out = set(comma_list(CFG.domains)), {}, [], {}, Counter(), set()
+    """A list of documents -> documents [(split, domain, source, record, tokens uint16 (n,) with <eot>, bytes of text)], skipped, left_out:
+    the domains there are but that --domains does not name."""
+    wanted, documents, skipped, left_out = set(comma_list(CFG.domains)), [], Counter(), set()
     for source, record, domain, text in records(job, skipped):
         try:
             text, domain = (x.decode() if isinstance(x, bytes) else x for x in (text, domain))
@@ -285,17 +280,13 @@ def encode(job):
                 skipped["empty" if isinstance(text, str) else "no_text"] += 1
                 continue
             utf8, _ = text.encode(), domain.encode()
-            tokens = TOKENIZER.encode(text)
+            tokens = np.append(TOKENIZER.encode(text), EOT)
         except ValueError as e:
             skipped[{UnicodeDecodeError: "not_utf8", UnicodeEncodeError: "lone_surrogate"}.get(type(e), "not_tokenized")] += 1
             continue
         hashed = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") / 2**64
-        group = groups.setdefault(("val" if hashed < CFG.val_fraction else "train", domain), ([], []))
-        group[0].extend((tokens, EOT))
-        group[1].append((len(lengths), 0, sources.setdefault(source, len(sources)), record, 0, 0, len(tokens), len(utf8)))
-        lengths.append(len(tokens) + 1)
-    groups = {key: (np.concatenate(tokens), np.array(documents, DOCUMENT)) for key, (tokens, documents) in groups.items()}
-    return groups, np.array(lengths, np.int64), list(sources), skipped, left_out
+        documents.append(("val" if hashed < CFG.val_fraction else "train", domain, source, record, tokens, len(utf8)))
+    return documents, skipped, left_out
 
 
 def records(job, skipped):
@@ -378,104 +369,75 @@ class Rows:
 class Split:
     """Packs one split's documents into rows and writes its three files."""
 
-    def __init__(self, folder, name, width, names):
-        """names: {column: {name: number}} for the two columns of numbered names; they grow."""
+    def __init__(self, folder, name, width):
         import pyarrow as pa
         import pyarrow.parquet
 
         i4, i8, text = pa.int32(), pa.int64(), pa.string()
-        self.schema = pa.schema(list(zip([key for key, _ in DOCUMENT], [i8, text, text, i8, i8, i4, i8])))
-        self.table = pa.parquet.ParquetWriter(folder / f"{name}_docs.parquet", self.schema)
+        columns = dict(doc=i8, domain=text, source=text, record=i8, first_chunk=i8, first_token=i4, n_tokens=i8)
+        self.table = pa.parquet.ParquetWriter(folder / f"{name}_docs.parquet", pa.schema(columns))
         self.rows, self.domain = Rows(folder / f"{name}.npy", (width,)), Rows(folder / f"{name}_domain.npy", ())
-        self.width, self.names, self.tokens, self.listed, self.buffer = width, names, 0, 0, []
-        self.tail = {}  # by domain: tokens that fill no row yet
-        self.begun = {}  # and the documents that begin among them
+        self.width, self.tokens, self.listed, self.entries = width, 0, 0, []
+        self.waiting = {}  # by domain: arrays of tokens that fill no row yet, how many, and (first token, document) of those that begin there
         self.documents, self.chunks = Counter(), Counter()  # by domain
 
-    def add(self, groups):
-        """groups: {domain: (tokens, DOCUMENT (m,))}, the next documents of each domain."""
-        rows, filler = [], []
-        for domain, (tokens, documents) in groups.items():
-            tail = self.tail.get(domain, tokens[:0])
-            self.tokens += len(tokens)
-            tokens, end = np.concatenate([tail, tokens]), len(tail) + np.cumsum(documents["n_tokens"] + 1)
-            n = len(tokens) // self.width
-            documents["domain"], documents["first_token"] = domain, end - documents["n_tokens"] - 1  # for now counted from the tail's
-            rows.append(tokens[: n * self.width].reshape(n, self.width))
-            filler.append(documents["doc"][np.searchsorted(end, np.arange(1, n + 1) * self.width)])
-            self.tail[domain] = tokens[n * self.width :].copy()
-            self.begun[domain] = np.concatenate([self.begun.get(domain, documents[:0]), documents])
-            self.documents[domain] += len(documents)
-            self.chunks[domain] += n
-        counts = [len(r) for r in rows]
-        order = np.argsort(np.concatenate(filler), kind="stable")  # a row's turn comes with the document that fills it
-        number = np.empty(len(order), np.int64)
-        number[order] = self.rows.n + np.arange(len(order))
-        self.rows.append(np.concatenate(rows)[order])
-        self.domain.append(np.repeat(list(groups), counts)[order])
-        placed = []
-        for domain, own in zip(groups, np.split(number, np.cumsum(counts)[:-1])):
-            row, first_token = np.divmod(self.begun[domain]["first_token"], self.width)
-            n = np.searchsorted(row, len(own))  # documents that begin in these rows
-            done, rest = self.begun[domain][:n], self.begun[domain][n:]
-            done["first_chunk"], done["first_token"] = own[row[:n]], first_token[:n]
-            rest["first_token"] -= len(own) * self.width
-            self.begun[domain] = rest
-            placed.append(done)
-        placed = np.concatenate(placed)
-        self.buffer.append(placed[np.lexsort((placed["first_token"], placed["first_chunk"]))])
-        self.listed += len(placed)
+    def add(self, number, tokens, document):
+        """A document of the domain with this number; document: its doc, domain, source and record."""
+        self.tokens += len(tokens)
+        self.documents[number] += 1
+        arrays, size, begun = self.waiting.get(number, ([], 0, []))
+        arrays.append(tokens)
+        begun.append((size, (*document, len(tokens) - 1)))
+        size += len(tokens)
+        if n := size // self.width:
+            tokens, rest = np.concatenate(arrays), []
+            for at, (*document, n_tokens) in begun:
+                row, first_token = divmod(at, self.width)
+                if row < n:
+                    self.entries.append((*document, self.rows.n + row, first_token, n_tokens))
+                else:
+                    rest.append((at - n * self.width, (*document, n_tokens)))
+            self.rows.append(tokens[: n * self.width].reshape(n, self.width))
+            self.domain.append(np.full(n, number))
+            self.chunks[number] += n
+            arrays, size, begun = [tokens[n * self.width :].copy()], size - n * self.width, rest
+        self.waiting[number] = arrays, size, begun
+        if len(self.entries) >= 1 << 14:
+            self.write_table()
 
     def write_table(self):
-        """What the buffer holds, as one row group."""
+        """The entries, as one row group."""
         import pyarrow as pa
 
-        documents, self.buffer = np.concatenate(self.buffer or [np.empty(0, DOCUMENT)]), []
-        columns = {name: documents[name] for name, _ in DOCUMENT}
-        for name, numbers in self.names.items():
-            names = pa.array([text.encode(errors="replace") for text in numbers], pa.binary()).cast(pa.string())
-            columns[name] = names.take(pa.array(columns[name]))
-        self.table.write_table(pa.table([pa.array(columns[field.name], field.type) for field in self.schema], schema=self.schema))
+        columns = zip(*self.entries) if self.entries else [()] * len(self.table.schema)
+        self.table.write_table(pa.table([pa.array(c, of.type) for c, of in zip(columns, self.table.schema)], schema=self.table.schema))
+        self.listed, self.entries = self.listed + len(self.entries), []
 
 
 class Packer:
     """Takes encoded jobs in reading order and writes the arrays and tables of both splits."""
 
     def __init__(self, folder, cfg):
-        self.cfg, self.documents, self.n_bytes, self.domains, self.sources = cfg, 0, 0, {}, {}  # the last two: {name: number}
-        names = {"domain": self.domains, "source": self.sources}
-        self.splits = {name: Split(folder, name, cfg.block_size + 1, names) for name in ("train", "val")}
+        self.cfg, self.documents, self.tokens, self.n_bytes, self.domains = cfg, 0, 0, 0, {}  # domains: {name: number}
+        self.splits = {name: Split(folder, name, cfg.block_size + 1) for name in ("train", "val")}
         self.skipped, self.left_out = Counter(not_utf8=0, not_json=0, no_text=0, empty=0, lone_surrogate=0, not_tokenized=0), set()
 
     @property
-    def tokens(self):
-        return sum(split.tokens for split in self.splits.values())
+    def full(self):
+        return 0 < self.cfg.limit_tokens <= self.tokens
 
-    def add(self, groups, lengths, sources, skipped, left_out):
+    def add(self, documents, skipped, left_out):
         """What encode() gave for the next job; up to and with the document that reaches --limit_tokens."""
         self.skipped.update(skipped)
         self.left_out |= left_out
-        keep = len(lengths)
-        if self.cfg.limit_tokens:
-            keep = min(keep, 1 + int(np.searchsorted(np.cumsum(lengths), self.cfg.limit_tokens - self.tokens)))
-        source = np.array([self.sources.setdefault(name, len(self.sources)) for name in sources], np.int64)
-        by_split = {name: {} for name in self.splits}
-        for (split, domain), (tokens, documents) in groups.items():
-            documents = documents[: np.searchsorted(documents["doc"], keep)]
-            if len(documents):
-                documents["doc"] += self.documents
-                documents["source"] = source[documents["source"]]
-                self.n_bytes += int(documents["n_bytes"].sum())
-                number = self.domains.setdefault(domain, len(self.domains))
-                by_split[split][number] = tokens[: documents["n_tokens"].sum() + len(documents)], documents
-        self.documents += keep
-        if len(self.domains) > 1 << 16:
-            raise ValueError(f"--domain_key={self.cfg.domain_key} has over {1 << 16} values: name a key with fewer")
-        for name, split in self.splits.items():
-            if by_split[name]:
-                split.add(by_split[name])
-            if sum(map(len, split.buffer)) >= 1 << 14:
-                split.write_table()
+        for split, domain, source, record, tokens, n_bytes in documents:
+            if self.full:
+                break
+            number = self.domains.setdefault(domain, len(self.domains))
+            if number >= 1 << 16:
+                raise ValueError(f"--domain_key={self.cfg.domain_key} has over {1 << 16} values: name a key with fewer")
+            self.splits[split].add(number, tokens, (self.documents, domain, source.encode(errors="replace").decode(), record))
+            self.documents, self.tokens, self.n_bytes = self.documents + 1, self.tokens + len(tokens), self.n_bytes + n_bytes
 
     def finish(self):
         """Checks that there is something of everything asked for, ends the files, -> what meta.json holds."""
@@ -537,7 +499,7 @@ def prepare(cfg):
             for encoded in in_order(pool, jobs(documents), ahead=2 * workers + 1):
                 packer.add(*encoded)
                 bar.set_postfix_str(speed(packer, time.perf_counter() - started), refresh=False)
-                if cfg.limit_tokens and packer.tokens >= cfg.limit_tokens:
+                if packer.full:
                     break
             meta = packer.finish()
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
