@@ -50,8 +50,7 @@ def load(cls, argv=None):
 
 def find(name):
     """The path if it exists, else configs/<stem>.py beside this file."""
-    named = ROOT / "configs" / f"{Path(name).stem}.py"
-    for path in (Path(name), named):
+    for path in (Path(name), ROOT / "configs" / f"{Path(name).stem}.py"):
         if path.is_file():
             return path
     have = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
@@ -127,11 +126,8 @@ def describe(cls):
 
 
 def main(run):
-    """Call run(); what the user can mend becomes one line on stderr and exit code 2.
-
-    That is: a ValueError raised by this project's own lines, and the operating system's refusals (disk full, read-only,
-    no such file). A ValueError from inside a library is a bug and keeps its traceback.
-    """
+    """Call run(); what the user can mend becomes one line on stderr and exit code 2: a ValueError raised by this project's own lines,
+    the operating system's refusals (disk full, read-only, no such file). A ValueError from inside a library is a bug and keeps its traceback."""
     try:
         run()
     except KeyboardInterrupt:

@@ -210,12 +210,10 @@ def parse_targets(spec, dataset, block_size):
 
 def text_rows(path, tok, block_size):
     """A text file -> int32 (n, block_size + 1): every token predicted once, from <|endoftext|> on, the last row padded with -1."""
-    if not Path(path).is_file():
-        raise ValueError(f"--targets: no file {path!r}")
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"--targets: {path} is not UTF-8 text ({e.reason} at byte {e.start})") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"--targets: {path} cannot be read as UTF-8 text ({e}): write <name>=<file.txt>") from e
     if not text.strip():
         raise ValueError(f"--targets: {path} holds no text")
     tokens = tok.encode(text).astype(np.int32)

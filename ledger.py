@@ -104,9 +104,6 @@ class Records:
         self.start = len(header.getvalue())
         os.pwrite(self.file.fileno(), header.getvalue(), 0)
 
-    def append(self, records):
-        self.pending.append(records)
-
     def commit(self):
         """Rows first, then the header that counts them."""
         if self.pending:

@@ -40,6 +40,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -418,26 +419,23 @@ class Packer:
     """Takes encoded jobs in reading order and writes the arrays and tables of both splits."""
 
     def __init__(self, folder, cfg):
-        self.cfg, self.documents, self.tokens, self.n_bytes, self.domains = cfg, 0, 0, 0, {}  # domains: {name: number}
+        self.cfg, self.documents, self.tokens, self.n_bytes, self.domains, self.full = cfg, 0, 0, 0, {}, False  # domains: {name: number}
         self.splits = {name: Split(folder, name, cfg.block_size + 1) for name in ("train", "val")}
         self.skipped, self.left_out = Counter(not_utf8=0, not_json=0, no_text=0, empty=0, lone_surrogate=0, not_tokenized=0), set()
-
-    @property
-    def full(self):
-        return 0 < self.cfg.limit_tokens <= self.tokens
 
     def add(self, documents, skipped, left_out):
         """What encode() gave for the next job; up to and with the document that reaches --limit_tokens."""
         self.skipped.update(skipped)
         self.left_out |= left_out
         for split, domain, source, record, tokens, n_bytes in documents:
-            if self.full:
-                break
             number = self.domains.setdefault(domain, len(self.domains))
             if number >= 1 << 16:
                 raise ValueError(f"--domain_key={self.cfg.domain_key} has over {1 << 16} values: name a key with fewer")
             self.splits[split].add(number, tokens, (self.documents, domain, source.encode(errors="replace").decode(), record))
             self.documents, self.tokens, self.n_bytes = self.documents + 1, self.tokens + len(tokens), self.n_bytes + n_bytes
+            self.full = 0 < self.cfg.limit_tokens <= self.tokens
+            if self.full:
+                break
 
     def finish(self):
         """Checks that there is something of everything asked for, ends the files, -> what meta.json holds."""
@@ -448,25 +446,20 @@ class Packer:
         if not self.documents:
             raise ValueError(f"no document in {cfg.source or cfg.dataset} (skipped: {counts(self.skipped)}): see --source and --text_key")
         if not chunks["train"] or (cfg.val_fraction and not chunks["val"]):
-            name = "val" if chunks["train"] else "train"
-            raise ValueError(
-                f"{self.splits[name].tokens} tokens fill no chunk of {name}.npy: {'raise' if name == 'val' else 'lower'} "
-                f"--val_fraction={cfg.val_fraction}, lower --block_size={cfg.block_size}, or read more text"
-            )
+            name, how = ("val", "raise") if chunks["train"] else ("train", "lower")
+            cure = f"{how} --val_fraction={cfg.val_fraction}, lower --block_size={cfg.block_size}, or read more text"
+            raise ValueError(f"{self.splits[name].tokens} tokens fill no chunk of {name}.npy: {cure}")
         sha256 = {}
         for name, split in self.splits.items():
             split.write_table()
             split.table.close()
             sha256 |= {f"{name}.npy": split.rows.close(), f"{name}_domain.npy": split.domain.close()}
-        width, tok = cfg.block_size + 1, data.TOKENIZERS[cfg.tokenizer]
-
-        def of_domain(split, i):
-            return {"documents": split.documents[i], "tokens": split.chunks[i] * width, "chunks": split.chunks[i]}
-
+        width, tok, by_domain = cfg.block_size + 1, data.TOKENIZERS[cfg.tokenizer], {domain: {} for domain in self.domains}
+        for (domain, i), (name, split) in product(self.domains.items(), self.splits.items()):
+            by_domain[domain][name] = dict(documents=split.documents[i], tokens=split.chunks[i] * width, chunks=split.chunks[i])
         meta = dict(schema=data.SCHEMA, tokenizer=cfg.tokenizer, vocab_size=tok.n_vocab, eot=tok.eot, block_size=cfg.block_size)
-        meta |= dict(domains=list(self.domains), chunks=chunks, documents=self.documents, skipped=dict(self.skipped))
+        meta |= dict(domains=list(self.domains), chunks=chunks, by_domain=by_domain, documents=self.documents, skipped=dict(self.skipped))
         meta["tokens"] = {name: n * width for name, n in chunks.items()}  # in the arrays, with <eot>
-        meta["by_domain"] = {d: {name: of_domain(split, i) for name, split in self.splits.items()} for d, i in self.domains.items()}
         meta["dropped_tokens"] = self.tokens - sum(chunks.values()) * width
         meta["dropped_documents"] = self.documents - sum(split.listed for split in self.splits.values())  # those with no token in a chunk
         # sha256: of each array's data, without its header

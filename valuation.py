@@ -577,7 +577,7 @@ class Valuation:
         for name, records in vars(new).items():
             setattr(new, name, np.concatenate(records) if records else None)
             if records:
-                getattr(self, name).append(getattr(new, name))
+                getattr(self, name).pending.append(getattr(new, name))
         return new
 
     def compare(self, closed):

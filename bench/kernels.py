@@ -27,7 +27,7 @@ import config
 import ghost
 
 MARGIN = 4.0
-FORMS = ("running", "matmul")
+FORMS = ("running", "matmul", *(("fused",) if torch.cuda.is_available() else ()))
 CPU_LAYERS = "96x384,384x1152,384x1536,1536x384,96x50304"
 GPU_LAYERS = "768x2304,768x768,768x3072,3072x768,768x50304"
 

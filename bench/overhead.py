@@ -57,7 +57,7 @@ class Config:
     K: int = 1  # targets
     accumulation: int = 1  # micro-batches of a step, each of the shape's B chunks
     rounds: int = 9  # each arm once a round
-    form: Literal["auto", "running", "matmul"] = "auto"  # of the contraction
+    form: Literal["auto", "running", "matmul", "fused"] = "auto"  # of the contraction
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"
     compile: bool = False

@@ -1,0 +1,41 @@
+"""The fused kernel against float64: on a GPU natively, elsewhere in Triton's interpreter (conftest.py switches it on)."""
+
+import pytest
+import torch
+
+import ghost
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def problem(B, T, O, I, K, dtype):
+    torch.manual_seed(B * T + O)
+    gy, x = torch.randn(B, T, O, device=DEVICE).to(dtype), torch.randn(B, T, I, device=DEVICE).to(dtype)
+    h = torch.randn(K, O, I, device=DEVICE)
+    truth = torch.einsum("bto,bti->boi", gy.double(), x.double())
+    return gy, x, h, truth.sum(0), torch.einsum("boi,koi->bk", truth, h.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B, T, O, I, K", [(1, 1, 1, 1, 1), (1, 5, 3, 7, 2), (3, 70, 130, 257, 1), (16, 9, 64, 48, 3), (2, 65, 1100, 33, 1)])
+def test_the_kernel_is_right_for_any_shape(B, T, O, I, K, dtype):
+    """Products of the dtype given, sums in float32; twice the same bits. More rows of tiles than a group, tokens that fill no step."""
+    gy, x, h, gradient, values = problem(B, T, O, I, K, dtype)
+    gw, v = ghost.weight_grad(gy, x, h, "fused")
+    assert gw.dtype == v.dtype == torch.float32
+    assert relative(gw, gradient) < 1e-6 and relative(v, values) < 1e-5
+    again = ghost.weight_grad(gy, x, h, "fused")
+    assert torch.equal(gw, again[0]) and torch.equal(v, again[1])
+
+
+def test_what_cannot_run_says_so(monkeypatch):
+    gy, x, h, _, _ = problem(1, 5, 3, 7, 1, torch.float32)
+    with pytest.raises(ValueError, match="needs triton, a GPU and float32 weights"):
+        ghost.weight_grad(gy.double(), x.double(), h.double(), "fused")
+    monkeypatch.setattr(ghost, "triton", None)
+    with pytest.raises(ValueError, match="needs triton"):
+        ghost.weight_grad(gy, x, h, "fused")
