@@ -378,7 +378,7 @@ class Valuation:
                         along[k] += torch.dot(steep, g_n)
                     torch.mul(g_n, factor, out=h_n)
         if clipped:
-            square = sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch)
+            square = sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch).clamp(min=TINY)
             for p, taken in zip(self.params, batch):
                 for h_k, along_k in zip(p.h, along):
                     h_k.sub_(taken * (weight * along_k / square))
