@@ -64,6 +64,7 @@ def weight_grad(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor, form: str) -> tupl
     """
     if form == "auto":
         form = "running" if x_BTI.device.type == "cpu" else "matmul"
+    assert form in ("running", "fused", "matmul"), form
     (K, O, I), B = h_KOI.shape, len(x_BTI)
     if form == "fused":
         return fused_weight_grad(gy_BTO, x_BTI, h_KOI)

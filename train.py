@@ -193,8 +193,7 @@ def evaluate(model, loss_of, data, cfg):
     for d, name in enumerate(data.domains):
         ids = np.flatnonzero(data.val.domain == d)
         if len(ids):
-            some = ids[: cfg.eval_chunks]
-            batches = [some[i : i + cfg.batch_size] for i in range(0, len(some), cfg.batch_size)]
+            batches = np.split(ids[: cfg.eval_chunks], range(cfg.batch_size, min(len(ids), cfg.eval_chunks), cfg.batch_size))
             losses[name] = np.average([float(loss_of(*data.val.batch(b, cfg.block_size))) for b in batches], weights=[len(b) for b in batches])
             sizes.append(len(ids))
     model.train()
@@ -298,8 +297,7 @@ def train(cfg):
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
     checkpoint = check_out_dir(cfg, data)
-    out, n_chunks = Path(cfg.out_dir), len(data.train.rows)
-    B = cfg.batch_size * cfg.gradient_accumulation_steps
+    out, n_chunks, B = Path(cfg.out_dir), len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
     device_type, dtype = cfg.device.split(":")[0], getattr(torch, cfg.dtype)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

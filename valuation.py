@@ -330,14 +330,15 @@ class Valuation:
                 continue
             kept = g[:, rows].clone() if (rows := self.rows.get(p)) is not None else None
             m, v, q = self.adamw(p)
-            for h_k, g_k in zip(p.h, g):
-                v_k = g_k.square() if first else v
+            for h_k, g_k, v_k in ((h_k[None], g_k[None], g_k.square()) for h_k, g_k in zip(p.h, g)) if first else [(p.h, g, v)]:
                 floor = FLOORS["adamw_linear" if first else self.rule] * v_k.mean()
-                for h_n, g_n, m_n, v_n in blocks(h_k, g_k, m, v_k):
+                for m_n, v_n, *pieces in blocks(m, v_k, *h_k, *g_k):
                     if self.rule == "adamw" and not first:
-                        torch.mul(g_n, expected_secant(q, m_n, v_n, floor), out=h_n)
+                        factor, apply = expected_secant(q, m_n, v_n, floor), torch.mul
                     else:  # b goes into the denominator
-                        torch.div(g_n, v_n.clamp(min=floor).mul_((q.d if first else q.c) / q.b**2).sqrt_().add_(q.eps / q.b), out=h_n)
+                        factor, apply = v_n.clamp(min=floor).mul_((q.d if first else q.c) / q.b**2).sqrt_().add_(q.eps / q.b), torch.div
+                    for h_n, g_n in zip(pieces, pieces[len(h_k) :]):
+                        apply(g_n, factor, out=h_n)
             if kept is not None:
                 self.keep(p, kept)
 
@@ -416,7 +417,7 @@ class Valuation:
         if self.t is None:  # read once, then counted: on a GPU the optimizer's own count lies there
             self.t = next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
         self.t += 1
-        seen = None if tokens is None else torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
+        seen = None if tokens is None or not self.keeping else torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
         self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
         self.book, self.measured = {}, step % self.book_interval == 0
         if self.measured:
