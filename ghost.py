@@ -31,6 +31,9 @@ TILE = 2**21  # elements of the weight gradient worked on at a time on CPU: a ti
 # How Linear contracts. running: reads the values off the weight gradient as it accumulates, chunk after chunk; fused: the same in one Triton
 # kernel; matmul: one more matmul of the layer's size. auto: running on CPU, else matmul, for the kernel was not timed on a GPU yet.
 FORM = "auto"
+# Head and cross-entropy. chunked: one chunk's logits at a time, with their gradient at once; whole: as any Linear, then F.cross_entropy.
+# auto: chunked on CPU (3/4 of the time, a third of the memory: bench/kernels.py), else whole, for chunked was not timed on a GPU yet.
+HEAD = "auto"
 
 
 class Tape:
@@ -74,17 +77,31 @@ def weight_grad(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor, form: str) -> tupl
     x_B = x_BTI.to(h_KOI.dtype).unbind()
     gy_BTO = gy_BTO.to(h_KOI.dtype)
     gw_OI = h_KOI.new_empty(O, I)
-    rows = -(-O // -(-O * I // TILE))
     seen = []  # <tile, direction> after 1, 2, ... B chunks, for each tile and target
-    for o in range(0, O, rows):
-        tile = gw_OI[o : o + rows]
-        flat = tile.view(-1)
-        h_K = [h_OI[o : o + rows].view(-1) for h_OI in h_KOI.unbind()]
-        for b, gy_OT in enumerate(gy_BTO[:, :, o : o + rows].mT.unbind()):
-            tile.addmm_(gy_OT, x_B[b], beta=min(b, 1))  # beta 0 ignores what was there
-            seen += [torch.dot(flat, h) for h in h_K]
+    for o, tile, h_K in tiles(gw_OI, h_KOI):
+        for b, gy_OT in enumerate(gy_BTO[:, :, o].mT.unbind()):
+            seen += accumulate(tile, gy_OT, x_B[b], h_K, b == 0)
     after_BK = torch.stack(seen).view(-1, B, K).sum(0)
     return gw_OI, torch.diff(after_BK, dim=0, prepend=after_BK.new_zeros(1, K))
+
+
+def tiles(gw_OI, h_KOI):
+    """Pieces of the weight gradient, cache-sized on CPU: the rows (a slice), the piece and the directions' flat ones."""
+    O = len(gw_OI)
+    rows = -(-O // -(-gw_OI.numel() // TILE)) if gw_OI.device.type == "cpu" else O
+    for o in (slice(start, start + rows) for start in range(0, O, rows)):
+        yield o, gw_OI[o], [h_OI[o].view(-1) for h_OI in h_KOI.unbind()]
+
+
+def accumulate(tile, gy_OT, x_TI, h_K, first):
+    """Adds a chunk's gy^T x to the tile, which holds nothing before the first; returns <tile, direction> of each target."""
+    if x_TI.dtype == tile.dtype:
+        tile.addmm_(gy_OT, x_TI, beta=0 if first else 1)  # beta 0 ignores what was there
+    elif first:
+        tile.copy_(gy_OT @ x_TI)
+    else:
+        tile.add_(gy_OT @ x_TI)
+    return [torch.dot(tile.view(-1), h) for h in h_K]
 
 
 def fused_weight_grad(gy_BTO, x_BTI, h_KOI):
@@ -192,6 +209,80 @@ def linear(x, weight, bias, ledger):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     each, rows = getattr(weight, "each", None), getattr(weight, "rows", None)
     return _Linear.apply(x, weight, bias, weight.h, getattr(bias, "h", None), ledger, each, rows, FORM)
+
+
+# --- the head: mean cross-entropy of softmax(x W^T), a chunk at a time ---------
+
+
+def head_grad(x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Tensor | None, learns: bool) -> list[Tensor]:
+    """Each chunk's mean loss (B,), and what the backward of the sum of all token losses will be: of x, of W (empty unless
+    it learns), the values (B, K), and of each chunk alone the rows (R,) of W's, (B, R, I), empty without rows.
+
+    The logits and their gradient are there for one chunk at a time. Same source as Liger's and Wijmans et al.'s
+    (arXiv 2411.09009) fused head: the gradient is computed in the forward, for the loss is a scalar that only scales it.
+    """
+    (B, T, I), (K, O, _) = x_BTI.shape, h_KOI.shape
+    w, h_dtype, token = w_OI.to(x_BTI.dtype), h_KOI.dtype, torch.arange(T, device=x_BTI.device)
+    gx_BTI, gw_OI = torch.empty_like(x_BTI), h_KOI.new_empty((O, I) if learns else 0)
+    each = h_KOI.new_empty(0 if rows is None else (B, len(rows), I))
+    losses, values, before_K = [], [], h_KOI.new_zeros(K)
+    logits = x_BTI.new_empty(T, O)
+    for b, (x_TI, y_T) in enumerate(zip(x_BTI, y_BT)):
+        torch.mm(x_TI, w.t(), out=logits)
+        p = logits if logits.dtype == h_dtype else logits.to(h_dtype)
+        torch.log_softmax(p, 1, out=p)
+        losses.append(-p[token, y_T].mean())
+        p.exp_()[token, y_T] -= 1
+        gy_TO = p.to(x_BTI.dtype)
+        torch.mm(gy_TO, w, out=gx_BTI[b])
+        if not learns:
+            values.append(torch.stack([token_values(gy_TO, x_TI, h_OI).sum() for h_OI in h_KOI]))
+            continue
+        if rows is not None:
+            each[b] = gy_TO[:, rows].t() @ x_TI
+        seen = [accumulate(tile, gy_TO[:, o].t(), x_TI, h_K, b == 0) for o, tile, h_K in tiles(gw_OI, h_KOI)]
+        after_K = torch.stack([v for tile in seen for v in tile]).view(-1, K).sum(0)
+        values.append(after_K - before_K)
+        before_K = after_K
+    return [torch.stack(losses), gx_BTI, gw_OI, torch.stack(values), each]
+
+
+def _head_fake(x_BTI, w_OI, y_BT, h_KOI, rows, learns):
+    (B, _, I), h = x_BTI.shape, h_KOI
+    each = h.new_empty(0 if rows is None else (B, len(rows), I))
+    return [h.new_empty(B), torch.empty_like(x_BTI), h.new_empty(w_OI.shape if learns else 0), h.new_empty(B, len(h)), each]
+
+
+head = opaque(head_grad, _head_fake)
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, y, h, ledger, each, rows):
+        chunk_loss, *grads = head(x, w, y, h, rows, w.requires_grad)
+        ctx.save_for_backward(*grads)
+        ctx.tokens = y.numel()
+        ctx.mark_non_differentiable(chunk_loss)
+        return chunk_loss.mean(), chunk_loss
+
+    @staticmethod
+    def backward(ctx, g, _):
+        (gx, gw, values, each), g, (_, learns, *_, keeps, _) = ctx.saved_tensors, g / ctx.tokens, ctx.needs_input_grad
+        return gx * g, gw * g if learns else None, None, None, values * g, each * g if keeps else None, None
+
+
+def chunked(x, ledger):
+    """Whether head_loss is to be used: HEAD's choice, where the values come with the backward."""
+    assert HEAD in ("auto", "chunked", "whole"), HEAD
+    return torch.is_tensor(ledger) and (HEAD == "chunked" or HEAD == "auto" and x.device.type == "cpu")
+
+
+def head_loss(x, weight, y, ledger):
+    """F.cross_entropy(F.linear(x, weight), y) of x (B, T, I), y (B, T) in [0, O), and each chunk's mean loss (B,), of which no
+    gradient is taken; with the values as in `linear`."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _Head.apply(x, weight, y, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
 
 
 # --- y = W[idx] ---------------------------------------------------------------
