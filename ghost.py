@@ -274,7 +274,7 @@ class _Head(torch.autograd.Function):
 def chunked(x, ledger):
     """Whether head_loss is to be used: HEAD's choice, where the values come with the backward."""
     assert HEAD in ("auto", "chunked", "whole"), HEAD
-    return torch.is_tensor(ledger) and (HEAD == "chunked" or HEAD == "auto" and x.device.type == "cpu")
+    return torch.is_tensor(ledger) and (HEAD == "chunked" or (HEAD == "auto" and x.device.type == "cpu"))
 
 
 def head_loss(x, weight, y, ledger):

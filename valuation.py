@@ -58,7 +58,7 @@ TWO_PASS = ("sgd2", "adamw2")
 FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
 ROWS = 2**27
 EARLY = 3
-BLOCK = 2**17  # elements worked on at a time on CPU, so that the passes over them stay in cache
+BLOCK = 2**19  # elements worked on at a time on CPU, so that the passes over them stay in cache
 TINY = torch.finfo(torch.float32).tiny
 
 # --- AdamW's step, for blocks of a tensor; q: its scalars ---------------------
@@ -88,17 +88,50 @@ def slope(q, m, v, g):
     return second.neg_().add_(q.b).div_(r)
 
 
-def expected_secant(q, m, v, floor):
-    """sec(g) with E[g] for g and E[g^2] for g^2, so that r0 and r are both multiples of sqrt(v); v at least floor."""
-    root, at0, at = v.clamp(min=floor).sqrt_(), q.c**0.5, (q.c + q.d * q.square) ** 0.5
-    second = (m * m).mul_(q.a * q.d * q.mean / (at0 + at)).div_(root).div_((root * at0).add_(q.eps))
-    return second.neg_().add_(q.b).div_(root.mul_(at).add_(q.eps))
+# What is swept over all parameters: of flat pieces of tensors, the last one for each target. Few operations, for each is a pass.
 
 
-def blocks(*tensors):
-    """Matching flat pieces of equally shaped tensors: cache-sized on CPU, whole elsewhere (a kernel launch costs more)."""
-    size = BLOCK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
-    return zip(*(t.view(-1).split(size) for t in tensors))
+def land(q, shrink, lr, out, w, m, v):
+    """out <- shrink w - lr D(0)."""
+    torch.mul(w, shrink, out=out).addcdiv_(m, v.sqrt().add_(q.eps / q.c**0.5), value=-lr * q.a / q.c**0.5)
+
+
+def land_halfway(q, shrink, lr, out, w, m, v, g):
+    """out <- shrink w - lr (D(0) + D(g)) / 2."""
+    torch.mul(w, shrink, out=out).sub_(displacement(q, m, v).add_(displacement(q, m, v, g)), alpha=lr / 2)
+
+
+def scale_linear(q, c, floor, v, *g):
+    """g <- b g / (sqrt(c max(v, floor)) + eps)."""
+    under = v.clamp(min=floor).sqrt_().mul_(c**0.5 / q.b).add_(q.eps / q.b)
+    for g_k in g:
+        g_k.div_(under)
+
+
+def scale_expected(q, floor, m, v, *g):
+    """g <- g sec, with E[g] for the batch's gradient and E[g^2] for its square, so that r0 and r are both multiples of
+    sqrt(v), at0 and at; v at least floor."""
+    at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
+    v = v.clamp(min=floor)
+    root = v.sqrt()
+    second = (m * m).div_(v.add_(root, alpha=q.eps / at0))
+    under = root.mul_(at / q.b).add_(q.eps / q.b)
+    for g_k in g:
+        g_k.addcmul_(g_k, second, value=-q.a * q.d * q.mean / ((at0 + at) * at0 * q.b)).div_(under)
+
+
+def scale_secant(q, weight, m, v, taken, *g):
+    """g <- g (sec(taken) + weight D'(taken)); returns <g, D'(taken) taken> for each. Without q, of SGD: sec = D' = 1.
+    Without a weight, which is ln(1/kappa), only g <- g sec(taken)."""
+    factor = secant(q, m, v, taken) if q else torch.ones_like(taken)
+    along = []
+    if weight is not None:
+        steep = slope(q, m, v, taken) if q else torch.ones_like(taken)
+        factor, steep = factor + weight * steep, steep * taken
+        along = [torch.dot(steep, g_k) for g_k in g]
+    for g_k in g:
+        g_k.mul_(factor)
+    return along
 
 
 def rng_state():
@@ -140,13 +173,13 @@ def host(x):
 class Valuation:
     def __init__(
         self, model, optimizer, loss, targets, rule, batch, n_chunks, run,
-        target_batch=1, target_sampling="redraw", target_interval=1, micro_batch=0, seed=0, grad_clip=0.0, recompute=False,
+        target_batch=1, target_sampling="redraw", target_interval=1, micro_batch=0, seed=0, grad_clip=0.0, compile=False,
         book_interval=1, audit_interval=0, audit_permutations=200, domains=None, info=None, step=0, state=None,
     ):  # fmt: skip
         """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor.
         targets: objects with name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to.
         A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every target_interval
-        steps. recompute: two-pass rules repeat forward and backward even where the global batch is one micro-batch.
+        steps. compile: the model is compiled, so two-pass rules always repeat forward and backward, and compile the sweeps too.
         The books are measured every book_interval steps, the step audited every audit_interval (0: never; by every subset up
         to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain,
         if momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on (state_dict's),
@@ -154,7 +187,7 @@ class Valuation:
         """
         assert rule in RULES
         self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
-        self.batch, self.run, self.seed, self.step, self.grad_clip, self.recompute = batch, run, seed, step, grad_clip, recompute
+        self.batch, self.run, self.seed, self.step, self.grad_clip, self.compile = batch, run, seed, step, grad_clip, compile
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
         self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
@@ -282,12 +315,17 @@ class Valuation:
         if "betas" not in self.groups[p]:  # SGD, without momentum
             return p.data * shrink
         place, (m, v, q) = self.room(p), self.adamw(p)
-        for out, w, m_n, v_n, *g in blocks(place, p.data, m, v, *([] if taken is None else [taken])):
-            move = displacement(q, m_n, v_n)
-            if g:
-                move.add_(displacement(q, m_n, v_n, *g)).mul_(0.5)
-            torch.mul(w, shrink, out=out).sub_(move, alpha=part * self.lr)
+        work, taken = (land, []) if taken is None else (land_halfway, [taken])
+        self.sweep(work, (q, shrink, part * self.lr), place, p.data, m, v, *taken)
         return place
+
+    def sweep(self, work, scalars, *tensors):
+        """work(*scalars, *pieces) over equally shaped tensors, and what it returned: one compiled kernel, or cache-sized pieces on CPU."""
+        flat = [t.view(-1) for t in tensors]
+        if self.compile:
+            return [torch.compile(work, fullgraph=True, dynamic=True)(*scalars, *flat)]
+        size = BLOCK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
+        return [work(*scalars, *pieces) for pieces in zip(*(t.split(size) for t in flat))]
 
     @contextlib.contextmanager
     def weights_at(self, places):
@@ -314,31 +352,22 @@ class Valuation:
             else:
                 self.book["before"] = self.target_gradients()
         for p, g in zip(self.params, self.grads):  # directions take the place of gradients, unless these serve again
-            if self.interval == 1:
-                p.h = g
-            elif getattr(p, "h", None) is None:
-                p.h = torch.empty_like(g)
+            p.h = g if self.interval == 1 or self.rule == "sgd" else g.clone()
         self.directions_of_two(batch) if self.rule in TWO_PASS else self.directions_of_one()
 
     @torch.no_grad()
     def directions_of_one(self):
-        """self.grads -> .h, before lr and kappa."""
+        """The targets' gradients in .h -> directions, before lr and kappa."""
         first = self.t == 1
-        for p, g in zip(self.params, self.grads):
-            if self.rule == "sgd":
-                p.h = g
-                continue
+        for p, g in zip(self.params, self.grads) if self.rule != "sgd" else ():
             kept = g[:, rows].clone() if (rows := self.rows.get(p)) is not None else None
             m, v, q = self.adamw(p)
-            for h_k, g_k, v_k in ((h_k[None], g_k[None], g_k.square()) for h_k, g_k in zip(p.h, g)) if first else [(p.h, g, v)]:
-                floor = FLOORS["adamw_linear" if first else self.rule] * v_k.mean()
-                for m_n, v_n, *pieces in blocks(m, v_k, *h_k, *g_k):
-                    if self.rule == "adamw" and not first:
-                        factor, apply = expected_secant(q, m_n, v_n, floor), torch.mul
-                    else:  # b goes into the denominator
-                        factor, apply = v_n.clamp(min=floor).mul_((q.d if first else q.c) / q.b**2).sqrt_().add_(q.eps / q.b), torch.div
-                    for h_n, g_n in zip(pieces, pieces[len(h_k) :]):
-                        apply(g_n, factor, out=h_n)
+            for v_k, h in ((h_k.square(), [h_k]) for h_k in p.h) if first else [(v, p.h)]:
+                floor = FLOORS["adamw_linear" if first else self.rule] * v_k.mean() + TINY  # a weight that never had a gradient: 0 / TINY
+                if self.rule == "adamw" and not first:
+                    self.sweep(scale_expected, (q, floor), m, v, *h)
+                else:
+                    self.sweep(scale_linear, (q, q.d if first else q.c, floor), v_k, *h)
             if kept is not None:
                 self.keep(p, kept)
 
@@ -364,20 +393,13 @@ class Valuation:
 
     @torch.no_grad()
     def directions_of_two(self, batch):
-        """self.grads -> .h, before lr and kappa. batch: kappa g, a tensor a parameter."""
-        clipped, along = torch.is_tensor(self.kappa) or self.kappa < 1, [0.0] * len(self.targets)  # <u, p_k> |batch|
+        """The targets' gradients in .h -> directions, before lr and kappa. batch: kappa g, a tensor a parameter."""
+        clipped, along = torch.is_tensor(self.kappa) or self.kappa < 1, 0.0  # along: <u, p_k> |batch|
         weight = -torch.as_tensor(self.kappa).log()  # ln(1/kappa); not looked at, for that would wait for the device
-        for p, g, taken in zip(self.params, self.grads, batch):
+        for p, taken in zip(self.params, batch):
             m, v, q = self.adamw(p) if self.rule == "adamw2" else (taken, taken, None)
-            for m_n, v_n, taken_n, *pieces in blocks(m, v, taken, *p.h, *g):
-                factor = secant(q, m_n, v_n, taken_n) if q else torch.ones_like(taken_n)
-                if clipped:
-                    steep = slope(q, m_n, v_n, taken_n) if q else factor
-                    factor, steep = factor + weight * steep, steep * taken_n
-                for k, (h_n, g_n) in enumerate(zip(pieces, pieces[len(g) :])):
-                    if clipped:
-                        along[k] += torch.dot(steep, g_n)
-                    torch.mul(g_n, factor, out=h_n)
+            for part in self.sweep(scale_secant, (q, weight if clipped else None), m, v, taken, *p.h):
+                along = along + torch.stack(part) if clipped else 0.0
         if clipped:
             square = sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch).clamp(min=TINY)
             for p, taken in zip(self.params, batch):
@@ -434,7 +456,7 @@ class Valuation:
             return None
         self._collect()
         if self.rule in TWO_PASS:
-            ledger = None if self.recompute or len(ids) < self.batch else ghost.Tape()
+            ledger = None if self.compile or len(ids) < self.batch else ghost.Tape()
         else:
             ledger = self.zeros(len(ids), len(self.targets))
             for p, g in self.kept.items():

@@ -94,7 +94,7 @@ class Bench:
             (run := Path(folder, rule)).mkdir()
             self.valuations[rule] = Valuation(
                 self.raw_model, self.optimizer, self.valuation_loss, targets, rule, self.B * cfg.accumulation, 1000, run,
-                cfg.target, "fixed", recompute=cfg.compile, book_interval=1000,
+                cfg.target, "fixed", compile=cfg.compile, book_interval=1000,
             )  # fmt: skip
 
     def loss(self, X, Y, ledger=None):
