@@ -214,42 +214,48 @@ def linear(x, weight, bias, ledger):
 # --- the head: mean cross-entropy of softmax(x W^T), a chunk at a time ---------
 
 
+def logit_grads(x_BTI, w_OI, y_BT, dtype):
+    """Chunk by chunk its mean loss, the gradient of the sum of its token losses with respect to its logits, (T, O) in the same
+    memory each time, and its x (T, I)."""
+    token, logits = torch.arange(y_BT.shape[1], device=x_BTI.device), x_BTI.new_empty(y_BT.shape[1], len(w_OI))
+    for x_TI, y_T in zip(x_BTI, y_BT):
+        torch.mm(x_TI, w_OI.t(), out=logits)
+        p = logits.to(dtype)
+        torch.log_softmax(p, 1, out=p)
+        loss = -p[token, y_T].mean()
+        p.exp_()[token, y_T] -= 1
+        yield loss, p.to(x_BTI.dtype), x_TI
+
+
 def head_grad(x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Tensor | None, learns: bool) -> list[Tensor]:
     """Each chunk's mean loss (B,), and what the backward of the sum of all token losses will be: of x, of W (empty unless
     it learns), the values (B, K), and of each chunk alone the rows (R,) of W's, (B, R, I), empty without rows.
 
-    The logits and their gradient are there for one chunk at a time. Same source as Liger's and Wijmans et al.'s
-    (arXiv 2411.09009) fused head: the gradient is computed in the forward, for the loss is a scalar that only scales it.
+    The gradient is computed in the forward, for the loss is a scalar that only scales it; so do Liger Kernel and
+    Wijmans et al. (arXiv 2411.09009).
     """
-    (B, T, I), (K, O, _) = x_BTI.shape, h_KOI.shape
-    w, h_dtype, token = w_OI.to(x_BTI.dtype), h_KOI.dtype, torch.arange(T, device=x_BTI.device)
+    (B, _, I), (K, O, _), w_low = x_BTI.shape, h_KOI.shape, w_OI.to(x_BTI.dtype)
     gx_BTI, gw_OI = torch.empty_like(x_BTI), h_KOI.new_empty((O, I) if learns else 0)
-    each = h_KOI.new_empty(0 if rows is None else (B, len(rows), I))
-    losses, values, before_K = [], [], h_KOI.new_zeros(K)
-    logits = x_BTI.new_empty(T, O)
-    for b, (x_TI, y_T) in enumerate(zip(x_BTI, y_BT)):
-        torch.mm(x_TI, w.t(), out=logits)
-        p = logits if logits.dtype == h_dtype else logits.to(h_dtype)
-        torch.log_softmax(p, 1, out=p)
-        losses.append(-p[token, y_T].mean())
-        p.exp_()[token, y_T] -= 1
-        gy_TO = p.to(x_BTI.dtype)
-        torch.mm(gy_TO, w, out=gx_BTI[b])
-        if not learns:
-            values.append(torch.stack([token_values(gy_TO, x_TI, h_OI).sum() for h_OI in h_KOI]))
-            continue
+    each = h_KOI.new_empty(0 if rows is None else (B, rows.shape[0], I))
+    losses, values_BK = h_KOI.new_empty(B), h_KOI.new_zeros(B, K)
+    for b, (losses[b], gy_TO, x_TI) in enumerate(logit_grads(x_BTI, w_low, y_BT, h_KOI.dtype)):
+        torch.mm(gy_TO, w_low, out=gx_BTI[b])
         if rows is not None:
             each[b] = gy_TO[:, rows].t() @ x_TI
-        seen = [accumulate(tile, gy_TO[:, o].t(), x_TI, h_K, b == 0) for o, tile, h_K in tiles(gw_OI, h_KOI)]
-        after_K = torch.stack([v for tile in seen for v in tile]).view(-1, K).sum(0)
-        values.append(after_K - before_K)
-        before_K = after_K
-    return [torch.stack(losses), gx_BTI, gw_OI, torch.stack(values), each]
+        if learns:
+            for o, tile, h_K in tiles(gw_OI, h_KOI):
+                for k, product in enumerate(accumulate(tile, gy_TO[:, o].t(), x_TI, h_K, b == 0)):
+                    values_BK[b, k] += product  # of the chunks up to b
+        else:
+            values_BK[b] = torch.stack([token_values(gy_TO, x_TI, h_OI).sum() for h_OI in h_KOI])
+    if learns:
+        values_BK = torch.diff(values_BK, dim=0, prepend=values_BK.new_zeros(1, K))
+    return [losses, gx_BTI, gw_OI, values_BK, each]
 
 
 def _head_fake(x_BTI, w_OI, y_BT, h_KOI, rows, learns):
     (B, _, I), h = x_BTI.shape, h_KOI
-    each = h.new_empty(0 if rows is None else (B, len(rows), I))
+    each = h.new_empty(0 if rows is None else (B, rows.shape[0], I))  # len() would fix it
     return [h.new_empty(B), torch.empty_like(x_BTI), h.new_empty(w_OI.shape if learns else 0), h.new_empty(B, len(h)), each]
 
 
@@ -267,14 +273,15 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        (gx, gw, values, each), g, (_, learns, *_, keeps, _) = ctx.saved_tensors, g / ctx.tokens, ctx.needs_input_grad
-        return gx * g, gw * g if learns else None, None, None, values * g, each * g if keeps else None, None
+        gx, gw, values, each = ctx.saved_tensors
+        grads = (gx, gw, None, None, values, each, None)
+        return tuple(grad * (g / ctx.tokens) if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
 
 
 def chunked(x, ledger):
-    """Whether head_loss is to be used: HEAD's choice, where the values come with the backward."""
+    """Whether head_loss is to be used: HEAD's choice, where there is a ledger."""
     assert HEAD in ("auto", "chunked", "whole"), HEAD
-    return torch.is_tensor(ledger) and (HEAD == "chunked" or (HEAD == "auto" and x.device.type == "cpu"))
+    return ledger is not None and (HEAD == "chunked" or (HEAD == "auto" and x.device.type == "cpu"))
 
 
 def head_loss(x, weight, y, ledger):
@@ -282,7 +289,16 @@ def head_loss(x, weight, y, ledger):
     gradient is taken; with the values as in `linear`."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if isinstance(ledger, Tape):
+        loss, chunk_loss = _Head.apply(x, weight, y, weight.new_empty(0, *weight.shape), None, None, None)
+        return ledger.watch(loss, lambda g, x: head_values(x, weight, y, weight.h) * (g / y.numel()), x.detach()), chunk_loss
     return _Head.apply(x, weight, y, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
+
+
+def head_values(x, w, y, h):
+    """(B, K) of the sum of all token losses: the logits once more, which costs less than keeping them."""
+    chunks = logit_grads(x, w.to(x.dtype), y, h.dtype)
+    return torch.stack([torch.stack([token_values(gy, x_TI, h_k).sum() for h_k in h]) for _, gy, x_TI in chunks])
 
 
 # --- y = W[idx] ---------------------------------------------------------------

@@ -61,63 +61,66 @@ EARLY = 3
 BLOCK = 2**19  # elements worked on at a time on CPU, so that the passes over them stay in cache
 TINY = torch.finfo(torch.float32).tiny
 
-# --- AdamW's step, for blocks of a tensor; q: its scalars ---------------------
+# --- AdamW's step, for flat pieces of a parameter; q: its scalars -------------
 
-Scalars = namedtuple("Scalars", "a b c d mean square eps wd")  # mean * m, square * v: the bias-corrected moments before the step
+Scalars = namedtuple("Scalars", "a b c d mean square eps")  # mean * m, square * v: the bias-corrected moments before the step
+
+
+def plus(x, c, y):
+    """x <- x + c y. c: a number, or a tensor in compiled code, which a new number would have compiled anew."""
+    return x.add_(y, alpha=c) if isinstance(c, float) else x.add_(y * c)
 
 
 def displacement(q, m, v, g=None):
     """D(g), or D(0) without g."""
     if g is None:
         return (m * q.a).div_((v * q.c).sqrt_().add_(q.eps))
-    return (m * q.a).add_(g, alpha=q.b).div_((v * q.c).addcmul_(g, g, value=q.d).sqrt_().add_(q.eps))
+    return plus(m * q.a, q.b, g).div_(plus(v * q.c, q.d, g * g).sqrt_().add_(q.eps))
 
 
 def secant(q, m, v, g):
     """sec(g); where r + r0 = 0 the second term is 0."""
     r0 = v * q.c
-    r = torch.addcmul(r0, g, g, value=q.d).sqrt_()
+    r = plus(r0.clone(), q.d, g * g).sqrt_()
     second = (m * g).mul_(q.a * q.d).div_((r0.sqrt_() + r).clamp_(min=TINY)).div_(r0.add_(q.eps))
     return second.neg_().add_(q.b).div_(r.add_(q.eps))
 
 
 def slope(q, m, v, g):
     """D'(g) = b / s - (a m + b g) d g / (r s^2); where r = 0 the second term is 0."""
-    r = (v * q.c).addcmul_(g, g, value=q.d).sqrt_()
-    second = (m * q.a).add_(g, alpha=q.b).mul_(g).mul_(q.d).div_(r.clamp(min=TINY)).div_(r.add_(q.eps))
+    r = plus(v * q.c, q.d, g * g).sqrt_()
+    second = plus(m * q.a, q.b, g).mul_(g).mul_(q.d).div_(r.clamp(min=TINY)).div_(r.add_(q.eps))
     return second.neg_().add_(q.b).div_(r)
 
 
-# What is swept over all parameters: of flat pieces of tensors, the last one for each target. Few operations, for each is a pass.
+# What is swept over all parameters: the last tensor for each target. Few operations, for on a CPU each is a pass.
 
 
-def land(q, shrink, lr, out, w, m, v):
-    """out <- shrink w - lr D(0)."""
-    torch.mul(w, shrink, out=out).addcdiv_(m, v.sqrt().add_(q.eps / q.c**0.5), value=-lr * q.a / q.c**0.5)
+def land(shrink, c, eps, out, w, m, v):
+    """out <- shrink w - c m / (sqrt(v) + eps)."""
+    root = v.sqrt().add_(eps)
+    plus(torch.mul(w, shrink, out=out), -c, torch.div(m, root, out=root))
 
 
 def land_halfway(q, shrink, lr, out, w, m, v, g):
     """out <- shrink w - lr (D(0) + D(g)) / 2."""
-    torch.mul(w, shrink, out=out).sub_(displacement(q, m, v).add_(displacement(q, m, v, g)), alpha=lr / 2)
+    plus(torch.mul(w, shrink, out=out), -lr / 2, displacement(q, m, v).add_(displacement(q, m, v, g)))
 
 
-def scale_linear(q, c, floor, v, *g):
-    """g <- b g / (sqrt(c max(v, floor)) + eps)."""
-    under = v.clamp(min=floor).sqrt_().mul_(c**0.5 / q.b).add_(q.eps / q.b)
+def scale_linear(c, eps, floor, v, *g):
+    """g <- g / (c sqrt(max(v, floor)) + eps)."""
+    under = v.clamp(min=floor).sqrt_().mul_(c).add_(eps)
     for g_k in g:
         g_k.div_(under)
 
 
-def scale_expected(q, floor, m, v, *g):
-    """g <- g sec, with E[g] for the batch's gradient and E[g^2] for its square, so that r0 and r are both multiples of
-    sqrt(v), at0 and at; v at least floor."""
-    at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
+def scale_expected(c1, eps1, c2, eps2, floor, m, v, *g):
+    """g <- g (1 - c1 m^2 / (v + eps1 sqrt(v))) / (c2 sqrt(v) + eps2), v at least floor."""
     v = v.clamp(min=floor)
     root = v.sqrt()
-    second = (m * m).div_(v.add_(root, alpha=q.eps / at0))
-    under = root.mul_(at / q.b).add_(q.eps / q.b)
+    factor = (m * m).div_(plus(v, eps1, root)).mul_(-c1).add_(1.0).div_(root.mul_(c2).add_(eps2))
     for g_k in g:
-        g_k.addcmul_(g_k, second, value=-q.a * q.d * q.mean / ((at0 + at) * at0 * q.b)).div_(under)
+        g_k.mul_(factor)
 
 
 def scale_secant(q, weight, m, v, taken, *g):
@@ -132,6 +135,11 @@ def scale_secant(q, weight, m, v, taken, *g):
     for g_k in g:
         g_k.mul_(factor)
     return along
+
+
+def as_tensors(x):
+    """Numbers, and those in Scalars, as tensors."""
+    return Scalars(*map(as_tensors, x)) if isinstance(x, Scalars) else torch.tensor(x) if isinstance(x, float) else x
 
 
 def rng_state():
@@ -298,7 +306,7 @@ class Valuation:
         (beta1, beta2), t = group["betas"], self.t
         one, two = 1 - beta1**t, 1 - beta2**t
         mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
-        q = Scalars(beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two, mean, square, group["eps"], group["weight_decay"])
+        q = Scalars(beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two, mean, square, group["eps"])
         return (state["exp_avg"], state["exp_avg_sq"], q) if state else (torch.zeros_like(p), torch.zeros_like(p), q)
 
     def room(self, p):
@@ -315,15 +323,17 @@ class Valuation:
         if "betas" not in self.groups[p]:  # SGD, without momentum
             return p.data * shrink
         place, (m, v, q) = self.room(p), self.adamw(p)
-        work, taken = (land, []) if taken is None else (land_halfway, [taken])
-        self.sweep(work, (q, shrink, part * self.lr), place, p.data, m, v, *taken)
+        if taken is None:
+            self.sweep(land, (shrink, part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5), place, p.data, m, v)
+        else:
+            self.sweep(land_halfway, (q, shrink, part * self.lr), place, p.data, m, v, taken)
         return place
 
     def sweep(self, work, scalars, *tensors):
         """work(*scalars, *pieces) over equally shaped tensors, and what it returned: one compiled kernel, or cache-sized pieces on CPU."""
         flat = [t.view(-1) for t in tensors]
         if self.compile:
-            return [torch.compile(work, fullgraph=True, dynamic=True)(*scalars, *flat)]
+            return [torch.compile(work, fullgraph=True, dynamic=True)(*map(as_tensors, scalars), *flat)]
         size = BLOCK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
         return [work(*scalars, *pieces) for pieces in zip(*(t.split(size) for t in flat))]
 
@@ -365,9 +375,12 @@ class Valuation:
             for v_k, h in ((h_k.square(), [h_k]) for h_k in p.h) if first else [(v, p.h)]:
                 floor = FLOORS["adamw_linear" if first else self.rule] * v_k.mean() + TINY  # a weight that never had a gradient: 0 / TINY
                 if self.rule == "adamw" and not first:
-                    self.sweep(scale_expected, (q, floor), m, v, *h)
+                    # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
+                    at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
+                    scalars = q.a * q.d * q.mean / ((at0 + at) * at0 * q.b), q.eps / at0, at / q.b, q.eps / q.b
+                    self.sweep(scale_expected, (*scalars, floor), m, v, *h)
                 else:
-                    self.sweep(scale_linear, (q, q.d if first else q.c, floor), v_k, *h)
+                    self.sweep(scale_linear, ((q.d if first else q.c) ** 0.5 / q.b, q.eps / q.b, floor), v_k, *h)
             if kept is not None:
                 self.keep(p, kept)
 
