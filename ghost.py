@@ -17,6 +17,9 @@ Shape suffixes: B chunks, T tokens of a chunk, I in-features, O out-features, C 
 Source: In-Run Data Shapley (Wang et al., arXiv 2406.11011), section 4, restated as a gradient.
 """
 
+import contextlib
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,10 +32,10 @@ except ImportError:  # a machine without a GPU
 
 TILE = 2**21  # elements of the weight gradient worked on at a time on CPU: a tile and its direction stay in cache
 # How Linear contracts. running: reads the values off the weight gradient as it accumulates, chunk after chunk; fused: the same in one Triton
-# kernel; matmul: one more matmul of the layer's size. auto: running on CPU, else matmul, for the kernel was not timed on a GPU yet.
+# kernel; matmul: one more matmul of the layer's size. auto: what `choose` finds the fastest.
 FORM = "auto"
-# Head and cross-entropy. chunked: one chunk's logits at a time, with their gradient at once; whole: as any Linear, then F.cross_entropy.
-# auto: chunked on CPU (3/4 of the time, a third of the memory: bench/kernels.py), else whole, for chunked was not timed on a GPU yet.
+# Head and cross-entropy. chunked: one chunk's logits at a time, with their gradient at once; whole: as any Linear, then F.cross_entropy. auto:
+# chunked on CPU from 2^24 logits on (a fifth less time and no logits: bench/kernels.py), else whole, for it was not timed on a GPU yet.
 HEAD = "auto"
 
 
@@ -65,12 +68,11 @@ def weight_grad(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor, form: str) -> tupl
 
     Returns gw_OI = sum_b gy_b^T x_b and v_BK = <gy_b^T x_b, h_k>, both of the direction's dtype.
     """
-    if form == "auto":
-        form = "running" if x_BTI.device.type == "cpu" else "matmul"
-    assert form in ("running", "fused", "matmul"), form
     (K, O, I), B = h_KOI.shape, len(x_BTI)
+    form, tiling = choose(gy_BTO, x_BTI, h_KOI) if form == "auto" else (form, TILINGS[0])
+    assert form in ("running", "fused", "matmul"), form
     if form == "fused":
-        return fused_weight_grad(gy_BTO, x_BTI, h_KOI)
+        return fused_weight_grad(gy_BTO, x_BTI, h_KOI, tiling)
     if form == "matmul":
         gw_OI = (gy_BTO.flatten(0, 1).t() @ x_BTI.flatten(0, 1)).to(h_KOI.dtype)
         return gw_OI, torch.stack([token_values(gy_BTO, x_BTI, h_OI).sum(1) for h_OI in h_KOI], 1)
@@ -104,28 +106,53 @@ def accumulate(tile, gy_OT, x_TI, h_K, first):
     return [torch.dot(tile.view(-1), h) for h in h_K]
 
 
-def fused_weight_grad(gy_BTO, x_BTI, h_KOI):
+def choose(gy_BTO, x_BTI, h_KOI):
+    """The fastest form for such operands, and its tiling. On a GPU by trying: the first time that they come, each that can run is timed."""
+    (K, O, I), (_, T, _) = h_KOI.shape, x_BTI.shape
+    if (
+        x_BTI.device.type == "cpu"
+    ):  # bench/kernels.py: a chunk's inner product costs what the matmul costs for 9 tokens, and its calls for 2^20 / (O I)
+        return ("running" if (T - 9) * O * I > 2**20 else "matmul"), None
+    key = gy_BTO.shape, x_BTI.shape, K, x_BTI.dtype, x_BTI.device
+    if key not in CHOSEN:
+        forms = {("matmul", None): lambda: weight_grad(gy_BTO, x_BTI, h_KOI, "matmul")}
+        for tiling in TILINGS if triton and h_KOI.dtype == torch.float32 else ():
+            fused = partial(fused_weight_grad, gy_BTO, x_BTI, h_KOI, tiling)
+            with contextlib.suppress(triton.OutOfResources):  # a tiling that this GPU has no room for
+                fused()
+                forms["fused", tiling] = fused
+        CHOSEN[key] = min(forms, key=lambda form: triton.testing.do_bench(forms[form], rep=20)) if len(forms) > 1 else ("matmul", None)
+    return CHOSEN[key]
+
+
+CHOSEN = {}
+
+
+def fused_weight_grad(gy_BTO, x_BTI, h_KOI, tiling):
     """weight_grad by the kernel below. Raises ValueError where it cannot run."""
     interpreted = triton is not None and triton.knobs.runtime.interpret
     if triton is None or not (x_BTI.is_cuda or interpreted) or h_KOI.dtype != torch.float32:
         raise ValueError(f'ghost.FORM = "fused" needs triton, a GPU and float32 weights, not {h_KOI.dtype} on {x_BTI.device}: write "auto"')
     (K, O, I), (B, T, _) = h_KOI.shape, x_BTI.shape
+    TILE_O, TILE_I, TILE_T, num_warps, num_stages = tiling
     tiles = (-(-O // TILE_O)) * (-(-I // TILE_I))
     gw_OI, seen = h_KOI.new_empty(O, I), h_KOI.new_empty(tiles, B, K)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    options = dict(TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, GROUP=GROUP, PRECISION=precision, WIDEN=interpreted, num_warps=8, num_stages=3)
+    options = dict(TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, PRECISION=precision, WIDEN=interpreted, num_warps=num_warps, num_stages=num_stages)
     _fused[(tiles,)](gy_BTO.contiguous(), x_BTI.contiguous(), h_KOI.contiguous(), gw_OI, seen, B, T, O, I, K, **options)
     return gw_OI, torch.diff(seen.sum(0), dim=0, prepend=seen.new_zeros(1, K))  # a sum in a fixed order: no atomics
 
 
-TILE_O, TILE_I, TILE_T, GROUP = 128, 128, 64, 8  # the first two: of the weight; tokens a step; rows of tiles that share their inputs in L2
+# of the weight, O and I; tokens a step; warps; stages. The last for GPUs with little shared memory
+TILINGS = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 32, 4, 3))
+GROUP = 8  # rows of tiles that share their inputs in L2
 
 if triton is not None:
 
     @triton.jit
     def _fused(
         gy, x, h, gw, seen, B, T, O, I, K: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr, TILE_T: tl.constexpr,
-        GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+        PRECISION: tl.constexpr, WIDEN: tl.constexpr, GROUP: tl.constexpr = GROUP,
     ):  # fmt: skip
         """A tile of the weight gradient, chunk after chunk in one float32 accumulator; after each, its inner product with the directions."""
         tile, across = tl.program_id(0), tl.cdiv(I, TILE_I)
@@ -278,10 +305,11 @@ class _Head(torch.autograd.Function):
         return tuple(grad * (g / ctx.tokens) if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
 
 
-def chunked(x, ledger):
+def chunked(x, weight, ledger):
     """Whether head_loss is to be used: HEAD's choice, where there is a ledger."""
     assert HEAD in ("auto", "chunked", "whole"), HEAD
-    return ledger is not None and (HEAD == "chunked" or (HEAD == "auto" and x.device.type == "cpu"))
+    large = x.device.type == "cpu" and x[..., 0].numel() * len(weight) > 2**24
+    return ledger is not None and (HEAD == "chunked" or (HEAD == "auto" and large))
 
 
 def head_loss(x, weight, y, ledger):

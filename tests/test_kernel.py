@@ -32,6 +32,27 @@ def test_the_kernel_is_right_for_any_shape(B, T, O, I, K, dtype):
     assert torch.equal(gw, again[0]) and torch.equal(v, again[1])
 
 
+@pytest.mark.parametrize("tiling", ghost.TILINGS)
+def test_every_tiling_is_right(tiling):
+    gy, x, h, gradient, values = problem(2, 70, 140, 270, 2, torch.bfloat16)
+    gw, v = ghost.fused_weight_grad(gy, x, h, tiling)
+    assert relative(gw, gradient) < 1e-6 and relative(v, values) < 1e-5
+
+
+def test_auto_takes_the_running_form_but_for_tiny_chunks():
+    cpu = [torch.device("cpu")]
+    forms = {T: ghost.choose(*(t.to(*cpu) for t in problem(2, T, 384, 384, 1, torch.float32)[:3]))[0] for T in (4, 16, 17, 64)}
+    assert forms == {4: "matmul", 16: "matmul", 17: "running", 64: "running"}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_on_a_gpu_auto_takes_what_it_timed_and_is_right():
+    gy, x, h, gradient, values = problem(4, 256, 768, 768, 1, torch.bfloat16)
+    gw, v = ghost.weight_grad(gy, x, h, "auto")
+    assert relative(gw, gradient) < 1e-2 and relative(v, values) < 2e-2
+    assert any(key[0] == gy.shape for key in ghost.CHOSEN)
+
+
 def test_what_cannot_run_says_so(monkeypatch):
     gy, x, h, _, _ = problem(1, 5, 3, 7, 1, torch.float32)
     with pytest.raises(ValueError, match="needs triton, a GPU and float32 weights"):
