@@ -2,9 +2,8 @@
 
     python train.py config/gpt2_inrun.py --max_iters=100 --compile
 
-A script's options are the fields of a flat dataclass. A config file is Python, run in a namespace of its own;
-its names are the dataclass's fields, `_names` are scratch, and it builds on another by
-`from configs.gpt2_inrun import *`. A run's config.json is a config file too.
+A script's options are the fields of a flat dataclass. A config file is Python, run in a namespace of its own; its names are the dataclass's fields,
+`_names` are scratch, and it builds on another by `from configs.gpt2_inrun import *`. A run's config.json is a config file too.
 """
 
 import difflib

@@ -75,7 +75,7 @@ def weight_grad(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor, form: str) -> tupl
         return fused_weight_grad(gy_BTO, x_BTI, h_KOI, tiling)
     if form == "matmul":
         gw_OI = (gy_BTO.flatten(0, 1).t() @ x_BTI.flatten(0, 1)).to(h_KOI.dtype)
-        return gw_OI, torch.stack([token_values(gy_BTO, x_BTI, h_OI).sum(1) for h_OI in h_KOI], 1)
+        return gw_OI, linear_values(gy_BTO, x_BTI, h_KOI, None)
     x_B = x_BTI.to(h_KOI.dtype).unbind()
     gy_BTO = gy_BTO.to(h_KOI.dtype)
     gw_OI = h_KOI.new_empty(O, I)
@@ -99,33 +99,27 @@ def accumulate(tile, gy_OT, x_TI, h_K, first):
     """Adds a chunk's gy^T x to the tile, which holds nothing before the first; returns <tile, direction> of each target."""
     if x_TI.dtype == tile.dtype:
         tile.addmm_(gy_OT, x_TI, beta=0 if first else 1)  # beta 0 ignores what was there
-    elif first:
-        tile.copy_(gy_OT @ x_TI)
     else:
-        tile.add_(gy_OT @ x_TI)
+        (tile.copy_ if first else tile.add_)(gy_OT @ x_TI)
     return [torch.dot(tile.view(-1), h) for h in h_K]
 
 
+CHOSEN = {}  # on a GPU: for which operands which form, and its tiling
+
+
 def choose(gy_BTO, x_BTI, h_KOI):
-    """The fastest form for such operands, and its tiling. On a GPU by trying: the first time that they come, each that can run is timed."""
-    (K, O, I), (_, T, _) = h_KOI.shape, x_BTI.shape
-    if (
-        x_BTI.device.type == "cpu"
-    ):  # bench/kernels.py: a chunk's inner product costs what the matmul costs for 9 tokens, and its calls for 2^20 / (O I)
-        return ("running" if (T - 9) * O * I > 2**20 else "matmul"), None
-    key = gy_BTO.shape, x_BTI.shape, K, x_BTI.dtype, x_BTI.device
+    """The fastest form for such operands, and its tiling. On a GPU each that can run is timed the first time they come."""
+    (_, O, I), T, key = h_KOI.shape, x_BTI.shape[1], (gy_BTO.shape, x_BTI.shape, len(h_KOI), x_BTI.dtype, x_BTI.device)
+    if x_BTI.device.type == "cpu":  # a chunk's inner product costs what the matmul does for 9 tokens, its calls for 2^20 / (O I): bench/kernels.py
+        return "running" if (T - 9) * O * I > 2**20 else "matmul", None
     if key not in CHOSEN:
         forms = {("matmul", None): lambda: weight_grad(gy_BTO, x_BTI, h_KOI, "matmul")}
         for tiling in TILINGS if triton and h_KOI.dtype == torch.float32 else ():
-            fused = partial(fused_weight_grad, gy_BTO, x_BTI, h_KOI, tiling)
             with contextlib.suppress(triton.OutOfResources):  # a tiling that this GPU has no room for
-                fused()
+                (fused := partial(fused_weight_grad, gy_BTO, x_BTI, h_KOI, tiling))()
                 forms["fused", tiling] = fused
         CHOSEN[key] = min(forms, key=lambda form: triton.testing.do_bench(forms[form], rep=20)) if len(forms) > 1 else ("matmul", None)
     return CHOSEN[key]
-
-
-CHOSEN = {}
 
 
 def fused_weight_grad(gy_BTO, x_BTI, h_KOI, tiling):
@@ -254,36 +248,29 @@ def logit_grads(x_BTI, w_OI, y_BT, dtype):
         yield loss, p.to(x_BTI.dtype), x_TI
 
 
-def head_grad(x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Tensor | None, learns: bool) -> list[Tensor]:
-    """Each chunk's mean loss (B,), and what the backward of the sum of all token losses will be: of x, of W (empty unless
-    it learns), the values (B, K), and of each chunk alone the rows (R,) of W's, (B, R, I), empty without rows.
+def head_grad(x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Tensor | None) -> list[Tensor]:
+    """Each chunk's mean loss (B,), and what the backward of the sum of all token losses will be: of x, of W, the values
+    (B, K), and of each chunk alone the rows (R,) of W's, (B, R, I), empty without rows.
 
-    The gradient is computed in the forward, for the loss is a scalar that only scales it; so do Liger Kernel and
-    Wijmans et al. (arXiv 2411.09009).
+    The gradient is computed in the forward, for the loss is a scalar that only scales it; so do Liger Kernel and Wijmans et al. (arXiv 2411.09009).
     """
-    (B, _, I), (K, O, _), w_low = x_BTI.shape, h_KOI.shape, w_OI.to(x_BTI.dtype)
-    gx_BTI, gw_OI = torch.empty_like(x_BTI), h_KOI.new_empty((O, I) if learns else 0)
-    each = h_KOI.new_empty(0 if rows is None else (B, rows.shape[0], I))
-    losses, values_BK = h_KOI.new_empty(B), h_KOI.new_zeros(B, K)
-    for b, (losses[b], gy_TO, x_TI) in enumerate(logit_grads(x_BTI, w_low, y_BT, h_KOI.dtype)):
+    w_low = w_OI.to(x_BTI.dtype)
+    loss_B, gx_BTI, gw_OI, after_BK, each = _head_fake(x_BTI, w_OI, y_BT, h_KOI, rows)
+    after_BK.zero_()
+    for b, (loss_B[b], gy_TO, x_TI) in enumerate(logit_grads(x_BTI, w_low, y_BT, h_KOI.dtype)):
         torch.mm(gy_TO, w_low, out=gx_BTI[b])
         if rows is not None:
             each[b] = gy_TO[:, rows].t() @ x_TI
-        if learns:
-            for o, tile, h_K in tiles(gw_OI, h_KOI):
-                for k, product in enumerate(accumulate(tile, gy_TO[:, o].t(), x_TI, h_K, b == 0)):
-                    values_BK[b, k] += product  # of the chunks up to b
-        else:
-            values_BK[b] = torch.stack([token_values(gy_TO, x_TI, h_OI).sum() for h_OI in h_KOI])
-    if learns:
-        values_BK = torch.diff(values_BK, dim=0, prepend=values_BK.new_zeros(1, K))
-    return [losses, gx_BTI, gw_OI, values_BK, each]
+        for o, tile, h_K in tiles(gw_OI, h_KOI):
+            for k, product in enumerate(accumulate(tile, gy_TO[:, o].t(), x_TI, h_K, b == 0)):
+                after_BK[b, k] += product
+    return [loss_B, gx_BTI, gw_OI, torch.diff(after_BK, dim=0, prepend=torch.zeros_like(after_BK[:1])), each]
 
 
-def _head_fake(x_BTI, w_OI, y_BT, h_KOI, rows, learns):
-    (B, _, I), h = x_BTI.shape, h_KOI
-    each = h.new_empty(0 if rows is None else (B, rows.shape[0], I))  # len() would fix it
-    return [h.new_empty(B), torch.empty_like(x_BTI), h.new_empty(w_OI.shape if learns else 0), h.new_empty(B, len(h)), each]
+def _head_fake(x_BTI, w_OI, y_BT, h_KOI, rows):
+    (B, _, I), new = x_BTI.shape, h_KOI.new_empty
+    each = new(0 if rows is None else (B, rows.shape[0], I))  # len(rows) would compile anew for every number of them
+    return [new(B), torch.empty_like(x_BTI), new(w_OI.shape), new(B, h_KOI.shape[0]), each]
 
 
 head = opaque(head_grad, _head_fake)
@@ -292,7 +279,7 @@ head = opaque(head_grad, _head_fake)
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, y, h, ledger, each, rows):
-        chunk_loss, *grads = head(x, w, y, h, rows, w.requires_grad)
+        chunk_loss, *grads = head(x, w, y, h, rows)
         ctx.save_for_backward(*grads)
         ctx.tokens = y.numel()
         ctx.mark_non_differentiable(chunk_loss)
@@ -300,8 +287,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        gx, gw, values, each = ctx.saved_tensors
-        grads = (gx, gw, None, None, values, each, None)
+        grads = (*ctx.saved_tensors[:2], None, None, *ctx.saved_tensors[2:], None)  # of x, w, ledger, each
         return tuple(grad * (g / ctx.tokens) if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
 
 
@@ -325,8 +311,7 @@ def head_loss(x, weight, y, ledger):
 
 def head_values(x, w, y, h):
     """(B, K) of the sum of all token losses: the logits once more, which costs less than keeping them."""
-    chunks = logit_grads(x, w.to(x.dtype), y, h.dtype)
-    return torch.stack([torch.stack([token_values(gy, x_TI, h_k).sum() for h_k in h]) for _, gy, x_TI in chunks])
+    return torch.cat([linear_values(gy[None], x_TI[None], h, None) for _, gy, x_TI in logit_grads(x, w.to(x.dtype), y, h.dtype)])
 
 
 # --- y = W[idx] ---------------------------------------------------------------

@@ -63,7 +63,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 # --- AdamW's step, for flat pieces of a parameter; q: its scalars -------------
 
-Scalars = namedtuple("Scalars", "a b c d mean square eps")  # mean * m, square * v: the bias-corrected moments before the step
+Scalars = namedtuple("Scalars", "a b c d ad mean square eps")  # ad = a d; mean * m, square * v: the bias-corrected moments before the step
 
 
 def plus(x, c, y):
@@ -82,7 +82,7 @@ def secant(q, m, v, g):
     """sec(g); where r + r0 = 0 the second term is 0."""
     r0 = v * q.c
     r = plus(r0.clone(), q.d, g * g).sqrt_()
-    second = (m * g).mul_(q.a * q.d).div_((r0.sqrt_() + r).clamp_(min=TINY)).div_(r0.add_(q.eps))
+    second = (m * g).mul_(q.ad).div_((r0.sqrt_() + r).clamp_(min=TINY)).div_(r0.add_(q.eps))
     return second.neg_().add_(q.b).div_(r.add_(q.eps))
 
 
@@ -97,14 +97,14 @@ def slope(q, m, v, g):
 
 
 def land(shrink, c, eps, out, w, m, v):
-    """out <- shrink w - c m / (sqrt(v) + eps)."""
+    """out <- shrink w + c m / (sqrt(v) + eps)."""
     root = v.sqrt().add_(eps)
-    plus(torch.mul(w, shrink, out=out), -c, torch.div(m, root, out=root))
+    plus(torch.mul(w, shrink, out=out), c, torch.div(m, root, out=root))
 
 
-def land_halfway(q, shrink, lr, out, w, m, v, g):
-    """out <- shrink w - lr (D(0) + D(g)) / 2."""
-    plus(torch.mul(w, shrink, out=out), -lr / 2, displacement(q, m, v).add_(displacement(q, m, v, g)))
+def land_halfway(q, shrink, c, out, w, m, v, g):
+    """out <- shrink w + c (D(0) + D(g))."""
+    plus(torch.mul(w, shrink, out=out), c, displacement(q, m, v).add_(displacement(q, m, v, g)))
 
 
 def scale_linear(c, eps, floor, v, *g):
@@ -115,10 +115,10 @@ def scale_linear(c, eps, floor, v, *g):
 
 
 def scale_expected(c1, eps1, c2, eps2, floor, m, v, *g):
-    """g <- g (1 - c1 m^2 / (v + eps1 sqrt(v))) / (c2 sqrt(v) + eps2), v at least floor."""
+    """g <- g (1 + c1 m^2 / (v + eps1 sqrt(v))) / (c2 sqrt(v) + eps2), v at least floor."""
     v = v.clamp(min=floor)
     root = v.sqrt()
-    factor = (m * m).div_(plus(v, eps1, root)).mul_(-c1).add_(1.0).div_(root.mul_(c2).add_(eps2))
+    factor = (m * m).div_(plus(v, eps1, root)).mul_(c1).add_(1.0).div_(root.mul_(c2).add_(eps2))
     for g_k in g:
         g_k.mul_(factor)
 
@@ -135,11 +135,6 @@ def scale_secant(q, weight, m, v, taken, *g):
     for g_k in g:
         g_k.mul_(factor)
     return along
-
-
-def as_tensors(x):
-    """Numbers, and those in Scalars, as tensors."""
-    return Scalars(*map(as_tensors, x)) if isinstance(x, Scalars) else torch.tensor(x) if isinstance(x, float) else x
 
 
 def rng_state():
@@ -184,14 +179,13 @@ class Valuation:
         target_batch=1, target_sampling="redraw", target_interval=1, micro_batch=0, seed=0, grad_clip=0.0, compile=False,
         book_interval=1, audit_interval=0, audit_permutations=200, domains=None, info=None, step=0, state=None,
     ):  # fmt: skip
-        """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor.
-        targets: objects with name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to.
-        A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every target_interval
-        steps. compile: the model is compiled, so two-pass rules always repeat forward and backward, and compile the sweeps too.
-        The books are measured every book_interval steps, the step audited every audit_interval (0: never; by every subset up
-        to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain,
-        if momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on (state_dict's),
-        reading the ledger back up to there.
+        """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor. targets: objects with
+        name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to. A target's gradient comes from target_batch of
+        its chunks, in slices of micro_batch (0: at once), every target_interval steps. compile: the model is compiled, so two-pass rules always
+        repeat forward and backward, and compile the sweeps too. The books are measured every book_interval steps, the step audited every
+        audit_interval (0: never; by every subset up to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the
+        training data its domain, if momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on
+        (state_dict's), reading the ledger back up to there.
         """
         assert rule in RULES
         self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
@@ -281,21 +275,13 @@ class Valuation:
         return grads
 
     def target_gradients(self):
-        """Sets self.grads, per parameter (K, *shape); returns the losses (K,)."""
-        K, losses = len(self.targets), []
-        if K == 1:  # the new gradients take the place of the old directions
-            self.grads = None
-            for p in self.params:
-                p.h = None
-        for k in range(K):
-            loss, gradient = self.target_gradient(k)
-            losses.append(loss)
-            if K == 1:
-                self.grads = [g[None] for g in gradient]
-                break
-            self.grads = self.grads or [p.new_empty(K, *p.shape) for p in self.params]
-            for g, g_k in zip(self.grads, gradient):
-                g[k] = g_k
+        """Sets self.grads, per parameter (K, *shape), in place of the old directions; returns the losses (K,)."""
+        self.grads = None
+        for p in self.params:
+            p.h = None
+        losses, gradients = zip(*map(self.target_gradient, range(len(self.targets))))
+        of_one = zip(*gradients) if len(gradients) == 1 else ([g.pop(0) for g in gradients] for _ in self.params)  # never all of them twice
+        self.grads = [g[0][None] if len(g) == 1 else torch.stack(g) for g in of_one]
         return torch.stack(losses)
 
     # --- directions -----------------------------------------------------------
@@ -306,13 +292,9 @@ class Valuation:
         (beta1, beta2), t = group["betas"], self.t
         one, two = 1 - beta1**t, 1 - beta2**t
         mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
-        q = Scalars(beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two, mean, square, group["eps"])
+        a, b, c, d = beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two
+        q = Scalars(a, b, c, d, a * d, mean, square, group["eps"])
         return (state["exp_avg"], state["exp_avg_sq"], q) if state else (torch.zeros_like(p), torch.zeros_like(p), q)
-
-    def room(self, p):
-        """A tensor of p's shape: its old direction, where nobody needs that any more."""
-        spent = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None
-        return p.h[0] if spent else torch.empty_like(p.data)
 
     @torch.no_grad()
     def landing(self, p, part=1.0, taken=None):
@@ -322,18 +304,21 @@ class Valuation:
         shrink = 1 - part * self.lr * self.groups[p]["weight_decay"]
         if "betas" not in self.groups[p]:  # SGD, without momentum
             return p.data * shrink
-        place, (m, v, q) = self.room(p), self.adamw(p)
+        spent, (m, v, q) = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None, self.adamw(p)
+        place = p.h[0] if spent else torch.empty_like(p.data)  # the old direction's room, where nobody needs that any more
         if taken is None:
-            self.sweep(land, (shrink, part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5), place, p.data, m, v)
+            self.sweep(land, (shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5), place, p.data, m, v)
         else:
-            self.sweep(land_halfway, (q, shrink, part * self.lr), place, p.data, m, v, taken)
+            self.sweep(land_halfway, (q, shrink, -part * self.lr / 2), place, p.data, m, v, taken)
         return place
 
     def sweep(self, work, scalars, *tensors):
         """work(*scalars, *pieces) over equally shaped tensors, and what it returned: one compiled kernel, or cache-sized pieces on CPU."""
         flat = [t.view(-1) for t in tensors]
         if self.compile:
-            return [torch.compile(work, fullgraph=True, dynamic=True)(*map(as_tensors, scalars), *flat)]
+            tensor = partial(torch.tensor, dtype=torch.float64)  # on the host, and in no operation but with a larger tensor
+            scalars = [Scalars(*map(tensor, x)) if isinstance(x, Scalars) else tensor(x) if isinstance(x, float) else x for x in scalars]
+            return [torch.compile(work, fullgraph=True, dynamic=True)(*scalars, *flat)]
         size = BLOCK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
         return [work(*scalars, *pieces) for pieces in zip(*(t.split(size) for t in flat))]
 
@@ -377,7 +362,7 @@ class Valuation:
                 if self.rule == "adamw" and not first:
                     # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
                     at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
-                    scalars = q.a * q.d * q.mean / ((at0 + at) * at0 * q.b), q.eps / at0, at / q.b, q.eps / q.b
+                    scalars = -q.ad * q.mean / ((at0 + at) * at0 * q.b), q.eps / at0, at / q.b, q.eps / q.b
                     self.sweep(scale_expected, (*scalars, floor), m, v, *h)
                 else:
                     self.sweep(scale_linear, ((q.d if first else q.c) ** 0.5 / q.b, q.eps / q.b, floor), v_k, *h)
@@ -452,7 +437,10 @@ class Valuation:
         if self.t is None:  # read once, then counted: on a GPU the optimizer's own count lies there
             self.t = next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
         self.t += 1
-        seen = None if tokens is None or not self.keeping else torch.from_numpy(np.unique(tokens)).to(self.params[0].device)
+        seen = None
+        if tokens is not None and self.keeping:
+            seen = torch.from_numpy(np.unique(tokens))
+            seen = seen.pin_memory().to(self.params[0].device, non_blocking=True) if self.params[0].is_cuda else seen
         self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
         self.book, self.measured = {}, step % self.book_interval == 0
         if self.measured:
