@@ -351,19 +351,6 @@ def embedding(idx, weight, ledger):
 # --- y = (x - mean) / std * w + b ---------------------------------------------
 
 
-def layer_norm_grad(gy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gx (B, T, C), and the weight's and bias's gradients chunk by chunk, (B, C) each: B calls of PyTorch's own backward,
-    which together do the work of one."""
-    gx, gw_BC, gb_BC = torch.empty_like(x), x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))
-    back = torch.ops.aten.native_layer_norm_backward.out  # w twice: it asks for a bias but does not read it
-    for i in range(len(x)):
-        back(gy[i], x[i], w.shape, mean[i], rstd[i], w, w, [True] * 3, out0=gx[i], out1=gw_BC[i], out2=gb_BC[i])
-    return gx, gw_BC, gb_BC
-
-
-normalise = opaque(layer_norm_grad, lambda gy, x, mean, rstd, w: (torch.empty_like(x), *(x.new_empty(len(x), len(w)) for _ in range(2))))
-
-
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, hw, hb, ledger, each, eps):
@@ -374,26 +361,30 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, mean, rstd, w, b, hw, hb = ctx.saved_tensors
-        gx, gw_BC, gb_BC = normalise(gy.contiguous(), x, mean, rstd, w)
+        gx = torch.ops.aten.native_layer_norm_backward(gy.contiguous(), x, w.shape, mean, rstd, w, b, [True, False, False])[0]
+        gw_BC = layer_norm_grad(gy, x, mean, rstd)
         values, gb = gw_BC @ hw.t(), None
         if b is not None:
+            gb_BC = gy.flatten(1, -2).sum(1)
             gb, values = gb_BC.sum(0), values + gb_BC @ hb.t()
-        each = gw_BC if ctx.needs_input_grad[6] else None
-        return gx, gw_BC.sum(0), gb, None, None, values, each, None
+        return gx, gw_BC.sum(0), gb, None, None, values, gw_BC if ctx.needs_input_grad[6] else None, None
 
 
-def layer_norm_values(gy, x, eps, hw, hb):
-    """(B, K), from the input alone: its normalised form is computed again."""
-    gy = gy.to(hw.dtype)
-    xhat = F.layer_norm(x.to(hw.dtype), x.shape[-1:], None, None, eps)
-    values = (gy * xhat).flatten(1, -2).sum(1) @ hw.t()
-    return values if hb is None else values + gy.flatten(1, -2).sum(1) @ hb.t()
+def layer_norm_grad(gy, x, mean, rstd):
+    """The weight's gradient of each chunk, (B, C)."""
+    return torch.sub(x, mean).mul_(rstd).mul_(gy).flatten(1, -2).sum(1)
 
 
 def layer_norm(x, weight, bias, eps, ledger):
     """F.layer_norm over the last dimension of x (B, T, C), with the values as in `linear`. Runs in the weight's dtype.
     The gradient of weight.each (B, C), if there is one, gains the weight gradient of each chunk."""
     if isinstance(ledger, Tape):
-        y = F.layer_norm(x, weight.shape, weight, bias, eps)
-        return ledger.watch(y, lambda gy, x: layer_norm_values(gy, x, eps, weight.h, getattr(bias, "h", None)), x)
+        x = x.to(weight.dtype)
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+
+        def values(gy, x, mean, rstd):
+            of_weight = layer_norm_grad(gy, x, mean, rstd) @ weight.h.t()
+            return of_weight if bias is None else of_weight + gy.flatten(1, -2).sum(1) @ bias.h.t()
+
+        return ledger.watch(y, values, x, mean, rstd)
     return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, getattr(bias, "h", None), ledger, getattr(weight, "each", None), eps)

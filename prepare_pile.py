@@ -232,7 +232,8 @@ def installed_text():
     found += {text: (str(p), 0, "Licences", text) for p in licences for text in [p.read_bytes()]}.values()
     readmes = {d.metadata["Name"]: d.metadata.get("Description", "") for d in metadata.distributions()}
     found += [(f"readme:{name}", 0, "Readmes", text) for name, text in readmes.items()]
-    return iter(sorted(found, key=lambda document: hashlib.blake2b(document[0].encode(errors="replace")).digest()))
+    # by the end of the path, which is the same wherever Python is installed
+    return iter(sorted(found, key=lambda document: hashlib.blake2b("/".join(document[0].split("/")[-3:]).encode(errors="replace")).digest()))
 
 
 def jobs(documents):
