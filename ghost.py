@@ -305,13 +305,13 @@ def head_loss(x, weight, y, ledger):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(ledger, Tape):
         loss, chunk_loss = _Head.apply(x, weight, y, weight.new_empty(0, *weight.shape), None, None, None)
-        return ledger.watch(loss, lambda g, x: head_values(x, weight, y, weight.h) * (g / y.numel()), x.detach()), chunk_loss
+
+        def values(g, x):  # the logits once more, which costs less than keeping them
+            chunks = logit_grads(x, weight.to(x.dtype), y, weight.dtype)
+            return torch.cat([linear_values(gy[None], x_TI[None], weight.h, None) for _, gy, x_TI in chunks]) * (g / y.numel())
+
+        return ledger.watch(loss, values, x.detach()), chunk_loss
     return _Head.apply(x, weight, y, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
-
-
-def head_values(x, w, y, h):
-    """(B, K) of the sum of all token losses: the logits once more, which costs less than keeping them."""
-    return torch.cat([linear_values(gy[None], x_TI[None], h, None) for _, gy, x_TI in logit_grads(x, w.to(x.dtype), y, h.dtype)])
 
 
 # --- y = W[idx] ---------------------------------------------------------------

@@ -255,8 +255,9 @@ def domain_table(total, used, data, names):
     return "\n".join(lines)
 
 
-def account(entries, names, domains):
-    """Per target: how much of the measured drop of its loss the books account for, and which domains' momentum had a part in it."""
+def account(entries, audits, names, domains):
+    """Per target: how much of the measured drop of its loss the books account for, which domains' momentum had a part in it, and
+    how close the audited steps' values came to the truth."""
     entries = entries[np.isfinite(entries["residual"]).all(1)]  # the measured steps
     lines = [""]
     for k, name in enumerate(names):
@@ -269,13 +270,7 @@ def account(entries, names, domains):
             credit = entries["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
             order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
             lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / drop:.1%}" for d in order))
-    return "\n".join(lines)
-
-
-def audit_lines(audits, names):
-    """Per target: how close the audited steps' values came to the truth."""
-    lines = []
-    for k, name in enumerate(names):
+    for k, name in enumerate(names if len(audits) else ()):
         a = {key: audits[key][:, k] for key in books.AUDIT_ENTRIES}
         spread = ", ".join(f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman"))
         sums = f"relative L2 {np.median(a['rel_l2']):.1%} (median), sum {a['efficiency_gap'].sum() / a['utility'].sum():+.1%} of the truth"
@@ -430,9 +425,7 @@ def train(cfg):
         print(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used.any():
         print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
-        print(account(books.read(out, "books"), [t.name for t in targets], data.domains))
-        if cfg.audit_interval and len(audits := books.read(out, "audit")):
-            print(audit_lines(audits, [t.name for t in targets]))
+        print(account(books.read(out, "books"), books.read(out, "audit") if cfg.audit_interval else [], [t.name for t in targets], data.domains))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
     print(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
     if cfg.wandb_log:
