@@ -314,6 +314,7 @@ def train(cfg):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
     torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
+    torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
     model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
 
     def to_device(*arrays):
