@@ -150,9 +150,7 @@ class GPT(nn.Module):
 
         if targets is None:  # inference-time mini-optimization: only forward the lm_head on the very last position
             return self.lm_head(x[:, [-1], :]), None
-        if ghost.chunked(
-            x, self.lm_head.weight, ledger
-        ):  # the values come with the loss; the logits, the largest tensor of the step, never exist whole
+        if ghost.chunked(x, self.lm_head.weight, ledger):  # the logits, the largest tensor of the step, never exist whole
             loss, self.chunk_loss = ghost.head_loss(x, self.lm_head.weight, targets, ledger)
             return None, loss
         logits = self.lm_head(x, ledger)

@@ -136,6 +136,13 @@ def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias)
     assert relative(model.chunk_loss, each.detach()) < 1e-14
 
 
+def test_the_chunked_head_refuses_a_word_that_is_none():
+    x, w = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
+    w.h = torch.randn(1, 5, 4)
+    with pytest.raises(IndexError, match="out of bounds"):
+        ghost.head_loss(x, w, torch.tensor([[0, 1, 2], [3, -1, 4]]), torch.zeros(2, 1, requires_grad=True))
+
+
 def test_tiles_of_a_large_weight_add_up(monkeypatch):
     """The running form works through a weight in tiles; their number does not show in the result."""
     gy, x, h = torch.randn(3, 5, 37).double(), torch.randn(3, 5, 11).double(), torch.randn(2, 37, 11).double()
