@@ -7,7 +7,7 @@ How far to trust a value: each rule against the step that the optimizer really t
 
 Rules: for every setting a small GPT is trained by AdamW; at some of its steps the game of that very step (B chunks, one target) is
 solved: by all 2^B subsets for B = 8, by antithetic permutations for B = 16, the optimizer's own step run for each subset in float64.
-The rules' values come from exact.py, which the tests hold equal to what a run computes.
+The rules' values come from rules.py beside it, which the tests hold equal to what a run computes.
 Targets: whole runs of train.py that differ in --target_batch, --target_interval and --target_sampling only; the weights go the same
 way in all of them, so their values.npy can be compared chunk by chunk with a run whose target is REFERENCE chunks a step.
 Writes rows.jsonl, targets.jsonl, table.md, fidelity.png. Two CPU cores: about an hour for the rules, a quarter for the targets.
@@ -35,6 +35,7 @@ from tqdm import tqdm
 import config
 import exact
 from data import global_batch, open_dataset
+from experiments import rules
 from model import GPT, GPTConfig
 
 T, WARMUP = 64, 100
@@ -62,27 +63,27 @@ def numbers(text, kind=float):
     return [kind(x) for x in text.split(",")]
 
 
-# --- the rules and their parts: name -> arguments of exact.rule_values --------
+# --- the rules and their parts: name -> arguments of rules.rule_values --------
 
 
 def hermite(q):
     """E[secant(g)] for g ~ N(mhat, vhat - mhat^2), by three Gauss-Hermite points: instead of the mean field."""
-    q = dict(q, v=torch.maximum(q["v"], exact.FLOORS["adamw"] * q["v"].mean()))
+    q = dict(q, v=torch.maximum(q["v"], rules.FLOORS["adamw"] * q["v"].mean()))
     mhat, vhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1)), q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
     sd = (vhat - mhat**2).clamp(min=0).sqrt()
-    return sum(weight * exact.secant(q, mhat + z * sd) for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)])
+    return sum(weight * rules.secant(q, mhat + z * sd) for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)])
 
 
 def floored(floor):
-    return lambda q: exact.expected_secant(q, floor)
+    return lambda q: rules.expected_secant(q, floor)
 
 
 def norms_only(x, known):
-    return exact.inner_products(x, [rows if g.dim() == 1 else None for g, rows in zip(x[0], known)])
+    return rules.inner_products(x, [rows if g.dim() == 1 else None for g, rows in zip(x[0], known)])
 
 
 def whole(x, known):
-    return exact.inner_products(x, [torch.ones_like(g, dtype=bool) for g in x[0]])
+    return rules.inner_products(x, [torch.ones_like(g, dtype=bool) for g in x[0]])
 
 
 RULES = {
@@ -92,7 +93,7 @@ RULES = {
     "adamw_linear": dict(rule="adamw_linear"),
     "adamw": dict(rule="adamw"),
     "adamw, no look-ahead": dict(rule="adamw", lookahead=False),
-    "adamw, no secant": dict(rule="adamw", expected=exact.linearised, known=None),
+    "adamw, no secant": dict(rule="adamw", expected=rules.linearised, known=None),
     "adamw, every secant predicted": dict(rule="adamw", known=None),
     "adamw, floor 1e-2": dict(rule="adamw", expected=floored(1e-2)),
     "adamw, no floor": dict(rule="adamw", expected=floored(0.0)),
@@ -108,16 +109,16 @@ MAIN = ("sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw", "adamw
 
 def judge_step(model, optimizer, X, Y, loss, lr, clip, permutations):
     """One row a rule: its values of the coming step against the truth."""
-    x, known = exact.chunk_gradients(model, X, Y), exact.known_rows(model, X, Y)
+    x, known = exact.chunk_gradients(model, X, Y), rules.known_rows(model, X, Y)
     step = exact.Step(model, optimizer, x, [loss], clip)
     truth, errors = (a[:, 0] for a in exact.solve(step, len(x), permutations, tolerance=0.02))
     rms = float(np.sqrt(np.mean(truth**2)))
-    common = dict(kappa=exact.clip_coefficient([sum(g) for g in zip(*x)], clip), truth_rms=rms, truth_error=float(np.sqrt(np.mean(errors**2)) / rms))
+    common = dict(kappa=rules.clip_coefficient([sum(g) for g in zip(*x)], clip), truth_rms=rms, truth_error=float(np.sqrt(np.mean(errors**2)) / rms))
     found = {}
     for name, arguments in RULES.items():
-        arguments = {"known": known, "products": exact.inner_products, **arguments}
+        arguments = {"known": known, "products": rules.inner_products, **arguments}
         arguments["products"] = arguments["products"](x, known)
-        found[name] = exact.rule_values(model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments)[:, 0].numpy()
+        found[name] = rules.rule_values(model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments)[:, 0].numpy()
     found["leave-one-out"] = exact.leave_one_out(step, len(x))[:, 0]
     return [dict(name=name, **common, sum_ratio=float(v.sum() / truth.sum()), **exact.agreement(v, truth)) for name, v in found.items()]
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import exact
+from experiments import rules
 
 
 def problem(kind, seed=0, players=6):
@@ -122,12 +123,12 @@ def test_rules_approach_the_truth_as_the_step_shrinks(kind):
         for group in optimizer.param_groups:
             group["lr"] = lr
         truth = exact.shapley(exact.Step(model, optimizer, x, [target]), len(x))
-        values = exact.rule_values(model, optimizer, x, [target], "adamw2", lr).numpy()
+        values = rules.rule_values(model, optimizer, x, [target], "adamw2", lr).numpy()
         errors.append(abs(values.sum() / truth.sum() - 1))  # the sum: the shares have an error of their own, in the secant
         assert exact.agreement(values[:, 0], truth[:, 0])["pearson"] > 0.99
     assert errors[2] < errors[1] / 3 < errors[0] / 9
     with pytest.raises(ValueError, match="choose sgd"):
-        exact.rule_values(model, optimizer, x, [target], "adam", 1e-3)
+        rules.rule_values(model, optimizer, x, [target], "adam", 1e-3)
 
 
 def test_hvp_is_the_hessian_times_the_vector():
@@ -135,7 +136,7 @@ def test_hvp_is_the_hessian_times_the_vector():
     params = list(model.parameters())
     vector = [torch.randn_like(p) for p in params]
     product = exact.hvp(model, target, vector)
-    ahead, behind = exact.displaced(model, [1e-5 * v for v in vector]), exact.displaced(model, [-1e-5 * v for v in vector])
+    ahead, behind = rules.displaced(model, [1e-5 * v for v in vector]), rules.displaced(model, [-1e-5 * v for v in vector])
     for p, a, b in zip(product, exact.gradient(ahead, target), exact.gradient(behind, target)):
         assert torch.allclose(p, (a - b) / 2e-5, rtol=1e-6, atol=1e-9)
     flat = torch.cat([v.flatten() for v in vector])

@@ -1,4 +1,4 @@
-"""train.py for real: whole runs on real text, killed, resumed, starved of disk, and compared with exact.py."""
+"""train.py for real: whole runs on real text, killed, resumed, starved of disk, and compared with the rules' definitions."""
 
 import json
 import multiprocessing
@@ -21,6 +21,7 @@ import exact
 import ghost
 import train as train_module
 from data import global_batch, open_dataset, parse_targets
+from experiments import rules
 from ledger import add_visits, read
 from model import GPT, GPTConfig
 from train import Config, train
@@ -157,8 +158,8 @@ def test_a_step_of_a_run_is_what_exact_says(python_data, tmp_path, rule):
     for k, target in enumerate(parse_targets(argv[0].removeprefix("--targets="), data, 32)):
         picks = np.random.default_rng((1337, k, 5)).choice(len(target), min(3, len(target)), replace=False)
         chosen.append(tuple(map(torch.from_numpy, target.batch(picks))))
-    x, known, losses = exact.chunk_gradients(model, X, Y), exact.known_rows(model, X, Y), [exact.batch_loss(*pair) for pair in chosen]
-    truth = exact.rule_values(model, optimizer, x, losses, rule, float(books["lr"][5].astype(np.float64)), 0.5, known=known)
+    x, known, losses = exact.chunk_gradients(model, X, Y), rules.known_rows(model, X, Y), [exact.batch_loss(*pair) for pair in chosen]
+    truth = rules.rule_values(model, optimizer, x, losses, rule, float(books["lr"][5].astype(np.float64)), 0.5, known=known)
     rows = visits[5 * 4 : 6 * 4]
     assert (rows["chunk"] == ids).all()
     assert np.linalg.norm(rows["value"] - truth.numpy()) < 1e-6 * np.linalg.norm(truth)  # the ledger's float32

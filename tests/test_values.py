@@ -1,4 +1,4 @@
-"""The values are what exact.py says they are: in float64 to 1e-10, in float32 to 1e-4, for all parameters at once."""
+"""The values are what experiments/rules.py says they are: in float64 to 1e-10, in float32 to 1e-4, for all parameters at once."""
 
 import itertools
 
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import exact
 import ghost
 from data import Target
+from experiments import rules
 from model import GPT, GPTConfig
 from valuation import Valuation
 
@@ -53,11 +54,11 @@ class Run:
             return self.model(torch.as_tensor(X), torch.as_tensor(Y), ledger)[1]
 
     def step(self, step, lr=1e-2, clip=0.0, micro_steps=1):
-        """-> the step's values (B, K) and losses (B,), and what exact.py says the values are."""
+        """-> the step's values (B, K) and losses (B,), and what rules.py says the values are."""
         rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
         X, Y = rows[:, :-1], rows[:, 1:]
-        x, known = exact.chunk_gradients(self.model, X, Y), exact.known_rows(self.model, X, Y)
-        truth = exact.rule_values(self.model, self.optimizer, x, target_losses(self), self.valuation.rule, lr, clip, known=known)
+        x, known = exact.chunk_gradients(self.model, X, Y), rules.known_rows(self.model, X, Y)
+        truth = rules.rule_values(self.model, self.optimizer, x, target_losses(self), self.valuation.rule, lr, clip, known=known)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.valuation.open(step, lr, rows.numpy())
@@ -266,7 +267,7 @@ def test_adamw2_values_sum_to_what_the_step_does_along_the_gradient(tmp_path, cl
     empty = [p.detach().clone() for p in nobody.params]
     values, _, _ = run.step(steps, lr=lr, clip=clip)
     moved = [p.detach() - e for p, e in zip(params, empty)]
-    middle = exact.displaced(nobody.twin, [e + m / 2 - p.detach() for e, m, p in zip(empty, moved, nobody.params)])
+    middle = rules.displaced(nobody.twin, [e + m / 2 - p.detach() for e, m, p in zip(empty, moved, nobody.params)])
     drop = -exact.dot(exact.gradient(middle, loss), moved)
     assert float(values.sum()) == pytest.approx(float(drop), rel=1e-6)
 
@@ -301,7 +302,7 @@ def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
             X, Y = tokens(run, step)
             if step >= 20:
                 x = exact.chunk_gradients(run.model, X, Y)
-                kappas.append(exact.clip_coefficient([sum(parts) for parts in zip(*x)], clip))
+                kappas.append(rules.clip_coefficient([sum(parts) for parts in zip(*x)], clip))
                 for group in run.optimizer.param_groups:
                     group["lr"] = 1e-3
                 truth = exact.shapley(exact.Step(run.model, run.optimizer, x, target_losses(run), clip), B)[:, 0]
