@@ -12,9 +12,11 @@ of the last commit, so what a crash left behind them does not show, and the next
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +62,20 @@ def empty(dtype):
 # --- writing ------------------------------------------------------------------
 
 
+def claim(run):
+    """Makes the run's folder, and makes it this process's as long as the file returned is open. Raises ValueError if it is another's."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = open(run / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ValueError(f"another process is writing {run}: wait for it, or write another --out_dir") from e
+    return lock
+
+
 @contextlib.contextmanager
-def atomic(path):
-    """A binary file to write that appears under `path` whole or not at all."""
+def atomic(path, keep=None):
+    """A binary file to write that appears under `path` whole or not at all; what was there takes the name `keep`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -70,6 +83,8 @@ def atomic(path):
             yield f
             f.flush()
             os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -84,15 +99,10 @@ def write_json(path, content):
 
 
 class Records:
-    """A .npy of records that grows by commits; opened with `rows` it forgets what lies beyond them."""
+    """A .npy of records that grows by commits; opened with `rows` it forgets what lies beyond them. crc: the CRC-32 of all its rows."""
 
-    def __init__(self, path, dtype, rows=0):
-        """Raises ValueError if the file holds fewer than `rows` records of this dtype."""
-        self.dtype, self.rows, self.pending = dtype, rows, []
-        if rows:
-            have = np.load(path, mmap_mode="r")
-            if have.dtype != dtype or len(have) < rows:
-                raise ValueError(f"{path} does not hold the {rows} rows its checkpoint counted: start over with --overwrite")
+    def __init__(self, path, dtype, rows=0, crc=0):
+        self.dtype, self.rows, self.crc, self.pending = dtype, rows, crc, []
         self.file = open(path, "r+b" if rows else "w+b")
         self._header()
         self.file.truncate(self.start + rows * dtype.itemsize)
@@ -112,7 +122,7 @@ class Records:
             self.file.write(new.tobytes())
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.rows, self.pending = self.rows + len(new), []
+            self.rows, self.crc, self.pending = self.rows + len(new), zlib.crc32(new.tobytes(), self.crc), []
         self._header()
         os.fsync(self.file.fileno())
 
@@ -132,6 +142,23 @@ def write_values(run, total, used):
 def read(run, name="ledger"):
     """The committed rows of a run's ledger, books or audit, memmapped."""
     return np.load(Path(run, name + ".npy"), mmap_mode="r")
+
+
+def check(run, counted):
+    """Raises ValueError if a file of the run does not begin with the rows that {its name: (rows, CRC-32)} counted."""
+    for name, (rows, crc) in counted.items():
+        have, found = Path(run, name + ".npy"), 0
+        try:
+            records = np.load(have, mmap_mode="r")
+            size = records.dtype.itemsize
+            with open(have, "rb") as f:
+                f.seek(have.stat().st_size if len(records) < rows else records.offset)
+                for start in range(0, rows, 1 << 16):
+                    found = zlib.crc32(f.read(size * min(1 << 16, rows - start)), found)
+        except (OSError, ValueError, EOFError) as e:
+            raise ValueError(f"{have} is missing or damaged ({e})") from e
+        if found != crc:
+            raise ValueError(f"{have} is damaged: it does not begin with the {rows} rows that were counted")
 
 
 def add_visits(visits, total, used):

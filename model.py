@@ -121,7 +121,7 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; by default without the position embeddings (the token embeddings double as the head)."""
-        n_params = sum(p.numel() for p in self.parameters())
+        n_params = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def _init_weights(self, module):

@@ -4,13 +4,16 @@ Train a GPT-2 on numbered chunks and value every chunk in the same run.
     python train.py config/gpt2_inrun.py                        the paper's run
     python train.py config/demo.py --max_iters=100              a config file, then --key=value
     python train.py out/demo/config.json --init_from=resume     go on where a run stopped
+    torchrun --nproc_per_node=8 train.py config/gpt2_inrun.py   on eight GPUs: the same batches, the same values
 
 Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy, books.npy, audit.npy, values.json, config.json.
+SIGTERM or Ctrl-C lets the step finish, writes a checkpoint and says how to go on; a second one stops at once.
 """
 
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +30,7 @@ import torch
 
 import config
 import ledger as books
+import parallel
 from data import global_batch, open_dataset, parse_targets
 from model import GPT, GPTConfig
 from valuation import Valuation, rng_state, set_rng_state
@@ -37,7 +41,7 @@ class Config:
     # input and output
     data_dir: str = "data/pile"  # what prepare_pile.py wrote
     out_dir: str = ""  # where the run goes; default out/<name of the config file>
-    init_from: Literal["scratch", "resume"] = "scratch"  # resume: go on from out_dir's checkpoint
+    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # resume: go on from out_dir's checkpoint; auto: if there is one
     overwrite: bool = False  # start over in an out_dir that holds a run
     seed: int = 1337  # initial weights, order of chunks, draws of target chunks
     # valuation
@@ -55,13 +59,15 @@ class Config:
     eval_chunks: int = 16  # validation chunks of each domain it uses
     log_interval: int = 10  # steps between progress lines
     checkpoint_interval: int = 250  # steps between checkpoints; a run that ends writes one
+    keep_checkpoints: int = 2  # ckpt.pt and older ones, ckpt-<step>.pt
+    background: bool = torch.cuda.is_available()  # copy a checkpoint to host memory and go on while it is written
     wandb_log: bool = False  # offline when there is no login
     wandb_project: str = "nanoshapley"
     wandb_run_name: str = ""  # default: the name of out_dir
     wandb_histogram_interval: int = 100  # steps between histograms of the values
     # batch
     batch_size: int = 12  # chunks of a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches of a step; global batch B = their product
+    gradient_accumulation_steps: int = 1  # micro-batches of a step; global batch B = their product, whatever the number of processes
     block_size: int = 0  # tokens of a chunk to train on; 0: all
     # model
     n_layer: int = 12
@@ -87,10 +93,11 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16" if torch.cuda.is_available() else "float32"  # bfloat16: autocast
     compile: bool = False  # torch.compile the model
+    shard: bool = False  # under torchrun: FSDP2, every process holds a slice of the model, instead of DDP
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
-        positive = """target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval batch_size
+        positive = """target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval keep_checkpoints batch_size
             gradient_accumulation_steps n_layer n_head n_embd max_iters eval_chunks wandb_histogram_interval"""
         for key in positive.split():
             if getattr(self, key) < 1:
@@ -105,6 +112,8 @@ class Config:
         if self.optimizer != "adamw" and (self.rule.startswith("adamw") or self.domain_momentum):
             what = "--domain_momentum speaks" if self.domain_momentum else f"--rule={self.rule} speaks"
             raise ValueError(f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum")
+        if self.shard and (self.compile or self.audit_interval or self.domain_momentum):
+            raise ValueError("--shard knows no --compile, and not whole gradients as --audit_interval and --domain_momentum do: leave those out")
         if self.audit_interval and self.batch_size * self.gradient_accumulation_steps < 2:
             raise ValueError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
 
@@ -113,31 +122,47 @@ RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy", 
 
 # may differ between a run and its resumption; everything else would make the values belong to another run
 MAY_CHANGE = """
-out_dir data_dir init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval
-wandb_log wandb_project wandb_run_name wandb_histogram_interval device compile""".split()
+out_dir data_dir init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval keep_checkpoints background
+wandb_log wandb_project wandb_run_name wandb_histogram_interval device compile shard""".split()
 
 # --- before the first step ----------------------------------------------------
 
 
-def check_out_dir(cfg, data):
-    """Refuses what would be lost. Returns the checkpoint to go on from, or None."""
-    out = Path(cfg.out_dir)
-    if cfg.init_from == "scratch":
-        if any((out / name).exists() for name in ("ckpt.pt", "values.npy")) and not cfg.overwrite:
+def find_checkpoint(cfg, data):
+    """Refuses what would be lost. Returns the path of the checkpoint to go on from, the newest that is whole, or None."""
+    out, resume = Path(cfg.out_dir), cfg.init_from != "scratch"
+    found = parallel.find_checkpoints(out)
+    if cfg.init_from == "auto":
+        resume = (out / "config.json").is_file()
+    if not resume:
+        if (found or (out / "values.npy").exists()) and not cfg.overwrite:
             raise ValueError(f"{out} already holds a run: --init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere")
         return None
     if not (out / "config.json").is_file():
         raise ValueError(f"nothing to resume in {out}: name the run's folder with --out_dir=..., or leave out --init_from")
-    if not (out / "ckpt.pt").is_file():
-        print(f"{out} has no checkpoint yet: starting at step 0")
-        return None
-    checkpoint = torch.load(out / "ckpt.pt", map_location=cfg.device, weights_only=True)
-    for key, had in checkpoint["config"].items():
-        if getattr(cfg, key) != had and key not in MAY_CHANGE:
-            raise ValueError(f"--{key}={getattr(cfg, key)}, but {out} was run with {key}={had}: type --{key}={had}, or another --out_dir")
+    for path in found:
+        try:
+            checkpoint = parallel.read_checkpoint(path)
+            books.check(out, checkpoint["valuation"].get("records", {}))
+        except ValueError as e:
+            print(f"{path} cannot be used, {e}: trying the one before it")
+            continue
+        check_resumption(cfg, data, checkpoint)
+        return path
+    if found:
+        raise ValueError(f"no checkpoint in {out} is whole: --overwrite starts over")
+    print(f"{out} has no checkpoint yet: starting at step 0")
+
+
+def check_resumption(cfg, data, checkpoint):
+    """Raises ValueError where this configuration would go on with another run's values."""
+    was, product = checkpoint["config"], lambda had: had["batch_size"] * had["gradient_accumulation_steps"]
+    free = [*MAY_CHANGE, *("batch_size gradient_accumulation_steps".split() if product(was) == product(vars(cfg)) else ())]
+    for key, had in was.items():
+        if getattr(cfg, key) != had and key not in free:
+            raise ValueError(f"--{key}={getattr(cfg, key)}, but {cfg.out_dir} was run with {key}={had}: type --{key}={had}, or another --out_dir")
     if checkpoint["data_hash"] != data.hash:
-        raise ValueError(f"{data.path} is not the data of {out} (its hash differs): name the run's data with --data_dir=...")
-    return checkpoint
+        raise ValueError(f"{data.path} is not the data of {cfg.out_dir} (its hash differs): name the run's data with --data_dir=...")
 
 
 def describe_run(cfg, data):
@@ -152,8 +177,11 @@ def check_system(cfg):
     kind = cfg.device.split(":")[0]
     if kind not in ("cpu", "cuda", "mps") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device={cfg.device} is not on this machine: write --device=cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("one process only, so far: start it with python, not with torchrun of several processes")
+    if cfg.shard and "RANK" not in os.environ:
+        raise ValueError("--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ...")
+    B, processes = cfg.batch_size * cfg.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE", 1))
+    if B % processes:
+        raise ValueError(f"{processes} processes cannot share the {B} chunks of a step evenly: change --batch_size or --gradient_accumulation_steps")
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
         raise ValueError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
@@ -188,16 +216,37 @@ def schedule(cfg, step):
 @torch.no_grad()
 def evaluate(model, loss_of, data, cfg):
     """{"val": mean loss, domain: mean loss, ...} of the same validation chunks every time, the domains weighted by their size."""
+    sizes = {d: n for d, n in enumerate(np.bincount(data.val.domain, minlength=len(data.domains))) if n}
+    batches = []
+    for d in sizes:
+        ids = np.flatnonzero(data.val.domain == d)[: cfg.eval_chunks]
+        batches += [(d, b) for b in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size))]
+    losses, n, ranks = torch.zeros(len(batches)), len(batches), parallel.size()
     model.eval()
-    losses, sizes = {}, []
-    for d, name in enumerate(data.domains):
-        ids = np.flatnonzero(data.val.domain == d)
-        if len(ids):
-            batches = np.split(ids[: cfg.eval_chunks], range(cfg.batch_size, min(len(ids), cfg.eval_chunks), cfg.batch_size))
-            losses[name] = np.average([float(loss_of(*data.val.batch(b, cfg.block_size))) for b in batches], weights=[len(b) for b in batches])
-            sizes.append(len(ids))
+    for i in range(parallel.rank(), n + -n % ranks, ranks):  # as many for every rank
+        loss = float(loss_of(*data.val.batch(batches[min(i, n - 1)][1], cfg.block_size)))
+        if i < n:
+            losses[i] = loss
     model.train()
-    return {"val": float(np.average(list(losses.values()), weights=sizes))} | losses
+    losses = parallel.add([losses])[0].numpy()
+    of = {d: np.average([x for x, b in zip(losses, batches) if b[0] == d], weights=[len(b[1]) for b in batches if b[0] == d]) for d in sizes}
+    return {"val": float(np.average(list(of.values()), weights=list(sizes.values())))} | {data.domains[d]: loss for d, loss in of.items()}
+
+
+class Interrupted(list):
+    """Empty until SIGTERM or SIGINT asks the run to end after its step; a second one raises KeyboardInterrupt."""
+
+    def __init__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(self, number, frame):
+        if self:
+            raise KeyboardInterrupt
+        self.append(number)
+
+    def ignore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # --- what people see ----------------------------------------------------------
@@ -221,15 +270,15 @@ def value_metrics(recent, targets, data, histogram):
     what the measured steps' drop was made of, and how close the audited steps' values came to the truth."""
     import wandb
 
-    metrics, visits = {}, recent.visits
+    metrics, visits = {}, recent.ledger
     measured = recent.books[np.isfinite(recent.books["residual"]).all(1)]
     for k, target in enumerate(targets):
         if len(measured):
             drop = measured["before"][:, k] - measured["after"][:, k]
             metrics |= {f"books/{target.name}/drop": float(drop.sum())}
             metrics |= {f"books/{target.name}/{key}": float(measured[key][:, k].sum()) for key in ("data", "momentum", "decay", "residual")}
-        if recent.audits is not None:
-            metrics |= {f"audit/{target.name}/{key}": float(recent.audits[key][-1, k]) for key in books.AUDIT_ENTRIES}
+        if recent.audit is not None:
+            metrics |= {f"audit/{target.name}/{key}": float(recent.audit[key][-1, k]) for key in books.AUDIT_ENTRIES}
         v = visits["value"][:, k]
         low, high = np.percentile(v, (5, 95))
         entries = dict(mean=v.mean(), p5=low, p95=high, negative=(v < 0).mean())
@@ -285,15 +334,18 @@ def train(cfg):
     not finite, a full disk) with the last checkpoint whole.
     """
     check_system(cfg)
+    device = parallel.start(cfg.device)
+    say = print if parallel.rank() == 0 else lambda *args, **kwargs: None
     data = open_dataset(cfg.data_dir)
     if cfg.block_size > data.meta["block_size"]:
         fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
         raise ValueError(f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}")
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
-    checkpoint = check_out_dir(cfg, data)
     out, n_chunks, B = Path(cfg.out_dir), len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
-    device_type, dtype = cfg.device.split(":")[0], getattr(torch, cfg.dtype)
+    used = parallel.gather_objects(parallel.on_rank_0(lambda: find_checkpoint(cfg, data)))[0]
+    checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
+    device_type, dtype = device.split(":")[0], getattr(torch, cfg.dtype)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
@@ -301,78 +353,84 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     model_args = {key: getattr(cfg, key) for key in "n_layer n_head n_embd block_size bias dropout tie_weights".split()}
     model_args["vocab_size"] = -(-data.meta["vocab_size"] // 64) * 64  # padded up for efficiency
-    raw_model = GPT(GPTConfig(**model_args)).to(cfg.device)
+    raw_model = GPT(GPTConfig(**model_args)).to(device)
     if dtype == torch.float64:
         raw_model.double()
+    if checkpoint:
+        raw_model.load_state_dict(checkpoint["model"])
+    if cfg.shard:
+        parallel.shard(raw_model, raw_model.transformer.h, len(targets))
     if cfg.optimizer == "adamw":
         optimizer = raw_model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type)
     else:
-        optimizer = torch.optim.SGD(raw_model.parameters(), lr=cfg.learning_rate)
+        optimizer = torch.optim.SGD((p for p in raw_model.parameters() if p.requires_grad), lr=cfg.learning_rate)
     start, best_val_loss, wandb_id, valuation_state = 0, math.inf, None, None
     if checkpoint:
-        raw_model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        parallel.load_optimizer(optimizer, checkpoint["optimizer"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
     torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
     torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
     model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
+    trained = model if cfg.shard else parallel.replicate(model)  # whose backward makes the ranks' gradients one
 
     def to_device(*arrays):
         tensors = [torch.as_tensor(a) for a in arrays]
         if device_type == "cuda":  # pinned, so that the copy does not wait
             tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
-        return [t.to(cfg.device, non_blocking=True) for t in tensors]
+        return [t.to(device, non_blocking=True) for t in tensors]
 
-    def loss_of(X, Y, ledger=None):
+    def loss_of(X, Y, ledger=None, model=model):
         with torch.amp.autocast(device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
-    out.mkdir(parents=True, exist_ok=True)
-    if not checkpoint:
-        for name in RUN_FILES:
+    lock = parallel.on_rank_0(lambda: books.claim(out))  # noqa: F841, ours until this function ends
+    checkpoints = parallel.Checkpoints(out, cfg.keep_checkpoints, cfg.background, used, start)
+    if parallel.rank() == 0:
+        for name in () if checkpoint else RUN_FILES:
             (out / name).unlink(missing_ok=True)
-    books.write_json(out / "config.json", describe_run(cfg, data))
+        books.write_json(out / "config.json", describe_run(cfg, data))
     valuation = Valuation(
         raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
         cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed, cfg.grad_clip, cfg.compile,
         cfg.book_interval, cfg.audit_interval, cfg.audit_permutations, data.train.domain if cfg.domain_momentum else None,
         info=dict(data_hash=data.hash), step=start, state=valuation_state,
     )  # fmt: skip
-    if cfg.wandb_log:
+    dashboard = None
+    if cfg.wandb_log and parallel.rank() == 0:
         dashboard, wandb_id = start_wandb(cfg, wandb_id)
-    peak = peak_flops(cfg.device, dtype)
-    print(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {n_chunks:,} chunks of {cfg.block_size} tokens, B = {B}, {cfg.device} {cfg.dtype}")
-    print(f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}")
+    peak, ranks = parallel.size() * peak_flops(device, dtype), f" x {parallel.size()}" * (parallel.size() > 1)
+    run = f"{n_chunks:,} chunks of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
+    say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {run}")
+    say(f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}")
 
     def save(step):
         """Ledger and values first, then the checkpoint that counts on them."""
-        try:
-            valuation.commit()
-            with books.atomic(out / "ckpt.pt") as f:
-                content = dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
-                content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id)
-                content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"])
-                torch.save(content | dict(valuation=valuation.state_dict(), rng=rng_state()), f)
-        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-            cause = e if isinstance(e, OSError) else e.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise OSError(f"{cause}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
+        valuation.commit()
+        content = dict(model=parallel.weights(raw_model), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
+        content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
+        content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
+        checkpoints.write(step, content)
 
-    if checkpoint:
-        set_rng_state(checkpoint["rng"])
+    own = parallel.mine(B)  # this rank's chunks of a step, in as few micro-batches as batch_size allows
+    n = own.stop - own.start
+    micro_steps = next(m for m in range(1, n + 1) if n % m == 0 and n // m <= cfg.batch_size)
+    if parallel.rank():
+        torch.manual_seed(cfg.seed + parallel.rank())  # other dropout masks
+    if checkpoint and parallel.rank() < len(checkpoint["rng"]):
+        set_rng_state(checkpoint["rng"][parallel.rank()])
+    del checkpoint
 
     # training loop
     history, losses, since, clock, paused = [], [], start, time.perf_counter(), 0.0
-    began = clock
+    began, interrupted = clock, Interrupted()
     for step in range(start, cfg.max_iters):
         if cfg.eval_interval and step % cfg.eval_interval == 0 and len(data.val.rows):
             t = time.perf_counter()
             val = evaluate(raw_model, loss_of, data, cfg)
             best_val_loss = min(best_val_loss, val["val"])
-            print(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
-            if cfg.wandb_log:
+            say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
+            if dashboard:
                 dashboard.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
             paused += time.perf_counter() - t
 
@@ -383,25 +441,27 @@ def train(cfg):
         tokens = data.train.batch(ids, cfg.block_size)
 
         valuation.open(step, lr, tokens)  # one-pass rules: the targets' gradients -> directions
-        for micro, X, Y in zip(*(np.split(a, cfg.gradient_accumulation_steps) for a in (ids, *tokens))):
+        for i, (micro, X, Y) in enumerate(zip(*(np.split(a[own], micro_steps) for a in (ids, *tokens))), 1):
             X, Y = to_device(X, Y)
             ledger = valuation.ledger(micro, X, Y)  # zeros (b, K); None when valuation is off
-            loss = loss_of(X, Y, ledger)
-            (loss / cfg.gradient_accumulation_steps).backward()  # ledger.grad is now this micro-batch's values
+            trained.require_backward_grad_sync = i == micro_steps  # of DDP: only the last
+            loss = loss_of(X, Y, ledger, trained)
+            (loss / micro_steps).backward()  # ledger.grad is now this micro-batch's values
             losses.append(loss.detach())
         kappa = 1.0
         if cfg.grad_clip:
-            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
+            norm = parallel.full(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip))
             kappa = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # what it multiplied the gradients by
         valuation.before_step(kappa)  # two-pass rules: the batch's gradient is known now
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         valuation.close()  # rows for the ledger
 
-        done, last = step + 1, step + 1 == cfg.max_iters
+        done, stopping = step + 1, parallel.any_of(interrupted)
+        last = stopping or done == cfg.max_iters
         if done % cfg.log_interval == 0 or done % cfg.checkpoint_interval == 0 or last:
             recent = valuation.flush()  # names the chunks if a loss or a value is not finite
-            loss = float(torch.stack(losses).mean())
+            loss = float(parallel.add([torch.stack(losses).mean()])[0]) / parallel.size()
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
             history.append((done, loss))
@@ -411,9 +471,9 @@ def train(cfg):
             mfu = raw_model.estimate_mfu(B, dt, peak)
             line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
             if targets:
-                line += f" | negative {(recent.visits['value'] < 0).mean():.0%} | valuation {share:.0%}"
-            print(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left", flush=True)
-            if cfg.wandb_log:
+                line += f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
+            say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left", flush=True)
+            if dashboard:
                 metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
                 if targets:
                     metrics |= value_metrics(recent, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
@@ -421,18 +481,25 @@ def train(cfg):
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
         if done % cfg.checkpoint_interval == 0 or last:
             save(done)
+        if stopping:
+            command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if parallel.size() > 1 else "python"
+            say(f"stopped after step {done}; to go on: {command} train.py {out}/config.json --init_from=resume")
+            break
+    checkpoints.wait()
+    interrupted.ignore()
 
     if start >= cfg.max_iters:
-        print(f"already at step {start}: raise --max_iters to go on")
-    if targets and valuation.used.any():
+        say(f"already at step {start}: raise --max_iters to go on")
+    if targets and valuation.used is not None and valuation.used.any():
         print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
         print(account(books.read(out, "books"), books.read(out, "audit") if cfg.audit_interval else [], [t.name for t in targets], data.domains))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
-    print(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
-    if cfg.wandb_log:
+    say(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
+    if dashboard:
         dashboard.finish()
     return history
 
 
 if __name__ == "__main__":
     config.main(lambda: train(config.load(Config)))
+    parallel.stop()

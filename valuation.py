@@ -52,6 +52,8 @@ from torch import nn
 import exact
 import ghost
 import ledger as books
+import parallel
+from parallel import local
 
 RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
 TWO_PASS = ("sgd2", "adamw2")
@@ -138,13 +140,13 @@ def scale_secant(q, weight, m, v, taken, *g):
 
 
 def rng_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 def set_rng_state(state):
-    torch.set_rng_state(state[0].cpu())
-    if torch.cuda.is_available() and state[1]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state[1]])
+    torch.set_rng_state(state[0])
+    if torch.cuda.is_available() and state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
 
 
 @contextlib.contextmanager
@@ -173,6 +175,16 @@ def host(x):
     return torch.as_tensor(x).double().cpu().numpy()
 
 
+def settle(columns, K, lr, kappa):
+    """What a step left, (B, K + 1 or K + 3): <x_i, h_k>, losses, and of kept rows <x_i, g> and |x_i|^2 -> values (B, K) nats, losses (B,),
+    |x_i|^2 (B,) or NaN."""
+    values, losses = columns[:, :K] * (lr * kappa), columns[:, K]
+    if columns.shape[1] == K + 1:
+        return values, losses, np.nan
+    q, squares = columns[:, K + 1 :].T
+    return values - np.log(kappa) * (values - values.sum(0) * (q / max(q.sum(), TINY))[:, None]), losses, squares
+
+
 class Valuation:
     def __init__(
         self, model, optimizer, loss, targets, rule, batch, n_chunks, run,
@@ -193,11 +205,14 @@ class Valuation:
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
         self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
+        self.records, self.total, self.used = {}, None, None
         self.t, self.seconds = None, 0.0  # the optimizer's step; spent in open, before_step and close
         self.micro, self.pending = [], []  # micro-batches of this step, closed steps
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.seen = {p: getattr(p, "seen", p) for p in self.params}  # as the layers see them
+        self.sharded = any(p is not whole for p, whole in self.seen.items())  # then what follows works on this rank's slices
         norm = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}  # the LayerNorms'
         token = {n: p for n, p in model.named_parameters() if hasattr(p, "tokens")}
         self.keeping = norm | token if rule == "adamw" else {}  # of these each chunk's own gradient
@@ -205,19 +220,23 @@ class Valuation:
         self.dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
         K = len(targets)
-        self.visits = books.Records(run / "ledger.npy", books.visit_dtype(K), step * batch)
-        self.books = books.Records(run / "books.npy", books.book_dtype(K, n_domains), step)
-        self.audits = books.Records(run / "audit.npy", books.audit_dtype(K), step // audit_interval) if audit_interval else None
-        self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
-        if step:
-            books.add_visits(books.read(run), self.total, self.used)
+        self.dtypes = dict(ledger=books.visit_dtype(K), books=books.book_dtype(K, n_domains), audit=books.audit_dtype(K))
+        if parallel.rank() == 0:  # the one that writes
+            counted, names = state["records"] if state else {}, ["ledger", "books", "audit"][: 3 if audit_interval else 2]
+            self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], *counted.get(name, ())) for name in names}
+            self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
+            if step:
+                books.add_visits(books.read(run), self.total, self.used)
         self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
         self.info |= dict(grad_norm_over=[n + ", rows of the batch's tokens" * (n in token) for n in self.keeping]) if self.keeping else {}
         self.info["targets"] = [self.describe(k) for k in range(K)]
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
         self.domain_momentum = [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
         if state:
-            self.grads, self.domain_momentum = state["grads"], state["domain_momentum"]
+            loaded = {key: [t.to(self.params[0].device) for t in state[key]] if state[key] else None for key in ("grads", "domain_momentum")}
+            self.grads, self.domain_momentum = loaded["grads"], loaded["domain_momentum"]
+            if self.grads and self.sharded:
+                self.grads = [g[:, parallel.mine(g.shape[1])] for g in self.grads]
         if step:
             self.commit()  # a crash between values.npy and the checkpoint left them apart
 
@@ -239,10 +258,16 @@ class Valuation:
         return entry | dict(drawn=f"where step % {self.interval} == 0: {how} of the target's chunks, in order of their ids")
 
     def target_batches(self, k):
-        """The chunks that speak for target k at this step, in slices, each with its share of the tokens."""
+        """This rank's part of the chunks that speak for target k at this step, in slices, each with its share of all their tokens.
+        Every rank has as many slices, for sharded models compute in step: where chunks are wanting, some of share 0."""
         X, Y = self.targets[k].batch(self.picks(k, self.step - self.step % self.interval))
-        tokens, size = (Y >= 0).sum(), self.micro_batch or len(X)
-        return [(X[i : i + size], Y[i : i + size], (Y[i : i + size] >= 0).sum() / tokens) for i in range(0, len(X), size)]
+        tokens, padding = (Y >= 0).sum(), ((0, -len(X) % parallel.size()), (0, 0))
+        X, Y = np.pad(X, padding), np.pad(Y, padding, constant_values=-1)
+        part, size = parallel.mine(len(X)), self.micro_batch or len(X)
+        for i in range(part.start, part.stop, size):
+            x, y = (a[i : min(i + size, part.stop)] for a in (X, Y))
+            share = (y >= 0).sum() / tokens
+            yield x, y if share else x, share
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -255,7 +280,8 @@ class Valuation:
     def target_losses(self):
         """(K,) at the weights as they are."""
         with self.evaluating():
-            return torch.stack([sum(self.loss(X, Y) * share for X, Y, share in self.target_batches(k)) for k in range(len(self.targets))])
+            losses = [sum(self.loss(X, Y) * share for X, Y, share in self.target_batches(k)) for k in range(len(self.targets))]
+        return parallel.add([torch.stack(losses)])[0]
 
     def target_gradient(self, k):
         """Target k's loss at the weights as they are, and its gradient, a tensor a parameter. Leaves no .grad behind; dropout off."""
@@ -263,9 +289,11 @@ class Valuation:
         with self.evaluating():
             for X, Y, share in self.target_batches(k):
                 loss = self.loss(X, Y) * share
-                loss.backward()
+                (loss * parallel.size() if self.sharded else loss).backward()  # sharded gradients are the ranks' mean already
                 total = total + loss.detach()
-        return total, self.take_grads()
+        grads = [local(g) for g in self.take_grads()]
+        parallel.add([total, *([] if self.sharded else grads)])
+        return total, grads
 
     def take_grads(self):
         """The parameters' .grad, which they lose."""
@@ -277,7 +305,7 @@ class Valuation:
     def target_gradients(self):
         """Sets self.grads, per parameter (K, *shape), in place of the old directions; returns the losses (K,)."""
         self.grads = None
-        for p in self.params:
+        for p in self.params if not self.sharded else ():
             p.h = None
         losses, gradients = zip(*map(self.target_gradient, range(len(self.targets))))
         of_one = zip(*gradients) if len(gradients) == 1 else ([g.pop(0) for g in gradients] for _ in self.params)  # never all of them twice
@@ -294,22 +322,39 @@ class Valuation:
         mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
         a, b, c, d = beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two
         q = Scalars(a, b, c, d, a * d, mean, square, group["eps"])
-        return (state["exp_avg"], state["exp_avg_sq"], q) if state else (torch.zeros_like(p), torch.zeros_like(p), q)
+        return (*((local(state[key]) if state else torch.zeros_like(local(p.data))) for key in ("exp_avg", "exp_avg_sq")), q)
+
+    def over_ranks(self, x):
+        """The sum of what each rank found in its slices; where none are sliced, x."""
+        return parallel.add([x])[0] if self.sharded else x
+
+    def rows_of(self, x, rows, dim=0):
+        """These rows of a tensor laid out as the parameters are: on every rank."""
+        if not self.sharded:
+            return x.index_select(dim, rows)
+        here, inside = self.here(rows, x.shape[dim])
+        return parallel.add([x.index_select(dim, here.clamp(0, x.shape[dim] - 1)) * inside.view(-1, *[1] * (x.dim() - dim - 1))])[0]
+
+    def here(self, rows, n):
+        """Where rows lie in this rank's slice of n rows, and whether they do."""
+        here = rows - (parallel.rank() * n if self.sharded else 0)
+        return here, (here >= 0) & (here < n)
 
     @torch.no_grad()
     def landing(self, p, part=1.0, taken=None):
         """Where momentum and decay alone take p, w_empty, or part of the way there; with taken = kappa g, w_mid."""
+        w = local(p.data)
         if self.rule == "sgd2" and taken is not None:
-            return torch.add(p.data, taken, alpha=-self.lr / 2)
+            return torch.add(w, taken, alpha=-self.lr / 2)
         shrink = 1 - part * self.lr * self.groups[p]["weight_decay"]
         if "betas" not in self.groups[p]:  # SGD, without momentum
-            return p.data * shrink
+            return w * shrink
         spent, (m, v, q) = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None, self.adamw(p)
-        place = p.h[0] if spent else torch.empty_like(p.data)  # the old direction's room, where nobody needs that any more
+        place = p.h[0] if spent else torch.empty_like(w)  # the old direction's room, where nobody needs that any more
         if taken is None:
-            self.sweep(land, (shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5), place, p.data, m, v)
+            self.sweep(land, (shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5), place, w, m, v)
         else:
-            self.sweep(land_halfway, (q, shrink, -part * self.lr / 2), place, p.data, m, v, taken)
+            self.sweep(land_halfway, (q, shrink, -part * self.lr / 2), place, w, m, v, taken)
         return place
 
     def sweep(self, work, scalars, *tensors):
@@ -325,13 +370,18 @@ class Valuation:
     @contextlib.contextmanager
     def weights_at(self, places):
         """The model with other weights, one tensor a parameter; then, to the bit, its own."""
-        weights = [p.data for p in self.params]
-        for p, place in zip(self.params, places):
-            p.data = place
+        weights = [local(p.data).clone() if self.sharded else p.data for p in self.params]
+        self.put(places)
         try:
             yield weights
         finally:
-            for p, w in zip(self.params, weights):
+            self.put(weights)
+
+    def put(self, weights):
+        for p, w in zip(self.params, weights):
+            if self.sharded:
+                local(p.data).copy_(w)  # FSDP gathers from this memory
+            else:
                 p.data = w
 
     def aim(self, batch=None):
@@ -347,7 +397,10 @@ class Valuation:
             else:
                 self.book["before"] = self.target_gradients()
         for p, g in zip(self.params, self.grads):  # directions take the place of gradients, unless these serve again
-            p.h = g if self.interval == 1 or self.rule == "sgd" else g.clone()
+            if self.sharded:
+                p.h.copy_(g)
+            else:
+                p.h = g if self.interval == 1 or self.rule == "sgd" else g.clone()
         self.directions_of_two(batch) if self.rule in TWO_PASS else self.directions_of_one()
 
     @torch.no_grad()
@@ -355,10 +408,11 @@ class Valuation:
         """The targets' gradients in .h -> directions, before lr and kappa."""
         first = self.t == 1
         for p, g in zip(self.params, self.grads) if self.rule != "sgd" else ():
-            kept = g[:, rows].clone() if (rows := self.rows.get(p)) is not None else None
+            kept = self.rows_of(g, rows, 1) if (rows := self.rows.get(p)) is not None else None
             m, v, q = self.adamw(p)
             for v_k, h in ((h_k.square(), [h_k]) for h_k in p.h) if first else [(v, p.h)]:
-                floor = FLOORS["adamw_linear" if first else self.rule] * v_k.mean() + TINY  # a weight that never had a gradient: 0 / TINY
+                mean = self.over_ranks(v_k.mean()) / (parallel.size() if self.sharded else 1)
+                floor = FLOORS["adamw_linear" if first else self.rule] * mean + TINY  # a weight that never had a gradient: 0 / TINY
                 if self.rule == "adamw" and not first:
                     # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
                     at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
@@ -373,21 +427,22 @@ class Valuation:
         """Takes p's rows that are kept, whose targets' gradient is g (K, R, ...), out of its direction: theirs comes after the backward."""
         rows, most = self.rows[p], max(1, ROWS // (self.batch * p[0].numel()))
         if len(rows) > most:
-            chosen = p.h[:, rows].abs().flatten(2).sum((0, 2)).topk(most).indices.sort().values
+            chosen = self.rows_of(p.h, rows, 1).abs().flatten(2).sum((0, 2)).topk(most).indices.sort().values
             self.rows[p], g = rows[chosen], g[:, chosen]
-        p.h[:, self.rows[p]] = 0
+        here, inside = self.here(self.rows[p], p.h.shape[1])
+        p.h[:, here[inside] if self.sharded else here] = 0
         self.kept[p] = g
 
     @torch.no_grad()
     def value_kept(self):
         """What the kept rows add to the chunks' values, now that the optimizer's gradient is known; and <x_i, g>, |x_i|^2 over them."""
         for p, g in self.kept.items():
-            rows, (m, v, q) = self.rows[p], self.adamw(p)
-            h = (g * secant(q, m[rows], v[rows], p.grad[rows])).flatten(1)
-            total = sum(part.each[p].sum(0) for part in self.micro).flatten()
+            *moments, q = self.adamw(p)
+            m, v, taken = (self.rows_of(x, self.rows[p]) for x in (*moments, local(p.grad)))
+            h, taken = (g * secant(q, m, v, taken)).flatten(1), taken.flatten()
             for part in self.micro:
                 each = part.each[p].flatten(1)
-                part.added, part.products, part.squares = part.added + each @ h.t(), part.products + each @ total, part.squares + each.square().sum(1)
+                part.added, part.products, part.squares = part.added + each @ h.t(), part.products + each @ taken, part.squares + each.square().sum(1)
 
     @torch.no_grad()
     def directions_of_two(self, batch):
@@ -399,7 +454,7 @@ class Valuation:
             for part in self.sweep(scale_secant, (q, weight if clipped else None), m, v, taken, *p.h):
                 along = along + torch.stack(part) if clipped else 0.0
         if clipped:
-            square = sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch).clamp(min=TINY)
+            along, square = self.over_ranks(along), self.over_ranks(sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch)).clamp(min=TINY)
             for p, taken in zip(self.params, batch):
                 for h_k, along_k in zip(p.h, along):
                     h_k.sub_(taken * (weight * along_k / square))
@@ -414,7 +469,7 @@ class Valuation:
     @torch.no_grad()
     def credit_of(self, gradients, weights):
         """lr <g_k, D(0)>, lr wd <g_k, w>, and the first by domain where it is followed, for one target's gradient."""
-        momentum = decay = by_domain = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
+        momentum = decay = by_domain = weights[0].new_zeros(())
         for i, (p, g, w) in enumerate(zip(self.params, gradients, weights)):
             group, g = self.groups[p], self.lr * g.flatten()
             decay = decay + group["weight_decay"] * (g @ w.flatten())
@@ -425,7 +480,7 @@ class Valuation:
             if self.domain_momentum:
                 g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
                 by_domain = by_domain + self.domain_momentum[i].flatten(1) @ g
-        return (momentum, decay, by_domain) if self.domain_momentum else (momentum, decay)
+        return [self.over_ranks(x) for x in ((momentum, decay, by_domain) if self.domain_momentum else (momentum, decay))]
 
     # --- a step: open, one ledger for each micro-batch, before_step, close ----
 
@@ -457,11 +512,11 @@ class Valuation:
             return None
         self._collect()
         if self.rule in TWO_PASS:
-            ledger = None if self.compile or len(ids) < self.batch else ghost.Tape()
+            ledger = None if self.compile or self.sharded or len(ids) * parallel.size() < self.batch else ghost.Tape()
         else:
             ledger = self.zeros(len(ids), len(self.targets))
             for p, g in self.kept.items():
-                p.each, p.rows = self.zeros(len(ids), *g.shape[1:]), self.rows[p]
+                self.seen[p].each, self.seen[p].rows = self.zeros(len(ids), *g.shape[1:]), self.rows[p]
         part = SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, rng=rng_state() if self.dropout else None)
         part.each, part.added, part.products, part.squares = {}, 0.0, 0.0, 0.0  # of the kept weights
         self.micro.append(part)
@@ -475,9 +530,9 @@ class Valuation:
         """What the micro-batch just done left behind, before the next one replaces it."""
         if self.micro and self.micro[-1].ledger is not None and self.micro[-1].losses is None:
             self.micro[-1].losses = self.model.chunk_loss
-            self.micro[-1].each = {p: p.each.grad for p in self.kept}
+            self.micro[-1].each = {p: self.seen[p].each.grad / parallel.size() for p in self.kept}  # a rank's loss is the mean of its own chunks
             for p in self.kept:
-                p.each = p.rows = None
+                self.seen[p].each = self.seen[p].rows = None
 
     @accounted
     def before_step(self, kappa=1.0):
@@ -488,7 +543,7 @@ class Valuation:
         self.value_kept()
         if self.rule in TWO_PASS:
             batch = self.take_grads()
-            self.aim(batch)
+            self.aim([local(g) for g in batch])
             self.second_pass()
             for p, g in zip(self.params, batch):
                 p.grad = g
@@ -501,21 +556,21 @@ class Valuation:
         """The chunks' values under directions that their own backward did not know: from the tape, or forward and backward again."""
         for part in self.micro:
             if part.ledger is not None:
-                part.values = part.ledger.values()
+                part.values = part.ledger.values() / parallel.size()
                 continue
-            for p in self.params:
+            for p in self.seen.values():
                 p.requires_grad_(False)
             with replaying(part.rng):
                 ledger = self.zeros(len(part.ids), len(self.targets))
                 loss = self.loss(part.X, part.Y, ledger) * (len(part.ids) / self.batch)
                 (part.values,) = torch.autograd.grad(loss, ledger)
                 part.losses = self.model.chunk_loss
-            for p in self.params:
+            for p in self.seen.values():
                 p.requires_grad_(True)
 
     def gradient_of(self, chosen):
         """sum of x_i over the chosen chunks, bool (B,), as in this step's own backward: one tensor a parameter."""
-        total, start = None, 0
+        total, start = [torch.zeros_like(p) for p in self.params], parallel.mine(self.batch).start
         for part in self.micro:
             these = torch.from_numpy(chosen[start : start + len(part.ids)])
             start += len(part.ids)
@@ -527,8 +582,8 @@ class Valuation:
                 X, Y = (part.X, part.Y.masked_fill(~these[:, None], -1)) if self.dropout else (part.X[these], part.Y[these])
                 loss = self.loss(X, Y)
                 grads = torch.autograd.grad(loss * (these.sum() / self.batch), self.params)
-            total = grads if total is None else torch._foreach_add(total, grads)
-        return list(total)
+            torch._foreach_add_(total, grads)
+        return parallel.add(total)
 
     def solve(self):
         """The truth of this step (exact.py), by the optimizer's own step in float64."""
@@ -546,7 +601,7 @@ class Valuation:
     def follow_momentum(self):
         """One AdamW first moment a domain, from the gradient of its chunks: they add up to the optimizer's own."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
-        domains = self.domains[np.concatenate([part.ids for part in self.micro])]
+        domains = self.domains[parallel.gather(torch.from_numpy(np.concatenate([part.ids for part in self.micro]))).numpy()]
         for m in self.domain_momentum:
             m.mul_(beta1)
         for d in np.unique(domains):
@@ -557,56 +612,57 @@ class Valuation:
     def close(self):
         """After the optimizer's step. Nothing is read off the device yet."""
         self._collect()
-        values = torch.cat([part.ledger.grad + part.added if part.values is None else part.values for part in self.micro])
-        kappa, squares = torch.as_tensor(self.kappa, dtype=values.dtype, device=values.device), None
-        values = values * (self.lr * kappa)
-        if self.kept:
-            products, squares = (torch.cat([getattr(part, name) for part in self.micro]) for name in ("products", "squares"))
-            values = values - kappa.log() * (values - values.sum(0) * (products / products.sum().clamp(min=TINY))[:, None])
+        columns = [part.ledger.grad / parallel.size() + part.added if part.values is None else part.values for part in self.micro]
+        columns = [torch.cat(columns), torch.cat([part.losses for part in self.micro])[:, None]]
+        columns += [torch.cat([getattr(part, name) for part in self.micro])[:, None] for name in ("products", "squares") if self.kept]
         if self.measured:
             self.book["after"] = self.target_losses()
-        closed = SimpleNamespace(step=self.step, t=self.t, lr=self.lr, kappa=kappa, values=values, squares=squares, book=self.book, truth=self.truth)
-        closed.ids, closed.losses = np.concatenate([part.ids for part in self.micro]), torch.cat([part.losses for part in self.micro])
+        closed = SimpleNamespace(step=self.step, t=self.t, lr=self.lr, kappa=self.kappa, book=self.book, truth=self.truth)
+        closed.ids, closed.columns = np.concatenate([part.ids for part in self.micro]), torch.cat(columns, 1)
         self.pending.append(closed)
         self.micro = []
         self.step += 1
 
     def flush(self):
-        """Takes the closed steps off the device; returns their visits, books and audits, each an array, None where there are none.
-        Raises ValueError at the first loss or value that is not finite."""
-        new = SimpleNamespace(visits=[], books=[], audits=[])
-        for closed in self.pending:
-            visits = np.zeros(len(closed.ids), self.visits.dtype)
-            visits["step"], visits["chunk"], visits["early"] = closed.step, closed.ids, self.rule.startswith("adamw") and closed.t <= EARLY
-            visits["loss"], visits["value"] = host(closed.losses), host(closed.values)
-            visits["grad_norm"] = np.nan if closed.squares is None else self.batch * host(closed.squares) ** 0.5
+        """Takes the closed steps off the devices of all ranks; returns their visits, books and audits, each an array, None where there
+        are none. Raises ValueError at the first loss or value that is not finite."""
+        new, K = SimpleNamespace(ledger=[], books=[], audit=[]), len(self.targets)
+        if self.pending:  # (steps, B, K + 1 or 3)
+            columns = host(parallel.gather(torch.stack([closed.columns for closed in self.pending]), 1))
+            ids = parallel.gather(torch.from_numpy(np.stack([closed.ids for closed in self.pending])), 1).numpy()
+        for i, closed in enumerate(self.pending):
+            visits = np.zeros(self.batch, self.dtypes["ledger"])
+            values, visits["loss"], squares = settle(columns[i], K, closed.lr, kappa := float(closed.kappa))
+            visits["step"], visits["chunk"], visits["early"] = closed.step, ids[i], self.rule.startswith("adamw") and closed.t <= EARLY
+            visits["value"], visits["grad_norm"] = values, self.batch * squares**0.5
             bad = ~(np.isfinite(visits["loss"]) & np.isfinite(visits["value"]).all(1))
             if bad.any():
                 what = "loss" if not np.isfinite(visits["loss"]).all() else "value"
-                chunks = ", ".join(map(str, closed.ids[bad]))
+                chunks = ", ".join(map(str, ids[i][bad]))
                 raise ValueError(f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks")
             entries = {name: host(x) for name, x in closed.book.items()}
             entries |= dict(data=visits["value"].sum(0, dtype=np.float64), loss=visits["loss"].mean(dtype=np.float64))
-            entries |= dict(step=closed.step, lr=closed.lr, kappa=float(closed.kappa))
+            entries |= dict(step=closed.step, lr=closed.lr, kappa=kappa)
             if "after" in entries:
                 entries["residual"] = entries["before"] - entries["after"] - sum(entries[name] for name in ("data", "momentum", "decay"))
-            book = books.empty(self.books.dtype)
+            book = books.empty(self.dtypes["books"])
             for name, x in entries.items():
                 book[name] = x
-            new.visits.append(visits)
+            new.ledger.append(visits)
             new.books.append(book)
-            new.audits += [self.compare(closed)] if closed.truth else []
-            books.add_visits(visits, self.total, self.used)
+            new.audit += [self.compare(closed, values)] if closed.truth else []
         self.pending = []
         for name, records in vars(new).items():
             setattr(new, name, np.concatenate(records) if records else None)
-            if records:
-                getattr(self, name).pending.append(getattr(new, name))
+            if records and name in self.records:
+                self.records[name].pending.append(getattr(new, name))
+        if self.records and new.ledger is not None:
+            books.add_visits(new.ledger, self.total, self.used)
         return new
 
-    def compare(self, closed):
+    def compare(self, closed, values):
         """An audited step's record: its values beside the truth, target by target."""
-        audit, values, truth = books.empty(self.audits.dtype), host(closed.values), closed.truth
+        audit, truth = books.empty(self.dtypes["audit"]), closed.truth
         audit["step"], audit["utility"], audit["efficiency_gap"] = closed.step, truth.whole, values.sum(0) - truth.whole
         audit["standard_error"] = np.sqrt((truth.errors**2).mean(0) / (truth.values**2).mean(0))
         for k in range(len(self.targets)):
@@ -623,11 +679,16 @@ class Valuation:
         if not self.on:
             return
         self.flush()
-        for records in filter(None, (self.visits, self.books, self.audits)):
+        for records in self.records.values():
             records.commit()
-        books.write_values(self.run, self.total, self.used)
-        books.write_json(self.run / "values.json", dict(self.info, committed_step=self.step))
+        if self.records:
+            books.write_values(self.run, self.total, self.used)
+            books.write_json(self.run / "values.json", dict(self.info, committed_step=self.step))
 
     def state_dict(self):
         """What cannot be recomputed from the weights at the next step: gradients still to be reused, the domains' momentum."""
-        return dict(grads=self.grads if self.interval > 1 else None, domain_momentum=self.domain_momentum) if self.on else {}
+        if not self.on:
+            return {}
+        grads = [parallel.gather(g, 1) if self.sharded else g for g in self.grads] if self.interval > 1 else None
+        records = {name: (records.rows, records.crc) for name, records in self.records.items()}
+        return dict(grads=grads, domain_momentum=self.domain_momentum, records=records)

@@ -1,0 +1,247 @@
+"""Several processes, started by torchrun, on one machine or many: who takes what, what is summed, who writes.
+
+PyTorch's own engines do the work: DDP, where every process holds the whole model, or FSDP2 (`fully_shard`), where each
+holds a slice of every parameter, of its moments and of its directions. Run alone, every function here does nothing.
+"""
+
+import gc
+import os
+import pickle
+import struct
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ledger import atomic
+
+
+def start(device):
+    """Joins torchrun's other processes, if there are any. Returns the device of this one."""
+    if "RANK" not in os.environ:
+        return device
+    kind = device.split(":")[0]
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # NCCL for the GPUs, gloo for what never leaves the host, as whether to stop; a rank that is slow for an hour is only slow
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def stop():
+    """After the last use of the model: gloo sometimes aborts at exit where DDP's reducer outlives the group."""
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(n):
+    """This rank's slice of 0..n-1, a multiple of size(): the slices in the order of the ranks are the whole."""
+    each = n // size()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def add(tensors):
+    """Sums each tensor over the ranks, in place. Returns them."""
+    if size() > 1:
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+    return tensors
+
+
+def gather(tensor, dim=0):
+    """The ranks' tensors, equal in shape, joined along dim in the order of the ranks: on every rank."""
+    if size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim)
+
+
+def gather_objects(x):
+    """[each rank's x], on every rank."""
+    found = [x] * size()
+    if size() > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def on_rank_0(work):
+    """work()'s result on rank 0, None on the others, and on all of them the user's error that it raised."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as e:
+            error = e
+    if error := gather_objects(error)[0]:
+        raise error
+    return result
+
+
+def any_of(flag):
+    """Whether the flag is up on some rank. On the host: no GPU is waited for."""
+    return bool(add([torch.tensor(int(bool(flag)))])[0])
+
+
+# --- the model ----------------------------------------------------------------
+
+
+def replicate(model):
+    """DDP: the gradients of the last micro-batch's backward become the ranks' mean."""
+    if size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def shard(model, blocks, K):
+    """FSDP2, in place: each rank keeps a slice of the rows of every parameter and of its direction, and the whole of a block exists
+    only while it computes. K: the number of directions.
+
+    A sharded parameter p has p.h, this rank's slice of its direction (K, rows, ...), and p.seen, the whole parameter as the
+    layers see it, whose own .h is the whole direction. Raises ValueError where the ranks cannot share the rows evenly.
+    """
+    directions, olds = {}, dict(model.named_parameters())
+    for name, p in olds.items():
+        if len(p) % size():
+            raise ValueError(f"--shard: {size()} processes cannot share the {len(p)} rows of {name}: choose sizes that are multiples of {size()}")
+        if K:
+            directions[p] = nn.Parameter(p.new_zeros(K, *p.shape), requires_grad=False)
+    for module in list(model.modules()) if K else ():
+        for name, p in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name + "_h", directions[p])
+    wholes, of_direction = {}, {id(h) for h in directions.values()}
+    for module in (*blocks, model):
+        fully_shard(module, reshard_after_forward=True, shard_placement_fn=lambda p: Shard(1) if id(p) in of_direction else None)
+    sharded = dict(model.named_parameters())
+    for module in (*blocks, model):
+        module.unshard()
+        wholes |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+        module.reshard()
+    for name, old in olds.items():
+        p, whole = sharded[name], wholes[name]
+        for new in (p, whole):
+            new.__dict__.update(old.__dict__)
+        p.seen = whole
+        if K:
+            p.h, whole.h = local(sharded[name + "_h"]), wholes[name + "_h"]
+
+
+@torch.no_grad()
+def local(t):
+    """This rank's slice of a sharded tensor; any other as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def full(t):
+    """The whole of a sharded tensor, on every rank, which all must ask for it; any other as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+# --- checkpoints: whole tensors, so that any number of ranks can go on, sharded or not
+
+
+def weights(model):
+    """{name: parameter}, those that are trained; tied ones under each of their names."""
+    return {name: p for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
+
+
+def load_optimizer(optimizer, state):
+    """An optimizer's state_dict of whole tensors -> the optimizer's, laid out as its parameters are."""
+    optimizer.load_state_dict(state)
+    for p, entries in optimizer.state.items():
+        for name, t in entries.items():
+            if isinstance(p, DTensor) and t.shape == p.shape:
+                entries[name] = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def find_checkpoints(run):
+    """ckpt.pt, the newest, and ckpt-<step>.pt, those before it: paths, the newest first."""
+    older = sorted(run.glob("ckpt-*.pt"), key=lambda path: -int(path.stem.removeprefix("ckpt-")))
+    return [path for path in (run / "ckpt.pt", *older) if path.is_file()]
+
+
+# what zipfile and torch.load raise, depending on where the damage is
+DAMAGE = (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, KeyError, ValueError)
+
+
+def read_checkpoint(path):
+    """What Checkpoints wrote. Raises ValueError if a byte of it is not what was written: torch.load alone would not see that."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():
+                raise zipfile.BadZipFile(f"its part {bad} is not what was written")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as e:
+        raise ValueError(f"it is damaged ({e})") from e
+
+
+def whole(x, copied, done):
+    """A nest of dicts, lists and tensors with every tensor whole: sharded ones on rank 0's host only, a copy on the host if copied. done: {}."""
+    if isinstance(x, dict):
+        return {key: whole(value, copied, done) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [whole(value, copied, done) for value in x]
+    if not torch.is_tensor(x):
+        return x
+    if id(x) not in done:  # tied weights are one tensor
+        t = full(x.detach())
+        done[id(x)] = None if rank() else t.to("cpu", copy=copied) if copied or isinstance(x, DTensor) else t
+    return done[id(x)]
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, each whole or not at all, and keeps the last few."""
+
+    def __init__(self, run, keep, background, used=None, step=0):
+        """used: the checkpoint the run goes on from, of that step, if any; those that came after it, or all, are none of this run's.
+        background: copy to the host's memory, and go on while a thread writes."""
+        self.run, self.keep, self.step, self.writing = run, keep, step, None
+        self.pool = ThreadPoolExecutor(1) if background else None
+        if rank() == 0:
+            if used:
+                os.replace(used, run / "ckpt.pt")
+            for path in find_checkpoints(run):
+                if not used or (path.stem != "ckpt" and int(path.stem[5:]) >= step):
+                    path.unlink()
+
+    def write(self, step, content):
+        """content: what to save, a nest of dicts, lists and tensors; every rank must call. Raises OSError if this one, or the one that was
+        still being written, does not fit; what is on disk stays whole."""
+        self.wait()
+        content = whole(content, self.pool is not None, {})
+        if rank() == 0:
+            self.writing = self.pool.submit(self._write, step, content) if self.pool else self._write(step, content)
+
+    def wait(self):
+        if self.writing:
+            self.writing.result()
+
+    def _write(self, step, content):
+        try:
+            with atomic(self.run / "ckpt.pt", keep=self.run / f"ckpt-{self.step}.pt") as f:
+                torch.save(content, f)
+        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+            cause = e if isinstance(e, OSError) else e.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(f"{cause}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
+        self.step = step
+        for path in find_checkpoints(self.run)[self.keep :]:
+            path.unlink()
