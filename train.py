@@ -415,6 +415,9 @@ def train(cfg):
     own = parallel.mine(B)  # this rank's chunks of a step, in as few micro-batches as batch_size allows
     n = own.stop - own.start
     micro_steps = next(m for m in range(1, n + 1) if n % m == 0 and n // m <= cfg.batch_size)
+    if trained is not model:  # DDP orders its buckets by the first backward: if that were a step's, a resumed run would add up in another order
+        loss_of(*data.train.batch(np.zeros(n // micro_steps, int), cfg.block_size), None, trained).backward()
+        optimizer.zero_grad(set_to_none=True)
     if parallel.rank():
         torch.manual_seed(cfg.seed + parallel.rank())  # other dropout masks
     if checkpoint and parallel.rank() < len(checkpoint["rng"]):
