@@ -9,6 +9,7 @@ A script's options are the fields of a flat dataclass. A config file is Python, 
 import difflib
 import inspect
 import json
+import os
 import re
 import runpy
 import sys
@@ -135,5 +136,6 @@ def main(run):
         where = Path(traceback.extract_tb(e.__traceback__)[-1].filename).resolve()
         if not isinstance(e, OSError) and where.parent not in (ROOT, ROOT / "bench", ROOT / "experiments"):
             raise
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):  # under torchrun once a machine, but for a rank's own
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -114,6 +114,10 @@ class Records:
         self.start = len(header.getvalue())
         os.pwrite(self.file.fileno(), header.getvalue(), 0)
 
+    def counted(self):
+        """What a checkpoint says of it."""
+        return self.rows, self.crc, self.start, self.dtype.itemsize
+
     def commit(self):
         """Rows first, then the header that counts them."""
         if self.pending:
@@ -145,20 +149,21 @@ def read(run, name="ledger"):
 
 
 def check(run, counted):
-    """Raises ValueError if a file of the run does not begin with the rows that {its name: (rows, CRC-32)} counted."""
-    for name, (rows, crc) in counted.items():
-        have, found = Path(run, name + ".npy"), 0
-        try:
-            records = np.load(have, mmap_mode="r")
-            size = records.dtype.itemsize
-            with open(have, "rb") as f:
-                f.seek(have.stat().st_size if len(records) < rows else records.offset)
-                for start in range(0, rows, 1 << 16):
-                    found = zlib.crc32(f.read(size * min(1 << 16, rows - start)), found)
-        except (OSError, ValueError, EOFError) as e:
-            raise ValueError(f"{have} is missing or damaged ({e})") from e
-        if found != crc:
-            raise ValueError(f"{have} is damaged: it does not begin with the {rows} rows that were counted")
+    """Raises ValueError if the rows of a file of the run are not those that {its name: Records.counted()} speaks of."""
+    for name, (rows, crc, start, itemsize) in counted.items():
+        path = Path(run, name + ".npy")
+        if not path.is_file() or crc32(path, start, rows * itemsize) != crc:
+            raise ValueError(f"{path} is missing or damaged: it does not hold the {rows} rows that were counted")
+
+
+def crc32(path, start=0, size=None):
+    """Of a file's bytes from start on: size of them, or all."""
+    crc, end = 0, os.path.getsize(path) if size is None else start + size
+    with open(path, "rb") as f:
+        f.seek(start)
+        while block := f.read(max(0, min(1 << 20, end - f.tell()))):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def add_visits(visits, total, used):

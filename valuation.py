@@ -223,7 +223,7 @@ class Valuation:
         self.dtypes = dict(ledger=books.visit_dtype(K), books=books.book_dtype(K, n_domains), audit=books.audit_dtype(K))
         if parallel.rank() == 0:  # the one that writes
             counted, names = state["records"] if state else {}, ["ledger", "books", "audit"][: 3 if audit_interval else 2]
-            self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], *counted.get(name, ())) for name in names}
+            self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], *counted.get(name, ())[:2]) for name in names}
             self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
             if step:
                 books.add_visits(books.read(run), self.total, self.used)
@@ -690,5 +690,5 @@ class Valuation:
         if not self.on:
             return {}
         grads = [parallel.gather(g, 1) if self.sharded else g for g in self.grads] if self.interval > 1 else None
-        records = {name: (records.rows, records.crc) for name, records in self.records.items()}
+        records = {name: records.counted() for name, records in self.records.items()}
         return dict(grads=grads, domain_momentum=self.domain_momentum, records=records)

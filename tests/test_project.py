@@ -132,9 +132,10 @@ def test_main_tells_users_errors_from_bugs(capsys):
 
 
 FLOORS = {
-    "config data ghost exact ledger parallel": "",
+    "config data ghost exact ledger": "",
+    "parallel": "ledger",
     "model": "ghost",
-    "valuation": "exact ghost ledger",
+    "valuation": "exact ghost ledger parallel",
     "values": "data ledger",
     "prepare_pile": "config data",
     "train": "config data ledger model valuation parallel",
