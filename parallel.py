@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ledger import atomic, crc32
 
+SMALL = 2**20  # elements
+
 
 def start(device):
     """Joins torchrun's other processes, if there are any. Returns the device of this one."""
@@ -54,10 +56,14 @@ def mine(n):
 
 
 def add(tensors):
-    """Sums each tensor over the ranks, in place. Returns them."""
+    """Sums each tensor over the ranks, in place, the small ones in one message. Returns them."""
     if size() > 1:
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+        small, large = ([t for t in tensors if (t.numel() < SMALL) == is_small] for is_small in (True, False))
+        flat = [torch.cat([t.flatten() for t in small])] if small else []
+        for work in [dist.all_reduce(t, async_op=True) for t in flat + large]:
             work.wait()
+        for t, summed in zip(small, flat[0].split([t.numel() for t in small])) if small else ():
+            t.copy_(summed.view_as(t))
     return tensors
 
 

@@ -39,7 +39,7 @@ def rank_run(rank, world, port, argvs, log, limit):
 def start(world, log, *argvs, limit=0):
     """The processes that torchrun would start, forked from a server that has everything imported; each runs all of argvs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
