@@ -2,16 +2,14 @@
 
     python prepare_pile.py                                          the Pile, streamed from the hub
     python prepare_pile.py --source=python --data_dir=data/python   the text this Python installation carries: no download
-    python prepare_pile.py --source=pile/00.jsonl.zst               a file, a folder or a glob: .parquet, or .jsonl .json .txt,
-                                                                    each also .gz or .zst
-    python prepare_pile.py --source=pile --shard=3/30               only tokenizes every 30th file from the third on: a job of an array;
-    python prepare_pile.py --source=pile --merge                    when all are done: makes of them what one machine would have made
+    python prepare_pile.py --source=pile                            a file, a folder or a glob: .parquet, or .jsonl .json .txt, also .gz .zst
+    python prepare_pile.py --source=pile --shard=3/30               a job of an array: tokenizes every 30th file from the third on
+    python prepare_pile.py --source=pile --merge                    after them: what a run without --shard would have made, to the byte
     python prepare_pile.py --verify                                 reads every array again: is each as it was written?
 
-First every source file is tokenized into a part in data_dir.parts (small files together, 64 MB of them): a run that was killed
-goes on after its last part. Then the parts are packed in their order, in data_dir.partial, which is renamed once it is whole. So
-the files are the same whatever --workers is, in however many shards and however often interrupted. On disk a token takes twice
-its two bytes until the parts are removed.
+First every source file is tokenized into a part in data_dir.parts (small files together, up to 64 MB): a run that was killed goes on
+after its last part. Then the parts are packed, in their order, into a folder that takes its name when it is whole. So the files are
+the same whatever --workers is, in however many shards, and however often interrupted. Until then the disk holds each token twice.
 
 Split: by the hash of a document's text, so equal texts are on one side. Chunks: each domain of a split is one stream of
 tokens, <eot> after every document, cut into rows of block_size + 1 tokens; a row takes its split's next number when it is
@@ -25,10 +23,10 @@ in that chunk's row), n_tokens (without <eot>). Records that are no use are skip
 """
 
 import ast
-import contextlib
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
@@ -44,6 +42,7 @@ from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -71,22 +70,26 @@ class Config:
     val_fraction: float = 0.01  # of the documents, to val.npy
     limit_tokens: int = 0  # stop after the document that makes it this many; 0: all
     workers: int = 0  # processes that tokenize; 0: one a core
-    shard: str = ""  # i/n: only tokenize the source's files i, i + n, i + 2n, ...
-    merge: bool = False  # only pack what the shards have tokenized; every other key as theirs
+    shard: str = ""  # i/n: only tokenize the source's parts (large files, or small ones together) i, i + n, i + 2n, ...
+    merge: bool = False  # only pack what the shards have tokenized, with every other key as they had it
     verify: bool = False  # only check data_dir's arrays against the sha256 in its meta.json
 
     def __post_init__(self):
         i, n = map(int, self.shard.split("/")) if re.fullmatch(r"\d+/\d+", self.shard) else (0, 0)
-        rules = [("block_size", self.block_size >= 1, "1 or more"), ("val_fraction", 0 <= self.val_fraction < 1, "0 or more, below 1")]
-        rules += [(key, getattr(self, key) >= 0, "0 or more") for key in ("limit_tokens", "workers")]
+        rules = [(key, getattr(self, key) >= least, f"{least} or more") for key, least in dict(block_size=1, limit_tokens=0, workers=0).items()]
+        rules += [
+            ("val_fraction", 0 <= self.val_fraction < 1, "0 or more, below 1"),
+            ("shard", not self.shard or 1 <= i <= n, "i>/<n, i from 1 to n"),
+        ]
         rules += [(key, getattr(self, key), "a name") for key in ("dataset", "text_key", "domain_key", "data_dir")]
-        rules += [("shard", not self.shard or 1 <= i <= n, "i>/<n, with i from 1 to n")]
         for key, ok, wanted in rules:
             if not ok:
                 raise ValueError(f"--{key}={getattr(self, key)}: write --{key}=<{wanted}>")
-        for key, clash in dict(merge=self.merge, limit_tokens=self.limit_tokens, source=self.source == "python").items():
-            if self.shard and clash:
-                raise ValueError(f"--shard={self.shard} does not go with --{key}={getattr(self, key)}: leave one of them out")
+        if self.shard and (self.merge or self.limit_tokens or self.source == "python"):
+            raise ValueError(f"--shard={self.shard} goes with neither --merge nor --limit_tokens nor --source=python: write one or the other")
+
+    def wanted(self):
+        return {name.strip() for name in self.domains.split(",")} - {""}
 
     def makes(self):
         """The options that what is written depends on."""
@@ -98,25 +101,22 @@ class Config:
         return shlex.join(["python", "prepare_pile.py", *given, *more])
 
 
-# --- sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or
-# Lines (the record is the first of them), or a Path of Python code: what a worker can do is left to the workers
+# --- sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or a list
+# of lines of JSON (the record is the first of them): what a worker can do is left to the workers
 
 MB = 1 << 20
 TXT = 64 << 10  # a .txt is one document; one longer than this is several, cut at ends of lines
-ZIPPED = {".gz": "gzip", ".zst": "zstd"}
+CODE = "Python code"  # of --source=python: its docstrings become a domain of their own
+ZIPPED = {"": None, ".gz": "gzip", ".zst": "zstd"}
 
 
-class Lines(bytes):
-    """Lines of JSON, whole."""
-
-
-def open_source(cfg, bar):
-    """-> the names of its files, and a function: name -> documents, which moves the bar. Raises ValueError where there is nothing to read."""
+def open_source(cfg):
+    """-> the names of its files, and a function: name -> documents. Raises ValueError where there is nothing to read."""
     if cfg.source == "python":
         return ["python"], lambda name: installed_text()
     if cfg.source:
-        return find_files(cfg.source), lambda name: file_documents(name, cfg, bar)
-    return open_hub(cfg, bar)
+        return find_files(cfg.source), lambda name: file_documents(name, cfg)
+    return open_hub(cfg)
 
 
 def suffixes(name):
@@ -130,60 +130,35 @@ def find_files(source):
     path = Path(source)
     paths = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else map(Path, sorted(glob.glob(source, recursive=True)))
     paths = [p for p in paths if p.is_file() and (suffixes(p.name)[0] or not path.is_dir())]
-    kinds = "it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst"
-    for p in paths:
-        if not suffixes(p.name)[0]:
-            raise ValueError(f"--source cannot read {p}: {kinds}")
-    if not paths:
-        raise ValueError(f"--source={source}: nothing to read there; {kinds}, and --source=python needs no file")
+    strange = [p for p in paths if not suffixes(p.name)[0]]
+    if strange or not paths:
+        what = f"cannot read {strange[0]}" if strange else f"{source}: nothing to read there"
+        raise ValueError(
+            f"--source {what}: it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst; --source=python needs no file"
+        )
     return list(map(str, paths))
 
 
-def file_documents(name, cfg, bar, domain=None, opener=open):
+def file_documents(name, cfg, domain=None, opener=open):
     """The documents of one file; domain: of those that have none themselves, where it is not to be the file's name."""
-    kind, zipped = suffixes(name)
-    with opener(name, "rb") as raw:
+    (kind, zipped), size, record = suffixes(name), os.path.getsize(name) if os.path.isfile(name) else None, 0
+    with opener(name, "rb") as file, tqdm.wrapattr(file, "read", total=size, desc=Path(name).name, delay=1, disable=None) as raw:
         try:
             if kind == ".parquet":
-                yield from parquet_documents(raw, name, cfg, bar, domain)
+                yield from parquet_documents(raw, name, cfg, domain)
                 return
-            pieces = whole_lines(pa.CompressedInputStream(raw, ZIPPED[zipped]) if zipped else raw, raw, bar, TXT if kind == ".txt" else MB)
-            if kind == ".txt":
-                domain = Path(name).resolve().parent.name
-                yield from ((name, record, domain, piece) for record, piece in enumerate(pieces))
-            else:
-                yield from json_lines(pieces, name, domain)
+            stream, txt = io.BufferedReader(pa.input_stream(raw, ZIPPED[zipped]), MB), kind == ".txt"
+            domain = Path(name).resolve().parent.name if txt else domain
+            while lines := stream.readlines(TXT if txt else MB):
+                if not txt and not record and lines[0].lstrip().startswith(b"["):
+                    raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
+                yield name, record, domain, b"".join(lines) if txt else lines
+                record += 1 if txt else len(lines)
         except (OSError, pa.ArrowException) as e:
             raise ValueError(f"{name} is damaged or cut short ({str(e).partition(chr(10))[0]}): fetch it again") from e
 
 
-def whole_lines(stream, raw, bar, wanted):
-    """A stream -> pieces of about the wanted size, each ending where a line ends; the bar moves with the raw file under it."""
-    parts, size, at = [], 0, 0
-    while block := stream.read(wanted):
-        bar.update(raw.tell() - at)
-        at = raw.tell()
-        parts.append(block)
-        size += len(block)
-        if size >= wanted and b"\n" in block:
-            piece = b"".join(parts)
-            end = piece.rfind(b"\n") + 1
-            yield piece[:end]
-            parts, size = [piece[end:]], len(piece) - end
-    if size:
-        yield b"".join(parts)
-
-
-def json_lines(pieces, name, domain):
-    first = 0
-    for piece in pieces:
-        if not first and piece.lstrip().startswith(b"["):
-            raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
-        yield name, first, domain, Lines(piece)
-        first += piece.count(b"\n")
-
-
-def parquet_documents(raw, name, cfg, bar, default):
+def parquet_documents(raw, name, cfg, default):
     def column(batch, key):
         """A list of bytes, so that one text that is not UTF-8 spoils no other; None where there is no such column."""
         try:
@@ -192,7 +167,7 @@ def parquet_documents(raw, name, cfg, bar, default):
             return None
         return array.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
 
-    file, size, record = pa.parquet.ParquetFile(raw), raw.seek(0, os.SEEK_END), 0
+    file, record = pa.parquet.ParquetFile(raw), 0
     for batch in file.iter_batches(batch_size=256, columns=[cfg.text_key, cfg.domain_key]):
         texts = column(batch, cfg.text_key)
         if texts is None:
@@ -200,12 +175,10 @@ def parquet_documents(raw, name, cfg, bar, default):
         for text, domain in zip(texts, column(batch, cfg.domain_key) or [None] * len(texts)):
             yield name, record, domain or default, text
             record += 1
-        bar.update(size * len(texts) / file.metadata.num_rows)
 
 
-def open_hub(cfg, bar):
-    """A dataset the datasets library knows. JSON and parquet are read as the files they are: the library's own reader of JSON takes its
-    schema from the first lines and stops where `meta` later gains a key, or where a line is no JSON. Any other kind counts as one file."""
+def open_hub(cfg):
+    """A dataset the datasets library knows. JSON is not left to it: it stops where `meta` gains a key or a line is no JSON. Other kinds are one file."""
     import datasets
     from datasets.utils.file_utils import xopen
 
@@ -214,7 +187,7 @@ def open_hub(cfg, bar):
     try:
         names = list((datasets.load_dataset_builder(cfg.dataset).config.data_files or {}).get("train", []))
         if names and all(suffixes(name)[0] in (".json", ".jsonl", ".parquet") for name in names):
-            return names, lambda name: file_documents(name, cfg, bar, Path(cfg.dataset).name, xopen)
+            return names, lambda name: file_documents(name, cfg, Path(cfg.dataset).name, xopen)
         stream = datasets.load_dataset(cfg.dataset, split="train", streaming=True)
     except (OSError, ValueError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
@@ -228,7 +201,7 @@ def installed_text():
 
     library = Path(sysconfig.get_path("stdlib"))
     modules = [p for name in sys.stdlib_module_names for p in (library / f"{name}.py", *(library / name).rglob("*.py")) if p.is_file()]
-    found = [(str(p), 0, None, p) for p in modules if not {"pydoc_data", "test", "tests", "idle_test"} & set(p.parts)]
+    found = [(str(p), 0, CODE, p.read_bytes()) for p in modules if not {"pydoc_data", "test", "tests", "idle_test"} & set(p.parts)]
     found += [(f"pydoc_data.topics:{name}", 0, "Topics", text) for name, text in topics.items()]
     paths = {p for folder in sys.path for p in Path(folder).glob("*.dist-info/**/*")} | set(library.iterdir())
     licences = [p for p in sorted(paths) if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")) and p.is_file()]
@@ -243,10 +216,9 @@ def encoded(pool, documents, ahead):
     """Documents -> what encode() makes of lists of them, of about 1 MB of text, in order; at most `ahead` wait, so memory stays constant."""
     waiting, job, size = deque(), [], 0
     for document in documents:
-        text = document[3]
         job.append(document)
-        size += 4 * text.stat().st_size if isinstance(text, Path) else len(text or "")  # to parse Python takes its time
-        if size >= MB >> 1:  # whole_lines() gives a little less than 1 MB
+        size += sum(map(len, document[3])) if isinstance(document[3], list) else len(document[3] or "")
+        if size >= MB >> 1:
             waiting.append(pool.submit(encode, job))
             job, size = [], 0
         if len(waiting) > ahead:
@@ -260,62 +232,50 @@ def encoded(pool, documents, ahead):
 
 
 def start_worker(cfg):
-    global CFG, TOKENIZER, EOT
+    global CFG, TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # nobody else would end a worker whose parent was killed
     CFG, TOKENIZER = cfg, data.tokenizer(cfg.tokenizer)
-    EOT = np.array([TOKENIZER.eot], np.uint16)
-
-
-def die_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def encode(job):
     """A list of documents -> rows of a part, and what was counted: [(split, domain, source, record, tokens as bytes, with <eot>)], Counter."""
-    wanted, documents, held = set(comma_list(CFG.domains)), [], Counter()
+    wanted, documents, held = CFG.wanted(), [], Counter()
     for source, record, domain, text in records(job, held):
         try:
             text, domain = (x.decode() if isinstance(x, bytes) else x for x in (text, domain))
             domain = Path(source).name.removesuffix("".join(suffixes(source))) if domain in (None, "") else str(domain)
             if wanted and domain not in wanted:
                 held["left out", domain] += 1
-                continue
-            if not isinstance(text, str) or not text or text.isspace():
+            elif not isinstance(text, str) or not text or text.isspace():
                 held["skipped", "empty" if isinstance(text, str) else "no_text"] += 1
-                continue
-            utf8, _ = text.encode(), domain.encode()
-            tokens = np.append(TOKENIZER.encode(text), EOT)
+            else:
+                utf8, _ = text.encode(), domain.encode()
+                hashed = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") / 2**64
+                split, source = "val" if hashed < CFG.val_fraction else "train", source.encode(errors="replace").decode()
+                documents.append((split, domain, source, record, np.append(TOKENIZER.encode(text), np.uint16(TOKENIZER.eot)).tobytes()))
         except ValueError as e:
             held["skipped", {UnicodeDecodeError: "not_utf8", UnicodeEncodeError: "lone_surrogate"}.get(type(e), "not_tokenized")] += 1
-            continue
-        hashed = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") / 2**64
-        split = "val" if hashed < CFG.val_fraction else "train"
-        documents.append((split, domain, source.encode(errors="replace").decode(), record, tokens.tobytes()))
     return documents, held
 
 
 def records(job, held):
-    """A job's documents, the Lines and Paths among them opened up; counts the lines that are no JSON."""
+    """A job's documents, the lines and the Python code among them opened up; counts the lines that are no JSON."""
     for source, first, domain, text in job:
-        if isinstance(text, Path):
-            code, docstrings = cut_docstrings(text.read_bytes())
-            yield source, first, "Python code", code
-            yield source, first, "Docstrings", docstrings
-        elif not isinstance(text, Lines):
+        if CFG.source == "python" and domain == CODE:
+            yield from ((source, first, *part) for part in zip((CODE, "Docstrings"), cut_docstrings(text)))
+        elif not isinstance(text, list):
             yield source, first, domain, text
         else:
-            for number, line in enumerate(text.split(b"\n"), first):
-                if not line or line.isspace():
+            for number, line in enumerate(text, first):
+                if line.isspace():
                     continue
                 try:
                     record = json.loads(line.decode())
-                except UnicodeDecodeError:
-                    held["skipped", "not_utf8"] += 1
-                except (ValueError, RecursionError):
-                    held["skipped", "not_json"] += 1
+                except (ValueError, RecursionError) as e:
+                    held["skipped", "not_utf8" if isinstance(e, UnicodeDecodeError) else "not_json"] += 1
                 else:
                     found = lookup(record, CFG.domain_key)
                     yield source, number, domain if found in (None, "") else found, lookup(record, CFG.text_key)
@@ -325,10 +285,6 @@ def lookup(record, key):
     for name in key.split("."):
         record = record.get(name) if isinstance(record, dict) else None
     return record
-
-
-def comma_list(text):
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def cut_docstrings(source):
@@ -346,43 +302,40 @@ def cut_docstrings(source):
     return b"".join(lines), "\n\n".join(docstrings)
 
 
-# --- in the parent: jobs -> parts ----------------------------------------------
+# --- in the parent: jobs -> parts -> rows -> files --------------------------------
 
 SPLITS = ("train", "val")
-PART = 64 * MB  # of small files in one part
-COLUMNS = dict(split=pa.string(), domain=pa.string(), source=pa.string(), record=pa.int64(), tokens=pa.binary())
+PART = 64 * MB  # of source files, at the least
+COLUMNS = pa.schema(dict(split=pa.string(), domain=pa.string(), source=pa.string(), record=pa.int64(), tokens=pa.binary()))
 
 
 def plan(cfg, names, folder):
-    """The source's files -> [(path of a part, [(file, its size)])], large files alone. The path tells what the part is made of, so that one
-    made of other files, or with other options, is never taken for it."""
-    groups, room = [], -1
-    for name in names:
-        size = os.path.getsize(name) if os.path.isfile(name) else PART
-        if size > room:
-            groups.append([])
-            room = PART
-        groups[-1].append((name, size))
-        room -= size
+    """The source's files -> [(path of a part, [(file, its size)])], a part wherever another PART bytes are full. The path tells what the part
+    is made of, so that one made of other files, or with other options, is never taken for it."""
+    sizes = [os.path.getsize(name) if os.path.isfile(name) else PART for name in names]
+    groups = groupby(zip(names, sizes, accumulate(sizes)), key=lambda file: (file[2] - 1) // PART)
+    groups = [[(name, size) for name, size, _ in files] for _, files in groups]
     keys = [hashlib.sha256(json.dumps([data.SCHEMA, cfg.makes(), files]).encode()).hexdigest()[:16] for files in groups]
     return [(folder / f"{i:05}-{key}.arrow", files) for i, (key, files) in enumerate(zip(keys, groups), 1)]
 
 
 def tokenize(cfg, parts, read, partial):
-    """Writes the parts that are not there yet, up to the one in which --limit_tokens is reached. -> those there are now"""
-    workers, limit, done = cfg.workers or len(os.sched_getaffinity(0)), cfg.limit_tokens or float("inf"), []
+    """Writes the parts that are not there yet, up to the one in which --limit_tokens is reached. -> {path: what it holds}"""
+    workers, limit, done = cfg.workers or os.cpu_count(), cfg.limit_tokens or float("inf"), {}
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(cfg,))
     try:
         pool.submit(os.getpid)  # starts the workers now, before this process has more threads of other libraries
         for path, files in parts:
-            if limit > 0 and not path.exists():
+            if not path.exists():
                 documents = (document for name, _ in files for document in read(name))
                 write_part(partial / path.name, encoded(pool, documents, ahead=2 * workers + 1), limit)
                 (partial / path.name).rename(path)
-                sync(path.parent)
-            if limit > 0:
-                limit -= held_in(path)["tokens"]
-                done.append(path)
+            file = pa.ipc.open_file(path)
+            held = json.loads(file.get_batch_with_custom_metadata(file.num_record_batches - 1).custom_metadata[b"held"])
+            done[path] = Counter({tuple(key) if isinstance(key, list) else key: n for key, n in held})
+            limit -= done[path]["tokens"]
+            if limit <= 0:
+                break
     except BrokenExecutor as e:
         raise ValueError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, workers // 2)}") from e
     finally:
@@ -391,32 +344,23 @@ def tokenize(cfg, parts, read, partial):
 
 
 def write_part(path, encoded, limit):
-    """What encode() gives, up to and with the document that reaches the limit -> a file: a batch a job, and in the last one what was counted."""
-    schema, held = pa.schema(COLUMNS), Counter()
-    with pa.ipc.new_file(path, schema) as file:
+    """What encode() gives, up to and with the document that reaches the limit -> a file: a batch a job, and in the last one what it holds:
+    "tokens", ("documents", split, domain), ("tokens", split, domain), ("skipped", reason), ("left out", domain)."""
+    held, nothing = Counter(), [[] for _ in COLUMNS]
+    with pa.ipc.new_file(path, COLUMNS) as file:
         for documents, skipped in encoded:
             held.update(skipped)
             ends = held["tokens"] + np.cumsum([len(tokens) // 2 for *_, tokens in documents])
             documents = documents[: np.searchsorted(ends, limit) + 1]
             for split, domain, *_, tokens in documents:
-                held["tokens"] += len(tokens) // 2
-                held["tokens", split, domain] += len(tokens) // 2
-                held["documents", split, domain] += 1
-            file.write_batch(pa.record_batch([*zip(*documents)] or [[]] * len(schema), schema=schema))
+                held.update({"tokens": len(tokens) // 2, ("tokens", split, domain): len(tokens) // 2, ("documents", split, domain): 1})
+            if len(held) > 1 << 18:  # it would grow without end
+                raise ValueError(f"--domain_key has over {1 << 16} values: name a key with fewer")
+            file.write_batch(pa.record_batch([*zip(*documents)] or nothing, schema=COLUMNS))
             if held["tokens"] >= limit:
                 break
-        file.write_batch(pa.record_batch([[]] * len(schema), schema=schema), custom_metadata={"held": json.dumps([*held.items()])})
+        file.write_batch(pa.record_batch(nothing, schema=COLUMNS), custom_metadata={"held": json.dumps([*held.items()])})
     sync(path)
-
-
-def held_in(path):
-    """What was counted in a part: tokens, ("documents", split, domain), ("tokens", split, domain), ("skipped", reason), ("left out", domain)."""
-    file = pa.ipc.open_file(path)
-    held = json.loads(file.get_batch_with_custom_metadata(file.num_record_batches - 1).custom_metadata[b"held"])
-    return Counter({tuple(key) if isinstance(key, list) else key: n for key, n in held})
-
-
-# --- parts -> rows -> files ------------------------------------------------------
 
 
 class Array:
@@ -429,10 +373,6 @@ class Array:
     def write(self, data):
         self.file.write(data)
         self.sha256.update(data)
-
-    def close(self):
-        self.file.close()
-        return self.sha256.hexdigest()
 
 
 class Split:
@@ -483,7 +423,9 @@ def pack(parts, folder, meta):
     for name, split in splits.items():
         split.write_table()
         split.table.close()
-        meta["sha256"] |= {f"{name}.npy": split.rows.close(), f"{name}_domain.npy": split.domain.close()}
+        for end, array in (("", split.rows), ("_domain", split.domain)):
+            array.file.close()
+            meta["sha256"][f"{name}{end}.npy"] = array.sha256.hexdigest()
 
 
 def describe(cfg, held):
@@ -494,11 +436,11 @@ def describe(cfg, held):
         by_domain[domain] = {name: dict(documents=held["documents", name, domain], tokens=n * width, chunks=n) for name, n in chunks.items()}
     chunks = {name: sum(of[name]["chunks"] for of in by_domain.values()) for name in SPLITS}
     skipped = {why: held["skipped", why] for why in ("not_utf8", "not_json", "no_text", "empty", "lone_surrogate", "not_tokenized")}
-    have, counts = sorted({*left_out, *by_domain}), ", ".join(f"{n} {why}" for why, n in skipped.items() if n) or "nothing"
-    if missing := sorted(set(comma_list(cfg.domains)) - set(have)):
+    have, why = sorted({*left_out, *by_domain}), ", ".join(f"{n} {why}" for why, n in skipped.items() if n) or "nothing"
+    if missing := sorted(cfg.wanted() - {*have}):
         raise ValueError(f"--domains: no document of {', '.join(map(repr, missing))}; there is {', '.join(have) or 'none'}")
     if not by_domain:
-        raise ValueError(f"no document in {cfg.source or cfg.dataset} (skipped: {counts}): see --source and --text_key")
+        raise ValueError(f"no document in {cfg.source or cfg.dataset} (skipped: {why}): see --source and --text_key")
     if len(by_domain) > 1 << 16:
         raise ValueError(f"--domain_key={cfg.domain_key} has {len(by_domain)} values, over {1 << 16}: name a key with fewer")
     if not chunks["train"] or (cfg.val_fraction and not chunks["val"]):
@@ -507,9 +449,8 @@ def describe(cfg, held):
         raise ValueError(f"{held['tokens']} tokens in all fill no chunk of {name}.npy: {cure}")
     meta = dict(schema=data.SCHEMA, tokenizer=cfg.tokenizer, vocab_size=tok.n_vocab, eot=tok.eot, block_size=cfg.block_size)
     meta |= dict(domains=list(by_domain), chunks=chunks, by_domain=by_domain, skipped=skipped)
-    meta["documents"] = sum(n for key, n in held.items() if key[0] == "documents")
+    meta |= dict(documents=sum(n for key, n in held.items() if key[0] == "documents"), dropped_tokens=held["tokens"] - width * sum(chunks.values()))
     meta["tokens"] = {name: n * width for name, n in chunks.items()}  # in the arrays, with <eot>
-    meta["dropped_tokens"] = held["tokens"] - sum(meta["tokens"].values())
     return meta | dict(source=cfg.source or cfg.dataset, config=cfg.makes(), command=cfg.command(), sha256={})  # of the arrays' files
 
 
@@ -517,49 +458,43 @@ def describe(cfg, held):
 
 
 def prepare(cfg):
-    """Writes cfg.data_dir, or a shard's parts; nothing where it is there already. Raises ValueError and OSError: then data_dir is as it was,
-    and what parts are whole stay for the next start."""
+    """Writes cfg.data_dir, or a shard's parts. Raises ValueError and OSError: data_dir is as it was then, and parts that are whole stay."""
     folder = Path(cfg.data_dir).resolve()
     lying = folder.with_name(folder.name + ".parts")
     if cfg.verify:
         data.open_dataset(cfg.data_dir).verify()
         return print(f"{cfg.data_dir}: every array is as it was written")
     if is_prepared(folder, cfg):
-        shutil.rmtree(lying, ignore_errors=True)  # of a run that was killed between its last lines
+        shutil.rmtree(lying, ignore_errors=True)  # of a run that was killed when it had only this left to do
         return print(f"{cfg.data_dir} is already prepared; --overwrite prepares it again")
     tqdm.monitor_interval = 0  # no thread of its own, which the workers would be forked beside
-    bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="read", delay=1, disable=None)
-    names, read = open_source(cfg, bar)
-    parts = plan(cfg, names, lying)
-    i, n = map(int, (cfg.shard or "1/1").split("/"))
-    if n > len(parts):
-        raise ValueError(
-            f"--shard={cfg.shard}: the source has {len(parts)} parts, a large file or small ones together: write --shard=<i>/{len(parts)}"
-        )
-    missing = {number: files for number, (path, files) in enumerate(parts, 1) if not path.exists()}
+    names, read = open_source(cfg)
+    parts, (i, n) = plan(cfg, names, lying), map(int, (cfg.shard or "1/1").split("/"))
+    missing = {number: files[0][0] for number, (path, files) in enumerate(parts, 1) if not path.exists()}
     if cfg.merge and missing:
-        these, how = ", ".join(files[0][0] for files in missing.values()), cfg.command(f"--shard={min(missing)}/{len(parts)}")
-        raise ValueError(f"{len(missing)} of {len(parts)} parts are missing, unfinished or of other files or options ({these}): type: {how}")
-    partial = lying / f"{i}-of-{n}.partial" if cfg.shard else folder.with_name(folder.name + ".partial")
-    lying.mkdir(parents=True, exist_ok=True)
-    try:
-        with bar, claim(partial):
+        what = f"{len(missing)} of {len(parts)} parts are missing, unfinished or of other files or options"
+        raise ValueError(f"{what} ({', '.join(missing.values())}): type: {cfg.command(f'--shard={min(missing)}/{len(parts)}')}")
+    if len(missing) < len(parts):
+        print(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
+    partial = lying / f"{i}-of-{n}.partial"
+    with claim(partial):
+        try:
             done = tokenize(cfg, parts[i - 1 :: n], read, partial)
             if cfg.shard:
-                shutil.rmtree(partial)
                 return print(f"shard {cfg.shard} is done; when all are: {cfg.command('--merge')}")
             try:
-                meta = describe(cfg, sum(map(held_in, done), Counter()))
+                meta = describe(cfg, sum(done.values(), Counter()))
             except ValueError:
-                shutil.rmtree(lying)  # nothing can be made of them
+                shutil.rmtree(lying)  # with the options changed, other parts will be needed
                 raise
             pack(done, partial, meta)
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             publish(partial, folder, cfg.overwrite)
             shutil.rmtree(lying)
-    finally:
-        with contextlib.suppress(OSError):
-            lying.rmdir()  # where no part is whole
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if lying.exists() and not any(lying.iterdir()):
+                lying.rmdir()
     report(cfg, meta)
 
 
@@ -572,31 +507,22 @@ def is_prepared(folder, cfg):
     if cfg.overwrite:
         return False
     was, now = data.open_dataset(folder).meta["config"], cfg.makes()
-    differ = [key for key in now if was.get(key) != now[key]]
-    if differ:
-        had = " ".join(f"--{key}={was.get(key)}" for key in differ)
+    if had := " ".join(f"--{key}={was.get(key)}" for key in now if was.get(key) != now[key]):
         raise ValueError(f"{cfg.data_dir} was prepared with {had}: add --overwrite to replace it, or write another --data_dir")
     return True
 
 
-@contextlib.contextmanager
 def claim(partial):
-    """Makes `partial` ours and empty; an error takes it away again. A second run is refused, however the first one ends."""
+    """Makes `partial` ours and empty -> its lock, open. A second run is refused, however the first one ends."""
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the workers
-        except BlockingIOError as e:
-            raise ValueError(f"another prepare_pile.py is writing {partial}: wait for it, or write another --data_dir") from e
-        if found := [path for path in partial.iterdir() if path.name != "lock"]:
-            print(f"found {partial} of a run that was interrupted: starting over")
-        for path in found:
-            path.unlink()
-        try:
-            yield
-        except (ValueError, OSError):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    lock = open(partial / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the workers
+    except BlockingIOError as e:
+        raise ValueError(f"another prepare_pile.py is writing {partial}: wait for it, or write another --data_dir") from e
+    for path in {*partial.iterdir()} - {partial / "lock"}:
+        path.unlink()
+    return lock
 
 
 def publish(partial, folder, overwrite):
@@ -624,12 +550,9 @@ def report(cfg, meta):
         documents, tokens = (of["train"][key] + of["val"][key] for key in ("documents", "tokens"))
         chunks = f"{of['train']['chunks']:>13,} {of['val']['chunks']:>11,}"
         print(f"{domain:<{width}} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
-    print(
-        f"{meta['documents']:,} documents; dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents"
-    )
-    print(
-        f"skipped: {', '.join(f'{n} {why}' for why, n in meta['skipped'].items() if n) or 'nothing'}\n\nnext: python train.py --data_dir={cfg.data_dir}"
-    )
+    skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
+    print(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
+    print(f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}\n\nnext: python train.py --data_dir={cfg.data_dir}")
 
 
 if __name__ == "__main__":
