@@ -178,7 +178,7 @@ def parquet_documents(raw, name, cfg, default):
 
 
 def open_hub(cfg):
-    """A dataset the datasets library knows. JSON is not left to it: it stops where `meta` gains a key or a line is no JSON. Other kinds are one file."""
+    """A dataset the datasets library knows. JSON is not left to it: it stops where `meta` gains a key or a line is no JSON. Other kinds: one file."""
     import datasets
     from datasets.utils.file_utils import xopen
 
