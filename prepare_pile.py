@@ -213,12 +213,12 @@ def installed_text():
 
 
 def encoded(pool, documents, ahead):
-    """Documents -> what encode() makes of lists of them, of about 1 MB of text, in order; at most `ahead` wait, so memory stays constant."""
+    """Documents -> what encode() makes of lists of them, of 128 KB of text or more, in order; at most `ahead` wait, so memory stays constant."""
     waiting, job, size = deque(), [], 0
     for document in documents:
         job.append(document)
         size += sum(map(len, document[3])) if isinstance(document[3], list) else len(document[3] or "")
-        if size >= MB >> 1:
+        if size >= MB >> 3:
             waiting.append(pool.submit(encode, job))
             job, size = [], 0
         if len(waiting) > ahead:
