@@ -767,3 +767,13 @@ def test_a_flipped_bit(tmp_path, monkeypatch):
                     data.open_dataset(dataset.path).verify()
         (dataset.path / name).write_bytes(good)
     data.open_dataset(dataset.path).verify()
+
+
+def test_the_benchmark_ends_with_one_line_of_json(tmp_path):
+    source = write(tmp_path / "d.jsonl", lines(texts(300, words=400)))
+    arguments = [f"--source={source}", "--tokenizer=byte", "--rounds=1", "--chunks=5000", "--steps=0,7", f"--folder={tmp_path}"]
+    done = subprocess.run([sys.executable, SCRIPT.parent / "bench" / "scale.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["stage"] for row in rows[5:]] == ["read", "parse", "tokenize", "write", "pack"] and len(rows) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
