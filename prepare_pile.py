@@ -2,8 +2,14 @@
 
     python prepare_pile.py                                          the Pile, streamed from the hub
     python prepare_pile.py --source=python --data_dir=data/python   the text this Python installation carries: no download
-    python prepare_pile.py --source=pile/00.jsonl.zst               a file, a folder or a glob: .parquet, or .jsonl .json .txt,
-                                                                    each also .gz or .zst
+    python prepare_pile.py --source=pile                            a file, a folder or a glob: .parquet, or .jsonl .json .txt, also .gz .zst
+    python prepare_pile.py --source=pile --shard=3/30               a job of an array: tokenizes every 30th file from the third on
+    python prepare_pile.py --source=pile --merge                    after them: what a run without --shard would have made, to the byte
+    python prepare_pile.py --verify                                 reads every array again: is each as it was written?
+
+First every source file is tokenized into a part in data_dir.parts (small files together, up to 64 MB): a run that was killed goes on
+after its last part. Then the parts are packed, in their order, into a folder that takes its name when it is whole. So the files are
+the same whatever --workers is, in however many shards, and however often interrupted. Until then the disk holds each token twice.
 
 Split: by the hash of a document's text, so equal texts are on one side. Chunks: each domain of a split is one stream of
 tokens, <eot> after every document, cut into rows of block_size + 1 tokens; a row takes its split's next number when it is
@@ -14,37 +20,36 @@ train_docs.parquet and val_docs.parquet, sorted by first_chunk and first_token, 
 doc (its number in reading order), domain, source and record (file and line or row, from 0), first_chunk, first_token (where
 in that chunk's row), n_tokens (without <eot>). Records that are no use are skipped and counted: not_utf8, not_json, no_text
 (no string under text_key), empty (or only white space), lone_surrogate (half a character), not_tokenized (a million blanks).
-
-The files are the same whatever --workers is. They are built in data_dir.partial, which is renamed once it is whole.
 """
 
 import ast
-import contextlib
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import threading
-import time
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import product
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
 from tqdm import tqdm
 
 import config
@@ -65,37 +70,53 @@ class Config:
     val_fraction: float = 0.01  # of the documents, to val.npy
     limit_tokens: int = 0  # stop after the document that makes it this many; 0: all
     workers: int = 0  # processes that tokenize; 0: one a core
+    shard: str = ""  # i/n: only tokenize the source's parts (large files, or small ones together) i, i + n, i + 2n, ...
+    merge: bool = False  # only pack what the shards have tokenized, with every other key as they had it
+    verify: bool = False  # only check data_dir's arrays against the sha256 in its meta.json
 
     def __post_init__(self):
-        rules = [("block_size", self.block_size >= 1, "1 or more"), ("val_fraction", 0 <= self.val_fraction < 1, "0 or more, below 1")]
-        rules += [(key, getattr(self, key) >= 0, "0 or more") for key in ("limit_tokens", "workers")]
+        i, n = map(int, self.shard.split("/")) if re.fullmatch(r"\d+/\d+", self.shard) else (0, 0)
+        rules = [(key, getattr(self, key) >= least, f"{least} or more") for key, least in dict(block_size=1, limit_tokens=0, workers=0).items()]
+        rules += [
+            ("val_fraction", 0 <= self.val_fraction < 1, "0 or more, below 1"),
+            ("shard", not self.shard or 1 <= i <= n, "i>/<n, i from 1 to n"),
+        ]
         rules += [(key, getattr(self, key), "a name") for key in ("dataset", "text_key", "domain_key", "data_dir")]
         for key, ok, wanted in rules:
             if not ok:
                 raise ValueError(f"--{key}={getattr(self, key)}: write --{key}=<{wanted}>")
+        if self.shard and (self.merge or self.limit_tokens or self.source == "python"):
+            raise ValueError(f"--shard={self.shard} goes with neither --merge nor --limit_tokens nor --source=python: write one or the other")
+
+    def wanted(self):
+        return {name.strip() for name in self.domains.split(",")} - {""}
+
+    def makes(self):
+        """The options that what is written depends on."""
+        return {key: value for key, value in vars(self).items() if key not in ("data_dir", "overwrite", "workers", "shard", "merge", "verify")}
+
+    def command(self, *more):
+        """What to type for these options."""
+        given = (f"--{key}={value}" for key, value in {"data_dir": self.data_dir, **self.makes()}.items() if value != getattr(Config, key))
+        return shlex.join(["python", "prepare_pile.py", *given, *more])
 
 
-# --- sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or
-# Lines (the record is the first of them), or a Path of Python code: what a worker can do is left to the workers
+# --- sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or a list
+# of lines of JSON (the record is the first of them): what a worker can do is left to the workers
 
 MB = 1 << 20
-TXT = 64 << 10  # a .txt longer than this becomes several documents
-ZIPPED = {".gz": "gzip", ".zst": "zstd"}
+TXT = 64 << 10  # a .txt is one document; one longer than this is several, cut at ends of lines
+CODE = "Python code"  # of --source=python: its docstrings become a domain of their own
+ZIPPED = {"": None, ".gz": "gzip", ".zst": "zstd"}
 
 
-class Lines(bytes):
-    """Lines of JSON, whole."""
-
-
-def open_source(cfg, bar):
-    """-> an iterator of documents, which moves the bar. Raises ValueError where there is nothing to read."""
+def open_source(cfg):
+    """-> the names of its files, and a function: name -> documents. Raises ValueError where there is nothing to read."""
     if cfg.source == "python":
-        return installed_text()
-    if not cfg.source:
-        return hub_documents(cfg, bar)
-    paths = find_files(cfg.source)
-    bar.total = sum(path.stat().st_size for path in paths)
-    return (document for path in paths for document in file_documents(str(path), cfg, bar))
+        return ["python"], lambda name: installed_text()
+    if cfg.source:
+        return find_files(cfg.source), lambda name: file_documents(name, cfg)
+    return open_hub(cfg)
 
 
 def suffixes(name):
@@ -105,77 +126,39 @@ def suffixes(name):
 
 
 def find_files(source):
-    """A file, a folder or a glob -> sorted paths."""
+    """A file, a folder or a glob -> sorted names."""
     path = Path(source)
     paths = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else map(Path, sorted(glob.glob(source, recursive=True)))
     paths = [p for p in paths if p.is_file() and (suffixes(p.name)[0] or not path.is_dir())]
-    kinds = "it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst"
-    for p in paths:
-        if not suffixes(p.name)[0]:
-            raise ValueError(f"--source cannot read {p}: {kinds}")
-    if not paths:
-        raise ValueError(f"--source={source}: nothing to read there; {kinds}, and --source=python needs no file")
-    return paths
+    strange = [p for p in paths if not suffixes(p.name)[0]]
+    if strange or not paths:
+        what = f"cannot read {strange[0]}" if strange else f"{source}: nothing to read there"
+        raise ValueError(
+            f"--source {what}: it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst; --source=python needs no file"
+        )
+    return list(map(str, paths))
 
 
-def file_documents(name, cfg, bar, domain=None, opener=open):
+def file_documents(name, cfg, domain=None, opener=open):
     """The documents of one file; domain: of those that have none themselves, where it is not to be the file's name."""
-    import pyarrow as pa
-
-    kind, zipped = suffixes(name)
-    with opener(name, "rb") as raw:
-        if kind == ".parquet":
-            yield from parquet_documents(raw, name, cfg, bar)
-            return
+    (kind, zipped), size, record = suffixes(name), os.path.getsize(name) if os.path.isfile(name) else None, 0
+    with opener(name, "rb") as file, tqdm.wrapattr(file, "read", total=size, desc=Path(name).name, delay=1, disable=None) as raw:
         try:
-            pieces = whole_lines(pa.CompressedInputStream(raw, ZIPPED[zipped]) if zipped else raw, raw, bar)
-            yield from txt_documents(pieces, name) if kind == ".txt" else json_lines(pieces, name, domain)
-        except OSError as e:
-            raise ValueError(f"{name} is damaged or cut short ({e}): fetch it again") from e
+            if kind == ".parquet":
+                yield from parquet_documents(raw, name, cfg, domain)
+                return
+            stream, txt = io.BufferedReader(pa.input_stream(raw, ZIPPED[zipped]), MB), kind == ".txt"
+            domain = Path(name).resolve().parent.name if txt else domain
+            while lines := stream.readlines(TXT if txt else MB):
+                if not txt and not record and lines[0].lstrip().startswith(b"["):
+                    raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
+                yield name, record, domain, b"".join(lines) if txt else lines
+                record += 1 if txt else len(lines)
+        except (OSError, pa.ArrowException) as e:
+            raise ValueError(f"{name} is damaged or cut short ({str(e).partition(chr(10))[0]}): fetch it again") from e
 
 
-def whole_lines(stream, raw, bar):
-    """A stream -> pieces of about 1 MB, each ending where a line ends; the bar moves with the raw file under it."""
-    parts, size, at = [], 0, 0
-    while block := stream.read(MB):
-        bar.update(raw.tell() - at)
-        at = raw.tell()
-        parts.append(block)
-        size += len(block)
-        if size >= MB and b"\n" in block:
-            piece = b"".join(parts)
-            end = piece.rfind(b"\n") + 1
-            yield piece[:end]
-            parts, size = [piece[end:]], len(piece) - end
-    if size:
-        yield b"".join(parts)
-
-
-def json_lines(pieces, name, domain):
-    first = 0
-    for piece in pieces:
-        if not first and piece.lstrip().startswith(b"["):
-            raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
-        yield name, first, domain, Lines(piece)
-        first += piece.count(b"\n")
-
-
-def txt_documents(pieces, name):
-    """A .txt is one document; over 64 KiB it is several, cut at ends of lines."""
-    domain, record = Path(name).resolve().parent.name, 0
-    for piece in pieces:
-        start = 0
-        while start < len(piece):
-            end = piece.find(b"\n", start + TXT - 1) + 1 or len(piece)
-            yield name, record, domain, piece[start:end]
-            start, record = end, record + 1
-
-
-def parquet_documents(raw, name, cfg, bar):
-    import pyarrow as pa
-    import pyarrow.compute
-    import pyarrow.parquet
-
+def parquet_documents(raw, name, cfg, default):
     def column(batch, key):
         """A list of bytes, so that one text that is not UTF-8 spoils no other; None where there is no such column."""
         try:
@@ -184,39 +167,32 @@ def parquet_documents(raw, name, cfg, bar):
             return None
         return array.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
 
-    try:
-        file, size, record = pa.parquet.ParquetFile(raw), raw.seek(0, os.SEEK_END), 0
-        for batch in file.iter_batches(batch_size=256, columns=[cfg.text_key, cfg.domain_key]):
-            texts = column(batch, cfg.text_key)
-            if texts is None:
-                raise ValueError(f"{name} has no column {cfg.text_key!r}: write --text_key=<one of {', '.join(file.schema_arrow.names)}>")
-            for text, domain in zip(texts, column(batch, cfg.domain_key) or [None] * len(texts)):
-                yield name, record, domain, text
-                record += 1
-            bar.update(size * len(texts) / file.metadata.num_rows)
-    except pa.ArrowException as e:
-        raise ValueError(f"{name} cannot be read as parquet: {str(e).splitlines()[0]}") from e
+    file, record = pa.parquet.ParquetFile(raw), 0
+    for batch in file.iter_batches(batch_size=256, columns=[cfg.text_key, cfg.domain_key]):
+        texts = column(batch, cfg.text_key)
+        if texts is None:
+            raise ValueError(f"{name} has no column {cfg.text_key!r}: write --text_key=<one of {', '.join(file.schema_arrow.names)}>")
+        for text, domain in zip(texts, column(batch, cfg.domain_key) or [None] * len(texts)):
+            yield name, record, domain or default, text
+            record += 1
 
 
-def hub_documents(cfg, bar):
-    """A dataset the datasets library knows. Its JSON files are read as the lines they are: the library's own reader takes its
-    schema from the first lines and stops where `meta` later gains a key, or where a line is no JSON."""
+def open_hub(cfg):
+    """A dataset the datasets library knows. JSON is not left to it: it stops where `meta` gains a key or a line is no JSON. Other kinds: one file."""
     import datasets
     from datasets.utils.file_utils import xopen
 
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)  # every retry would be a line
     try:
-        files = (datasets.load_dataset_builder(cfg.dataset).config.data_files or {}).get("train", [])
-        if files and all(suffixes(name)[0] in (".json", ".jsonl") for name in files):
-            for name in files:
-                yield from file_documents(name, cfg, bar, Path(cfg.dataset).name, xopen)
-        else:
-            for i, record in enumerate(datasets.load_dataset(cfg.dataset, split="train", streaming=True)):
-                yield cfg.dataset, i, lookup(record, cfg.domain_key), lookup(record, cfg.text_key)
+        names = list((datasets.load_dataset_builder(cfg.dataset).config.data_files or {}).get("train", []))
+        if names and all(suffixes(name)[0] in (".json", ".jsonl", ".parquet") for name in names):
+            return names, lambda name: file_documents(name, cfg, Path(cfg.dataset).name, xopen)
+        stream = datasets.load_dataset(cfg.dataset, split="train", streaming=True)
     except (OSError, ValueError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"--dataset={cfg.dataset}: {why}; type --source=python for text that needs no network, or --source=PATH") from e
+    return [cfg.dataset], lambda name: ((name, i, lookup(record, cfg.domain_key), lookup(record, cfg.text_key)) for i, record in enumerate(stream))
 
 
 def installed_text():
@@ -225,7 +201,7 @@ def installed_text():
 
     library = Path(sysconfig.get_path("stdlib"))
     modules = [p for name in sys.stdlib_module_names for p in (library / f"{name}.py", *(library / name).rglob("*.py")) if p.is_file()]
-    found = [(str(p), 0, None, p) for p in modules if not {"pydoc_data", "test", "tests", "idle_test"} & set(p.parts)]
+    found = [(str(p), 0, CODE, p.read_bytes()) for p in modules if not {"pydoc_data", "test", "tests", "idle_test"} & set(p.parts)]
     found += [(f"pydoc_data.topics:{name}", 0, "Topics", text) for name, text in topics.items()]
     paths = {p for folder in sys.path for p in Path(folder).glob("*.dist-info/**/*")} | set(library.iterdir())
     licences = [p for p in sorted(paths) if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")) and p.is_file()]
@@ -236,80 +212,70 @@ def installed_text():
     return iter(sorted(found, key=lambda document: hashlib.blake2b("/".join(document[0].split("/")[-3:]).encode(errors="replace")).digest()))
 
 
-def jobs(documents):
-    """Documents -> lists of them, of about 1 MB of text at most."""
-    job, size = [], 0
+def encoded(pool, documents, ahead):
+    """Documents -> what encode() makes of lists of them, of 128 KB of text or more, in order; at most `ahead` wait, so memory stays constant."""
+    waiting, job, size = deque(), [], 0
     for document in documents:
-        text = document[3]
         job.append(document)
-        size += 4 * text.stat().st_size if isinstance(text, Path) else len(text or "")  # to parse Python takes its time
-        if size >= MB >> 1:  # whole_lines() gives a little less than 1 MB
-            yield job
+        size += sum(map(len, document[3])) if isinstance(document[3], list) else len(document[3] or "")
+        if size >= MB >> 3:
+            waiting.append(pool.submit(encode, job))
             job, size = [], 0
-    if job:
-        yield job
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    waiting.append(pool.submit(encode, job))
+    while waiting:
+        yield waiting.popleft().result()
 
 
 # --- in a worker: a job -> documents in tokens -------------------------
 
 
 def start_worker(cfg):
-    global CFG, TOKENIZER, EOT
+    global CFG, TOKENIZER
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # nobody else would end a worker whose parent was killed
     CFG, TOKENIZER = cfg, data.tokenizer(cfg.tokenizer)
-    EOT = np.array([TOKENIZER.eot], np.uint16)
-
-
-def die_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def encode(job):
-    """A list of documents -> documents [(split, domain, source, record, tokens uint16 (n,) with <eot>, bytes of text)], skipped, left_out:
-    the domains there are but that --domains does not name."""
-    wanted, documents, skipped, left_out = set(comma_list(CFG.domains)), [], Counter(), set()
-    for source, record, domain, text in records(job, skipped):
+    """A list of documents -> rows of a part, and what was counted: [(split, domain, source, record, tokens as bytes, with <eot>)], Counter."""
+    wanted, documents, held = CFG.wanted(), [], Counter()
+    for source, record, domain, text in records(job, held):
         try:
             text, domain = (x.decode() if isinstance(x, bytes) else x for x in (text, domain))
             domain = Path(source).name.removesuffix("".join(suffixes(source))) if domain in (None, "") else str(domain)
             if wanted and domain not in wanted:
-                left_out.add(domain)
-                continue
-            if not isinstance(text, str) or not text or text.isspace():
-                skipped["empty" if isinstance(text, str) else "no_text"] += 1
-                continue
-            utf8, _ = text.encode(), domain.encode()
-            tokens = np.append(TOKENIZER.encode(text), EOT)
+                held["left out", domain] += 1
+            elif not isinstance(text, str) or not text or text.isspace():
+                held["skipped", "empty" if isinstance(text, str) else "no_text"] += 1
+            else:
+                utf8, _ = text.encode(), domain.encode()
+                hashed = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") / 2**64
+                split, source = "val" if hashed < CFG.val_fraction else "train", source.encode(errors="replace").decode()
+                documents.append((split, domain, source, record, np.append(TOKENIZER.encode(text), np.uint16(TOKENIZER.eot)).tobytes()))
         except ValueError as e:
-            skipped[{UnicodeDecodeError: "not_utf8", UnicodeEncodeError: "lone_surrogate"}.get(type(e), "not_tokenized")] += 1
-            continue
-        hashed = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") / 2**64
-        documents.append(("val" if hashed < CFG.val_fraction else "train", domain, source, record, tokens, len(utf8)))
-    return documents, skipped, left_out
+            held["skipped", {UnicodeDecodeError: "not_utf8", UnicodeEncodeError: "lone_surrogate"}.get(type(e), "not_tokenized")] += 1
+    return documents, held
 
 
-def records(job, skipped):
-    """A job's documents, the Lines and Paths among them opened up; counts the lines that are no JSON."""
+def records(job, held):
+    """A job's documents, the lines and the Python code among them opened up; counts the lines that are no JSON."""
     for source, first, domain, text in job:
-        if isinstance(text, Path):
-            code, docstrings = cut_docstrings(text.read_bytes())
-            yield source, first, "Python code", code
-            yield source, first, "Docstrings", docstrings
-        elif not isinstance(text, Lines):
+        if CFG.source == "python" and domain == CODE:
+            yield from ((source, first, *part) for part in zip((CODE, "Docstrings"), cut_docstrings(text)))
+        elif not isinstance(text, list):
             yield source, first, domain, text
         else:
-            for number, line in enumerate(text.split(b"\n"), first):
-                if not line or line.isspace():
+            for number, line in enumerate(text, first):
+                if line.isspace():
                     continue
                 try:
                     record = json.loads(line.decode())
-                except UnicodeDecodeError:
-                    skipped["not_utf8"] += 1
-                except (ValueError, RecursionError):
-                    skipped["not_json"] += 1
+                except (ValueError, RecursionError) as e:
+                    held["skipped", "not_utf8" if isinstance(e, UnicodeDecodeError) else "not_json"] += 1
                 else:
                     found = lookup(record, CFG.domain_key)
                     yield source, number, domain if found in (None, "") else found, lookup(record, CFG.text_key)
@@ -321,199 +287,215 @@ def lookup(record, key):
     return record
 
 
-def comma_list(text):
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def cut_docstrings(source):
     """A Python file's bytes -> its lines without those of docstrings, as bytes, and the docstrings, one text."""
     try:
-        nodes = [ast.parse(source)]
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return source, ""
     lines, docstrings = source.splitlines(keepends=True), []
-    for node in nodes:  # grows as it goes
-        if text := ast.get_docstring(node):
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
             docstrings.append(text)
             for i in range(node.body[0].lineno - 1, node.body[0].end_lineno):
                 lines[i] = b""
-        nodes.extend(n for n in node.body if isinstance(n, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
     return b"".join(lines), "\n\n".join(docstrings)
 
 
-# --- in the parent: tokens -> rows -> files -----------------------------------
+# --- in the parent: jobs -> parts -> rows -> files --------------------------------
+
+SPLITS = ("train", "val")
+PART = 64 * MB  # of source files, at the least
+COLUMNS = pa.schema(dict(split=pa.string(), domain=pa.string(), source=pa.string(), record=pa.int64(), tokens=pa.binary()))
 
 
-class Rows:
-    """A uint16 .npy file that is written row by row; its header is written again when their number is known."""
+def plan(cfg, names, folder):
+    """The source's files -> [(path of a part, [(file, its size)])], a part wherever another PART bytes are full. The path tells what the part
+    is made of, so that one made of other files, or with other options, is never taken for it."""
+    sizes = [os.path.getsize(name) if os.path.isfile(name) else PART for name in names]
+    groups = groupby(zip(names, sizes, accumulate(sizes)), key=lambda file: (file[2] - 1) // PART)
+    groups = [[(name, size) for name, size, _ in files] for _, files in groups]
+    keys = [hashlib.sha256(json.dumps([data.SCHEMA, cfg.makes(), files]).encode()).hexdigest()[:16] for files in groups]
+    return [(folder / f"{i:05}-{key}.arrow", files) for i, (key, files) in enumerate(zip(keys, groups), 1)]
 
-    def __init__(self, path, row_shape):
-        self.file, self.row_shape, self.n, self.sha256 = open(path, "wb"), row_shape, 0, hashlib.sha256()
-        self.header()
 
-    def header(self):
-        """numpy pads it so that any number of rows fits."""
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, {"descr": "<u2", "fortran_order": False, "shape": (self.n, *self.row_shape)})
+def tokenize(cfg, parts, read, partial):
+    """Writes the parts that are not there yet, up to the one in which --limit_tokens is reached. -> {path: what it holds}"""
+    workers, limit, done = cfg.workers or os.cpu_count(), cfg.limit_tokens or float("inf"), {}
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(cfg,))
+    try:
+        pool.submit(os.getpid)  # starts the workers now, before this process has more threads of other libraries
+        for path, files in parts:
+            if not path.exists():
+                documents = (document for name, _ in files for document in read(name))
+                write_part(partial / path.name, encoded(pool, documents, ahead=2 * workers + 1), limit)
+                (partial / path.name).rename(path)
+            file = pa.ipc.open_file(path)
+            held = json.loads(file.get_batch_with_custom_metadata(file.num_record_batches - 1).custom_metadata[b"held"])
+            done[path] = Counter({tuple(key) if isinstance(key, list) else key: n for key, n in held})
+            limit -= done[path]["tokens"]
+            if limit <= 0:
+                break
+    except BrokenExecutor as e:
+        raise ValueError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, workers // 2)}") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return done
 
-    def append(self, rows):
-        rows = np.ascontiguousarray(rows, "<u2")
-        self.file.write(rows)
-        self.sha256.update(rows.view(np.uint8).reshape(-1))
-        self.n += len(rows)
 
-    def close(self):
-        self.header()
-        self.file.close()
-        return self.sha256.hexdigest()
+def write_part(path, encoded, limit):
+    """What encode() gives, up to and with the document that reaches the limit -> a file: a batch a job, and in the last one what it holds:
+    "tokens", ("documents", split, domain), ("tokens", split, domain), ("skipped", reason), ("left out", domain)."""
+    held, nothing = Counter(), [[] for _ in COLUMNS]
+    with pa.ipc.new_file(path, COLUMNS) as file:
+        for documents, skipped in encoded:
+            held.update(skipped)
+            ends = held["tokens"] + np.cumsum([len(tokens) // 2 for *_, tokens in documents])
+            documents = documents[: np.searchsorted(ends, limit) + 1]
+            for split, domain, *_, tokens in documents:
+                held.update({"tokens": len(tokens) // 2, ("tokens", split, domain): len(tokens) // 2, ("documents", split, domain): 1})
+            if len(held) > 1 << 18:  # it would grow without end
+                raise ValueError(f"--domain_key has over {1 << 16} values: name a key with fewer")
+            file.write_batch(pa.record_batch([*zip(*documents)] or nothing, schema=COLUMNS))
+            if held["tokens"] >= limit:
+                break
+        file.write_batch(pa.record_batch(nothing, schema=COLUMNS), custom_metadata={"held": json.dumps([*held.items()])})
+    sync(path)
+
+
+class Array:
+    """A uint16 .npy file written from front to back, and its sha256."""
+
+    def __init__(self, path, shape):
+        self.file, self.sha256 = open(path, "wb", MB), hashlib.sha256()
+        np.lib.format.write_array_header_1_0(self, {"descr": "<u2", "fortran_order": False, "shape": shape})
+
+    def write(self, data):
+        self.file.write(data)
+        self.sha256.update(data)
 
 
 class Split:
     """Packs one split's documents into rows and writes its three files."""
 
-    def __init__(self, folder, name, width):
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        i4, i8, text = pa.int32(), pa.int64(), pa.string()
-        columns = dict(doc=i8, domain=text, source=text, record=i8, first_chunk=i8, first_token=i4, n_tokens=i8)
+    def __init__(self, folder, name, meta):
+        i8, text = pa.int64(), pa.string()
+        columns = dict(doc=i8, domain=text, source=text, record=i8, first_chunk=i8, first_token=pa.int32(), n_tokens=i8)
         self.table = pa.parquet.ParquetWriter(folder / f"{name}_docs.parquet", pa.schema(columns))
-        self.rows, self.domain = Rows(folder / f"{name}.npy", (width,)), Rows(folder / f"{name}_domain.npy", ())
-        self.width, self.tokens, self.listed, self.entries = width, 0, 0, []
-        self.waiting = {}  # by domain: arrays of tokens that fill no row yet, how many, and (first token, document) of those that begin there
-        self.documents, self.chunks = Counter(), Counter()  # by domain
+        self.width, self.n, n = meta["block_size"] + 1, 0, meta["chunks"][name]
+        self.rows, self.domain = Array(folder / f"{name}.npy", (n, self.width)), Array(folder / f"{name}_domain.npy", (n,))
+        self.numbers, self.entries = {domain: i for i, domain in enumerate(meta["domains"])}, []
+        self.waiting = {}  # by domain: tokens that fill no row yet, and (place, document) of those that begin there
 
-    def add(self, number, tokens, document):
-        """A document of the domain with this number; document: its doc, domain, source and record."""
-        self.tokens += len(tokens)
-        self.documents[number] += 1
-        arrays, size, begun = self.waiting.get(number, ([], 0, []))
-        arrays.append(tokens)
-        begun.append((size, (*document, len(tokens) - 1)))
-        size += len(tokens)
-        if n := size // self.width:
-            tokens, rest = np.concatenate(arrays), []
-            for at, (*document, n_tokens) in begun:
-                row, first_token = divmod(at, self.width)
-                if row < n:
-                    self.entries.append((*document, self.rows.n + row, first_token, n_tokens))
-                else:
-                    rest.append((at - n * self.width, (*document, n_tokens)))
-            self.rows.append(tokens[: n * self.width].reshape(n, self.width))
-            self.domain.append(np.full(n, number))
-            self.chunks[number] += n
-            arrays, size, begun = [tokens[n * self.width :].copy()], size - n * self.width, rest
-        self.waiting[number] = arrays, size, begun
+    def add(self, document, tokens):
+        """document: its doc, domain, source and record."""
+        waiting, begun = self.waiting.get(domain := document[1], (tokens[:0], []))
+        begun.append((len(waiting), document, len(tokens) - 1))
+        stream = np.concatenate([waiting, tokens])
+        if n := len(stream) // self.width:
+            full = n * self.width
+            self.entries += [(*of, self.n + at // self.width, at % self.width, length) for at, of, length in begun if at < full]
+            begun = [(at - full, of, length) for at, of, length in begun if at >= full]
+            self.rows.write(stream[:full])
+            self.domain.write(np.full(n, self.numbers[domain], "<u2"))
+            self.n += n
+            stream = stream[full:].copy()
+        self.waiting[domain] = stream, begun
         if len(self.entries) >= 1 << 14:
             self.write_table()
 
     def write_table(self):
         """The entries, as one row group."""
-        import pyarrow as pa
-
-        columns = zip(*self.entries) if self.entries else [()] * len(self.table.schema)
-        self.table.write_table(pa.table([pa.array(c, of.type) for c, of in zip(columns, self.table.schema)], schema=self.table.schema))
-        self.listed, self.entries = self.listed + len(self.entries), []
+        self.table.write_batch(pa.record_batch([*zip(*self.entries)] or [[]] * len(self.table.schema), schema=self.table.schema))
+        self.entries = []
 
 
-class Packer:
-    """Takes encoded jobs in reading order and writes the arrays and tables of both splits."""
-
-    def __init__(self, folder, cfg):
-        self.cfg, self.documents, self.tokens, self.n_bytes, self.domains, self.full = cfg, 0, 0, 0, {}, False  # domains: {name: number}
-        self.splits = {name: Split(folder, name, cfg.block_size + 1) for name in ("train", "val")}
-        self.skipped, self.left_out = Counter(not_utf8=0, not_json=0, no_text=0, empty=0, lone_surrogate=0, not_tokenized=0), set()
-
-    def add(self, documents, skipped, left_out):
-        """What encode() gave for the next job; up to and with the document that reaches --limit_tokens."""
-        self.skipped.update(skipped)
-        self.left_out |= left_out
-        for split, domain, source, record, tokens, n_bytes in documents:
-            number = self.domains.setdefault(domain, len(self.domains))
-            if number >= 1 << 16:
-                raise ValueError(f"--domain_key={self.cfg.domain_key} has over {1 << 16} values: name a key with fewer")
-            self.splits[split].add(number, tokens, (self.documents, domain, source.encode(errors="replace").decode(), record))
-            self.documents, self.tokens, self.n_bytes = self.documents + 1, self.tokens + len(tokens), self.n_bytes + n_bytes
-            self.full = 0 < self.cfg.limit_tokens <= self.tokens
-            if self.full:
-                break
-
-    def finish(self):
-        """Checks that there is something of everything asked for, ends the files, -> what meta.json holds."""
-        cfg, chunks = self.cfg, {name: split.rows.n for name, split in self.splits.items()}
-        have = sorted(self.left_out | set(self.domains))
-        if missing := sorted(set(comma_list(cfg.domains)) - set(have)):
-            raise ValueError(f"--domains: no document of {', '.join(map(repr, missing))}; there is {', '.join(have) or 'none'}")
-        if not self.documents:
-            raise ValueError(f"no document in {cfg.source or cfg.dataset} (skipped: {counts(self.skipped)}): see --source and --text_key")
-        if not chunks["train"] or (cfg.val_fraction and not chunks["val"]):
-            name, how = ("val", "raise") if chunks["train"] else ("train", "lower")
-            cure = f"{how} --val_fraction={cfg.val_fraction}, lower --block_size={cfg.block_size}, or read more text"
-            raise ValueError(f"{self.splits[name].tokens} tokens fill no chunk of {name}.npy: {cure}")
-        sha256 = {}
-        for name, split in self.splits.items():
-            split.write_table()
-            split.table.close()
-            sha256 |= {f"{name}.npy": split.rows.close(), f"{name}_domain.npy": split.domain.close()}
-        width, tok, by_domain = cfg.block_size + 1, data.TOKENIZERS[cfg.tokenizer], {domain: {} for domain in self.domains}
-        for (domain, i), (name, split) in product(self.domains.items(), self.splits.items()):
-            by_domain[domain][name] = dict(documents=split.documents[i], tokens=split.chunks[i] * width, chunks=split.chunks[i])
-        meta = dict(schema=data.SCHEMA, tokenizer=cfg.tokenizer, vocab_size=tok.n_vocab, eot=tok.eot, block_size=cfg.block_size)
-        meta |= dict(domains=list(self.domains), chunks=chunks, by_domain=by_domain, documents=self.documents, skipped=dict(self.skipped))
-        meta["tokens"] = {name: n * width for name, n in chunks.items()}  # in the arrays, with <eot>
-        meta["dropped_tokens"] = self.tokens - sum(chunks.values()) * width
-        meta["dropped_documents"] = self.documents - sum(split.listed for split in self.splits.values())  # those with no token in a chunk
-        # sha256: of each array's data, without its header
-        return meta | dict(source=cfg.source or cfg.dataset, config=vars(cfg), sha256=sha256)
+def pack(parts, folder, meta):
+    """The documents of the parts, in order -> both splits' files; adds to meta what is known after that."""
+    splits, doc = {name: Split(folder, name, meta) for name in SPLITS}, 0
+    for path in tqdm(parts, desc="pack", unit="part", delay=1, disable=None):
+        file = pa.ipc.open_file(path)
+        for i in range(file.num_record_batches):
+            for split, *of, tokens in zip(*(column.to_pylist() for column in file.get_batch(i))):
+                splits[split].add((doc, *of), np.frombuffer(tokens, "<u2"))
+                doc += 1
+    meta["dropped_documents"] = sum(len(begun) for split in splits.values() for _, begun in split.waiting.values())  # with no token in a chunk
+    for name, split in splits.items():
+        split.write_table()
+        split.table.close()
+        for end, array in (("", split.rows), ("_domain", split.domain)):
+            array.file.close()
+            meta["sha256"][f"{name}{end}.npy"] = array.sha256.hexdigest()
 
 
-def counts(counter):
-    return ", ".join(f"{n} {name}" for name, n in counter.items() if n) or "nothing"
+def describe(cfg, held):
+    """meta.json, but for what pack() adds, from what the parts hold. Raises ValueError where there is nothing of something asked for."""
+    width, tok, by_domain, left_out = cfg.block_size + 1, data.TOKENIZERS[cfg.tokenizer], {}, [key[1] for key in held if key[0] == "left out"]
+    for domain in dict.fromkeys(key[2] for key in held if key[0] == "documents"):  # in the order met
+        chunks = {name: held["tokens", name, domain] // width for name in SPLITS}
+        by_domain[domain] = {name: dict(documents=held["documents", name, domain], tokens=n * width, chunks=n) for name, n in chunks.items()}
+    chunks = {name: sum(of[name]["chunks"] for of in by_domain.values()) for name in SPLITS}
+    skipped = {why: held["skipped", why] for why in ("not_utf8", "not_json", "no_text", "empty", "lone_surrogate", "not_tokenized")}
+    have, why = sorted({*left_out, *by_domain}), ", ".join(f"{n} {why}" for why, n in skipped.items() if n) or "nothing"
+    if missing := sorted(cfg.wanted() - {*have}):
+        raise ValueError(f"--domains: no document of {', '.join(map(repr, missing))}; there is {', '.join(have) or 'none'}")
+    if not by_domain:
+        raise ValueError(f"no document in {cfg.source or cfg.dataset} (skipped: {why}): see --source and --text_key")
+    if len(by_domain) > 1 << 16:
+        raise ValueError(f"--domain_key={cfg.domain_key} has {len(by_domain)} values, over {1 << 16}: name a key with fewer")
+    if not chunks["train"] or (cfg.val_fraction and not chunks["val"]):
+        name, how = ("val", "raise") if chunks["train"] else ("train", "lower")
+        cure = f"{how} --val_fraction={cfg.val_fraction}, lower --block_size={cfg.block_size}, or read more text"
+        raise ValueError(f"{held['tokens']} tokens in all fill no chunk of {name}.npy: {cure}")
+    meta = dict(schema=data.SCHEMA, tokenizer=cfg.tokenizer, vocab_size=tok.n_vocab, eot=tok.eot, block_size=cfg.block_size)
+    meta |= dict(domains=list(by_domain), chunks=chunks, by_domain=by_domain, skipped=skipped)
+    meta |= dict(documents=sum(n for key, n in held.items() if key[0] == "documents"), dropped_tokens=held["tokens"] - width * sum(chunks.values()))
+    meta["tokens"] = {name: n * width for name, n in chunks.items()}  # in the arrays, with <eot>
+    return meta | dict(source=cfg.source or cfg.dataset, config=cfg.makes(), command=cfg.command(), sha256={})  # of the arrays' files
 
 
 # --- the run ------------------------------------------------------------------
 
 
 def prepare(cfg):
-    """Writes cfg.data_dir, or nothing where it is there already. Raises ValueError and OSError, and then leaves it as it was."""
-    started, folder = time.perf_counter(), Path(cfg.data_dir).resolve()
+    """Writes cfg.data_dir, or a shard's parts. Raises ValueError and OSError: data_dir is as it was then, and parts that are whole stay."""
+    folder = Path(cfg.data_dir).resolve()
+    lying = folder.with_name(folder.name + ".parts")
+    if cfg.verify:
+        data.open_dataset(cfg.data_dir).verify()
+        return print(f"{cfg.data_dir}: every array is as it was written")
     if is_prepared(folder, cfg):
-        print(f"{cfg.data_dir} is already prepared; --overwrite prepares it again")
-        return
-    workers = cfg.workers or os.cpu_count()
+        shutil.rmtree(lying, ignore_errors=True)  # of a run that was killed when it had only this left to do
+        return print(f"{cfg.data_dir} is already prepared; --overwrite prepares it again")
     tqdm.monitor_interval = 0  # no thread of its own, which the workers would be forked beside
-    bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="read", delay=1, disable=None)
-    documents = open_source(cfg, bar)
-    partial = folder.with_name(folder.name + ".partial")
-    with claim(partial), bar:
-        pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(cfg,))
+    names, read = open_source(cfg)
+    parts, (i, n) = plan(cfg, names, lying), map(int, (cfg.shard or "1/1").split("/"))
+    missing = {number: files[0][0] for number, (path, files) in enumerate(parts, 1) if not path.exists()}
+    if cfg.merge and missing:
+        what = f"{len(missing)} of {len(parts)} parts are missing, unfinished or of other files or options"
+        raise ValueError(f"{what} ({', '.join(missing.values())}): type: {cfg.command(f'--shard={min(missing)}/{len(parts)}')}")
+    if len(missing) < len(parts):
+        print(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
+    partial = lying / f"{i}-of-{n}.partial"
+    with claim(partial):
         try:
-            pool.submit(os.getpid)  # starts the workers now, while this process has no threads of other libraries
-            packer = Packer(partial, cfg)
-            for encoded in in_order(pool, jobs(documents), ahead=2 * workers + 1):
-                packer.add(*encoded)
-                bar.set_postfix_str(speed(packer, time.perf_counter() - started), refresh=False)
-                if packer.full:
-                    break
-            meta = packer.finish()
+            done = tokenize(cfg, parts[i - 1 :: n], read, partial)
+            if cfg.shard:
+                return print(f"shard {cfg.shard} is done; when all are: {cfg.command('--merge')}")
+            try:
+                meta = describe(cfg, sum(done.values(), Counter()))
+            except ValueError:
+                shutil.rmtree(lying)  # with the options changed, other parts will be needed
+                raise
+            pack(done, partial, meta)
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             publish(partial, folder, cfg.overwrite)
-        except BrokenProcessPool as e:
-            raise ValueError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, workers // 2)}") from e
+            shutil.rmtree(lying)
         finally:
-            pool.shutdown(cancel_futures=True)
-    report(cfg, meta, packer, time.perf_counter() - started)
-
-
-def in_order(pool, jobs, ahead):
-    """Jobs -> what encode() makes of them, in their order; at most `ahead` are waited for, so memory stays constant."""
-    waiting = deque()
-    for job in jobs:
-        waiting.append(pool.submit(encode, job))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+            shutil.rmtree(partial, ignore_errors=True)
+            if lying.exists() and not any(lying.iterdir()):
+                lying.rmdir()
+    report(cfg, meta)
 
 
 def is_prepared(folder, cfg):
@@ -524,39 +506,30 @@ def is_prepared(folder, cfg):
         raise ValueError(f"{cfg.data_dir} holds files that this program did not write: write another --data_dir")
     if cfg.overwrite:
         return False
-    was, now = data.open_dataset(folder).meta["config"], vars(cfg)
-    differ = [key for key in now if key not in ("data_dir", "workers", "overwrite") and was.get(key) != now[key]]
-    if differ:
-        had = " ".join(f"--{key}={was.get(key)}" for key in differ)
+    was, now = data.open_dataset(folder).meta["config"], cfg.makes()
+    if had := " ".join(f"--{key}={was.get(key)}" for key in now if was.get(key) != now[key]):
         raise ValueError(f"{cfg.data_dir} was prepared with {had}: add --overwrite to replace it, or write another --data_dir")
     return True
 
 
-@contextlib.contextmanager
 def claim(partial):
-    """Makes `partial` ours and empty; an error takes it away again. A second run is refused, however the first one ends."""
+    """Makes `partial` ours and empty -> its lock, open. A second run is refused, however the first one ends."""
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the workers
-        except BlockingIOError as e:
-            raise ValueError(f"another prepare_pile.py is writing {partial}: wait for it, or write another --data_dir") from e
-        if found := [path for path in partial.iterdir() if path.name != "lock"]:
-            print(f"found {partial} of a run that was interrupted: starting over")
-        for path in found:
-            path.unlink()
-        try:
-            yield
-        except (ValueError, OSError):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    lock = open(partial / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the workers
+    except BlockingIOError as e:
+        raise ValueError(f"another prepare_pile.py is writing {partial}: wait for it, or write another --data_dir") from e
+    for path in {*partial.iterdir()} - {partial / "lock"}:
+        path.unlink()
+    return lock
 
 
 def publish(partial, folder, overwrite):
     """The whole new folder takes its name; an old one is deleted after that."""
     for path in [*partial.iterdir(), partial]:
         sync(path)
-    old = overwrite and folder.exists() and folder.rename(tempfile.mkdtemp(prefix=folder.name + ".old-", dir=folder.parent))
+    old = overwrite and folder.exists() and folder.rename(folder.with_name(f"{folder.name}.old-{os.getpid()}"))
     partial.rename(folder)  # refused where somebody else has put a folder meanwhile
     sync(folder.parent)
     (folder / "lock").unlink()
@@ -570,21 +543,16 @@ def sync(path):
     os.close(file)
 
 
-def speed(packer, seconds):
-    megabytes = packer.n_bytes / 1e6
-    return f"{megabytes:,.1f} MB of text, {packer.tokens:,} tokens: {megabytes / seconds:.1f} MB/s, {packer.tokens / seconds:,.0f} tokens/s"
-
-
-def report(cfg, meta, packer, seconds):
+def report(cfg, meta):
     width = max(map(len, ["domain", *meta["domains"]]))
     print(f"{'domain':<{width}} {'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}")
     for domain, of in meta["by_domain"].items():
         documents, tokens = (of["train"][key] + of["val"][key] for key in ("documents", "tokens"))
         chunks = f"{of['train']['chunks']:>13,} {of['val']['chunks']:>11,}"
         print(f"{domain:<{width}} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
-    print(f"{meta['documents']:,} documents in {seconds:.1f} s, {speed(packer, seconds)}")
+    skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
     print(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
-    print(f"skipped: {counts(meta['skipped'])}\n\nnext: python train.py --data_dir={cfg.data_dir}")
+    print(f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}\n\nnext: python train.py --data_dir={cfg.data_dir}")
 
 
 if __name__ == "__main__":

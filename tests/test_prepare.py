@@ -20,7 +20,7 @@ import zstandard
 
 import config
 import data
-from prepare_pile import Config, prepare
+from prepare_pile import Config, Split, prepare
 
 SCRIPT = Path(config.__file__).parent / "prepare_pile.py"
 ARRAYS = ("train.npy", "val.npy", "train_domain.npy", "val_domain.npy")
@@ -226,7 +226,7 @@ def test_the_same_files_whatever_the_workers(tmp_path):
     dataset = data.open_dataset(tmp_path / "out1")
     for name in ARRAYS:
         array = np.load(dataset.path / name)
-        assert dataset.meta["sha256"][name] == hashlib.sha256(array.tobytes()).hexdigest()
+        assert dataset.meta["sha256"][name] == found[0][name]  # of the file: what sha256sum prints
         assert array.flags.c_contiguous and array.dtype == np.uint16
     assert dataset.meta["schema"] == data.SCHEMA and (dataset.meta["vocab_size"], dataset.meta["eot"]) == (256, 255)
     assert sorted(path.name for path in dataset.path.iterdir()) == sorted([*ARRAYS, *TABLES, "meta.json"])
@@ -410,8 +410,8 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
     source, undisturbed = slow
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background job ignores Ctrl-C
     process = command(tmp_path, source, "--workers=1", start_new_session=True, preexec_fn=listen)
-    written = tmp_path / "out.partial" / "train.npy"
-    wait_for(lambda: written.exists() and written.stat().st_size > 1000, process)
+    partial = tmp_path / "out.parts" / "1-of-1.partial"
+    wait_for(lambda: any(path.stat().st_size > 1000 for path in partial.glob("*.arrow")), process)
     workers = children(process.pid)
     assert workers
     with pytest.raises(ValueError, match=r"another prepare_pile.py is writing"):
@@ -426,15 +426,17 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
     assert process.returncode == code and not (tmp_path / "out").exists()
     wait_for(lambda: all(map(gone, workers)))
     if number == "worker":
-        assert errors.count("\n") == 1 and errors.startswith("error: a worker process was killed") and not (tmp_path / "out.partial").exists()
+        assert errors.count("\n") == 1 and errors.startswith("error: a worker process was killed")
     else:
-        assert not errors and (tmp_path / "out.partial").is_dir() and not (tmp_path / "out.partial" / "meta.json").exists()
+        assert not errors
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parts"] * (number == signal.SIGKILL)
     if number == signal.SIGKILL:
+        assert [path.name for path in (tmp_path / "out.parts").iterdir()] == ["1-of-1.partial"]
         process = command(tmp_path, source, "--workers=2")
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        assert "was interrupted: starting over" in output and "next: python train.py" in output
-        assert digest(tmp_path / "out") == undisturbed and not (tmp_path / "out.partial").exists()
+        assert "next: python train.py" in output and digest(tmp_path / "out") == undisturbed
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_finished_folder_is_kept_or_replaced(tmp_path, capsys):
@@ -473,7 +475,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
         ("nowhere", {}, "nothing to read there"),
         ("*.nothing", {}, "nothing to read there"),
         ("d.csv", {}, "cannot read"),
-        ("bad.parquet", {}, "cannot be read as parquet"),
+        ("bad.parquet", {}, "bad.parquet is damaged or cut short (Parquet magic bytes"),
         ("d.parquet", {"text_key": "body"}, "write --text_key=<one of n, meta, text>"),
         ("array.json", {}, "write a record a line, as `jq"),
         ("empty.jsonl", {}, "no document in"),
@@ -484,6 +486,14 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
         ("d.jsonl", {"val_fraction": 1.0}, "write --val_fraction=<0 or more, below 1>"),
         ("d.jsonl", {"block_size": 0}, "write --block_size=<1 or more>"),
         ("d.jsonl", {"limit_tokens": -1}, "write --limit_tokens=<0 or more>"),
+        ("d.jsonl", {"shard": "5/4"}, "write --shard=<i>/<n, i from 1 to n>"),
+        ("d.jsonl", {"shard": "0/4"}, "write --shard=<i>/<n, i from 1 to n>"),
+        ("d.jsonl", {"shard": "x"}, "write --shard=<i>/<n, i from 1 to n>"),
+        ("d.jsonl", {"shard": "1/2", "merge": True}, "neither --merge nor --limit_tokens nor --source=python"),
+        ("d.jsonl", {"shard": "1/2", "limit_tokens": 5}, "neither --merge nor --limit_tokens nor --source=python"),
+        ("python", {"shard": "1/2"}, "neither --merge nor --limit_tokens nor --source=python"),
+        ("d.jsonl", {"merge": True}, "1 of 1 parts are missing, unfinished or of other files or options (d.jsonl): type: python prepare_pile.py"),
+        ("d.jsonl", {"verify": True}, "no prepared data in"),
         ("d.jsonl", {"data_dir": "d.jsonl"}, "Not a directory"),
         ("d.jsonl", {"data_dir": "d.jsonl/under"}, "Not a directory"),
     ],
@@ -530,6 +540,192 @@ def test_local_sources_import_neither_datasets_nor_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+# --- shards, and going on -----------------------------------------------------
+
+
+SMALL_PARTS = "import sys, config, prepare_pile as p; p.PART = 1; config.main(lambda: p.prepare(config.load(p.Config)))"  # a part a file
+
+
+def small_parts(folder, *options):
+    """prepare_pile.py as a process, with a part for each of the small files a test has."""
+    arguments = [sys.executable, "-c", SMALL_PARTS, f"--source={folder / 'pile'}", f"--data_dir={folder / 'out'}"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    return subprocess.Popen([*arguments, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def pile(folder, files, n=60, **options):
+    """A folder of files, each a text of its own, and the digest of what one undisturbed run makes of it, all in one part."""
+    for i in range(files):
+        write(folder / "pile" / f"{i:02}.jsonl", lines(texts(n, seed=i, words=300, domains="abcd"[i % 2 :])))  # "a" is not met first everywhere
+    dataset = run(folder, folder / "pile", data_dir=str(folder / "one"), **options)
+    return digest(dataset.path), dataset
+
+
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_shards_and_a_merge_give_what_one_run_gives(tmp_path, monkeypatch, capsys, n):
+    undisturbed, one = pile(tmp_path, 5)
+    monkeypatch.setattr("prepare_pile.PART", 1)
+    for i in reversed(range(1, n + 1)):  # whichever comes first
+        prepare(
+            Config(
+                source=str(tmp_path / "pile"),
+                tokenizer="byte",
+                block_size=64,
+                val_fraction=0.3,
+                data_dir=str(tmp_path / "out"),
+                workers=1,
+                shard=f"{i}/{n}",
+            )
+        )
+        done = {part for k in range(i, n + 1) for part in range(k, 6, n)}
+        assert not (tmp_path / "out").exists() and {int(path.name[:5]) for path in tmp_path.glob("out.parts/*")} == done
+    assert "--merge" in capsys.readouterr().out
+    merged = run(tmp_path, tmp_path / "pile", merge=True, workers=2)
+    assert digest(merged.path) == undisturbed
+    assert {**merged.meta, "command": 0} == {**one.meta, "command": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "pile"]
+    run(tmp_path, tmp_path / "pile")
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_merge_says_which_shard_to_type(tmp_path, monkeypatch):
+    undisturbed, _ = pile(tmp_path, 4)
+    monkeypatch.setattr("prepare_pile.PART", 1)
+    options = dict(source=str(tmp_path / "pile"), tokenizer="byte", block_size=64, val_fraction=0.3, data_dir=str(tmp_path / "out"))
+    for i, other in ((1, {}), (2, {"block_size": 32}), (4, {})):  # the second is of other options, the third is not there
+        prepare(Config(**{**options, **other}, workers=1, shard=f"{i}/4"))
+    write(tmp_path / "out.parts" / "3-of-4.partial" / "00003-0123456789abcdef.arrow", b"ARROW1")  # and was not finished
+    with pytest.raises(ValueError, match="2 of 4 parts are missing") as error:
+        prepare(Config(**options, merge=True))
+    assert "01.jsonl, " in str(error.value) and "02.jsonl)" in str(error.value) and "00.jsonl" not in str(error.value)
+    for _ in range(2):  # what it says is what helps
+        python, script, *arguments = str(error.value).partition("type: ")[2].split()
+        assert (python, script) == ("python", "prepare_pile.py")
+        prepare(config.load(Config, arguments))
+        if _ == 0:
+            with pytest.raises(ValueError, match="1 of 4 parts are missing") as error:
+                prepare(Config(**options, merge=True))
+    prepare(Config(**options, merge=True))
+    assert digest(tmp_path / "out") == undisturbed
+    pile(tmp_path, 3, overwrite=True)
+    write(tmp_path / "pile" / "00.jsonl", lines(texts(9)))  # a source that has changed is another source
+    with pytest.raises(ValueError, match=r"4 of 4 parts are missing.*--shard=1/4"):
+        prepare(Config(**options, merge=True, overwrite=True))
+    assert digest(tmp_path / "out") == undisturbed
+
+
+def test_a_shard_killed_at_any_moment_goes_on_after_its_last_file(tmp_path):
+    undisturbed, _ = pile(tmp_path, 6, n=250, tokenizer="gpt2")
+    rng, kills, whole, options = random.Random(3), 0, {}, ["--block_size=64", "--val_fraction=0.3", "--workers=1"]
+    while len(whole) < 6:
+        assert kills < 20
+        process = small_parts(tmp_path, "--shard=1/1", *options)
+        while len([*tmp_path.glob("out.parts/*.arrow")]) == len(whole) and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        now = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("out.parts/*.arrow")}
+        assert whole.items() <= now.items()  # what was whole was not written again
+        whole = now
+    assert kills >= 2
+    process = small_parts(tmp_path, "--merge", *options)
+    wait_for(lambda: any(tmp_path.glob("out.parts/1-of-1.partial/train.npy")), process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    assert whole == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("out.parts/*.arrow")}
+    process = small_parts(tmp_path, "--merge", *options)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "6 of 6 parts are there already" in output and digest(tmp_path / "out") == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "pile"]
+
+
+def test_a_damaged_file_leaves_the_parts_before_it(tmp_path, monkeypatch, capsys):
+    undisturbed, _ = pile(tmp_path, 3)
+    monkeypatch.setattr("prepare_pile.PART", 1)
+    good = (tmp_path / "pile" / "02.jsonl").read_bytes()
+    (tmp_path / "pile" / "02.jsonl").rename(tmp_path / "pile" / "02.jsonl.gz")
+    with pytest.raises(ValueError, match=r"02.jsonl.gz is damaged or cut short"):
+        run(tmp_path, tmp_path / "pile")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "pile" / "02.jsonl.gz").unlink()
+    write(tmp_path / "pile" / "02.jsonl", good)
+    run(tmp_path, tmp_path / "pile")
+    assert "2 of 3 parts are there already" in capsys.readouterr().out and digest(tmp_path / "out") == undisturbed
+
+
+def test_limit_tokens_over_several_parts(tmp_path, monkeypatch):
+    _, one = pile(tmp_path, 4, limit_tokens=150_000)
+    monkeypatch.setattr("prepare_pile.PART", 1)
+    assert digest(run(tmp_path, tmp_path / "pile", limit_tokens=150_000).path) == digest(one.path)
+    assert one.meta["documents"] < 240 and len({row["source"] for row in table(one, "train")}) > 1
+
+
+def test_numbers_beyond_32_bits(tmp_path):
+    """The packer in the middle of a set of 2^33 chunks, which no test can write."""
+    n = 1 << 33
+    split = Split(tmp_path, "train", dict(block_size=7, chunks={"train": n + 2}, domains=["a"]))
+    split.n = n
+    split.add((n + 5, "a", "file", n + 6), np.arange(18, dtype="<u2"))
+    split.write_table()
+    split.table.close()
+    split.rows.file.close()
+    (row,) = pq.read_table(tmp_path / "train_docs.parquet").to_pylist()
+    assert (row["first_chunk"], row["doc"], row["record"], row["n_tokens"]) == (n, n + 5, n + 6, 17)
+    with open(tmp_path / "train.npy", "rb") as file:
+        np.lib.format.read_magic(file)
+        assert np.lib.format.read_array_header_1_0(file)[0] == (n + 2, 8)
+        assert np.fromfile(file, "<u2").tolist() == [*range(16)]
+
+
+def test_too_many_domains(tmp_path):
+    source = write(tmp_path / "d.jsonl", b"".join(b'{"text": "a", "meta": {"pile_set_name": %d}}\n' % i for i in range((1 << 16) + 1)))
+    with pytest.raises(ValueError, match=r"--domain_key=meta\.pile_set_name has 65537 values"):
+        run(tmp_path, source, block_size=1, val_fraction=0)
+
+
+def test_the_readmes_commands_for_large_data(tmp_path):
+    """The section's own lines, typed one after another where a folder named pile is."""
+    section = (SCRIPT.parent / "README.md").read_text().partition("## Data at the Pile's size")[2].partition("\n## ")[0]
+    commands = [line.partition("#")[0].split() for line in section.partition("```sh\n")[2].partition("```")[0].splitlines()]
+    assert [command[-1] for command in commands] == ["--source=pile", "--shard=1/2", "--shard=2/2", "--merge", "--verify"]
+    big(tmp_path / "pile" / "00.jsonl", 400, 8_000)
+    write(tmp_path / "pile" / "01.jsonl", (tmp_path / "pile" / "00.jsonl").read_bytes())
+    digests = []
+    for python, script, *arguments in commands:
+        assert (python, script) == ("python", "prepare_pile.py")
+        done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "--shard=1/2" in arguments or "--merge" in arguments:
+            assert "already prepared" not in done.stdout
+        if "--shard" not in arguments[-1]:
+            digests.append(digest(tmp_path / "data" / "pile"))
+        if len(digests) == 1 and (tmp_path / "data" / "pile").exists():
+            (tmp_path / "data" / "pile").rename(tmp_path / "alone")  # the second way starts from nothing
+    assert digests[0] == digests[1] == digests[2] and "as it was written" in done.stdout
+
+
+def test_300_million_chunks(tmp_path):
+    """Their order and their rows cost no more than those of a few: bench/scale.py prints how much."""
+    sys.path.insert(0, str(SCRIPT.parent / "bench"))
+    import scale
+
+    n, before = 300_000_000, scale.memory()
+    scale.sparse_set(tmp_path, n, 1024)
+    assert (tmp_path / "train.npy").stat().st_size == 128 + n * 2050
+    seconds, dataset = scale.timed(data.open_dataset, tmp_path)
+    assert seconds < 1 and dataset.train.rows.shape == (n, 1025)
+    for step in (0, 1000, 1_000_000, 5 * n // 1024):
+        seconds, ids = scale.timed(data.global_batch, step, 512, n, 1337)
+        assert seconds < 0.1 and len(np.unique(ids)) == 512 and 0 <= ids.min() and n // 2 < ids.max() < n
+        seconds, (X, _) = scale.timed(dataset.train.batch, ids, 1024)
+        assert seconds < 1 and X.shape == (512, 1024)  # 6 to 12 s where the system reads 8 MB ahead of each row
+    assert sum(scale.memory()) - sum(before) < 1 << 30
+
+
 # --- the reader ---------------------------------------------------------------
 
 
@@ -553,3 +749,31 @@ def test_the_reader_sees_damage(tmp_path, damage, answer):
         (dataset.path / "meta.json").write_text(json.dumps(dataset.meta))
     with pytest.raises(ValueError, match=answer):
         data.open_dataset(dataset.path)
+
+
+def test_a_flipped_bit(tmp_path, monkeypatch):
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(texts())))
+    for name in ARRAYS:
+        good = (dataset.path / name).read_bytes()
+        (dataset.path / name).write_bytes(good[:-9] + bytes([good[-9] ^ 4]) + good[-8:])
+        with pytest.raises(ValueError, match=rf"{name} is damaged.*type: python prepare_pile.py .*--overwrite"):
+            data.open_dataset(dataset.path)
+        if name == "train.npy":
+            process = subprocess.run([sys.executable, SCRIPT, "--verify", f"--data_dir={dataset.path}"], capture_output=True, text=True)
+            assert process.returncode == 2 and process.stderr.count("\n") == 1 and f"{name} is damaged" in process.stderr
+            with monkeypatch.context() as patch:
+                patch.setattr(data, "CHECKED", 0)  # too large to be read whenever it is opened
+                with pytest.raises(ValueError, match="is damaged"):
+                    data.open_dataset(dataset.path).verify()
+        (dataset.path / name).write_bytes(good)
+    data.open_dataset(dataset.path).verify()
+
+
+def test_the_benchmark_ends_with_one_line_of_json(tmp_path):
+    source = write(tmp_path / "d.jsonl", lines(texts(300, words=400)))
+    arguments = [f"--source={source}", "--tokenizer=byte", "--rounds=1", "--chunks=5000", "--steps=0,7", f"--folder={tmp_path}"]
+    done = subprocess.run([sys.executable, SCRIPT.parent / "bench" / "scale.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["stage"] for row in rows[5:]] == ["read", "parse", "tokenize", "write", "pack"] and len(rows) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]

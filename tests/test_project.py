@@ -97,7 +97,9 @@ def test_a_json_config_from_a_run(tmp_path):
     assert config.load(Small, [str(tmp_path / "config.json")]).out_dir == "out/x"
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py", "bench/kernels.py", "experiments/fidelity.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py", "bench/kernels.py", "bench/scale.py", "experiments/fidelity.py"]
+)
 def test_help_lists_every_key(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0 and not done.stderr
