@@ -19,6 +19,7 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+FOLDERS = ("kernels", "sources", "show", "bench", "experiments")
 
 
 def load(cls, argv=None):
@@ -134,7 +135,7 @@ def main(run):
         sys.exit(130)
     except (ValueError, OSError) as e:
         where = Path(traceback.extract_tb(e.__traceback__)[-1].filename).resolve()
-        if not isinstance(e, OSError) and where.parent not in (ROOT, *(ROOT / folder for folder in ("bench", "experiments", "kernels"))):
+        if not isinstance(e, OSError) and where.parent not in (ROOT, *(ROOT / folder for folder in FOLDERS)):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):  # under torchrun once a machine, but for a rank's own
             print(f"error: {e}", file=sys.stderr)

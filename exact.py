@@ -3,7 +3,7 @@
 No ledger, no directions on parameters, nothing shared with valuation.py. (The rules' own definitions: experiments/rules.py.)
 
     Step(...), shapley(step, B)      the true Shapley values of that step's game, by running the optimizer for every subset
-    monte_carlo, leave_one_out, leave_one_in, hvp
+    monte_carlo, leave_one_out
 
 Models and losses are anything: a loss is a function loss(model) -> scalar tensor. For a language model and chunks X, Y (B, T):
 
@@ -44,14 +44,6 @@ def example_gradients(model, losses):
 def chunk_gradients(model, X, Y):
     """example_gradients of a language model's chunks X, Y (B, T)."""
     return example_gradients(model, [batch_loss(X[i : i + 1], Y[i : i + 1]) for i in range(len(X))])
-
-
-def hvp(model, loss, vector):
-    """The Hessian of loss(model) times vector (one tensor a parameter), by differentiating twice."""
-    params = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # flash attention has no second derivative
-        grads = torch.autograd.grad(loss(model), params, create_graph=True)
-        return list(torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, vector)), params))
 
 
 def dot(a, b):
@@ -157,11 +149,6 @@ def leave_one_out(utility, n):
     """What each player adds to all the others: (n,) or (n, K)."""
     everybody = np.ones(n, bool)
     return np.stack([utility(everybody) - utility(everybody & (np.arange(n) != i)) for i in range(n)])
-
-
-def leave_one_in(utility, n):
-    """What each player does alone: (n,) or (n, K)."""
-    return np.stack([np.asarray(utility(np.arange(n) == i), float) for i in range(n)])
 
 
 def solve(utility, n, permutations=200, tolerance=0.0, seed=0, progress=iter):

@@ -62,14 +62,15 @@ def empty(dtype):
 # --- writing ------------------------------------------------------------------
 
 
-def claim(run):
-    """Makes the run's folder, and makes it this process's as long as the file returned is open. Raises ValueError if it is another's."""
-    run.mkdir(parents=True, exist_ok=True)
-    lock = open(run / "lock", "w")
+def claim(folder, key):
+    """Makes the folder, and makes it this process's as long as the file returned is open. Raises ValueError, which says to give another
+    --key, if it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise ValueError(f"another process is writing {run}: wait for it, or write another --out_dir") from e
+        raise ValueError(f"another process is writing {folder}: wait for it, or write another --{key}") from e
     return lock
 
 
@@ -88,9 +89,13 @@ def atomic(path, keep=None):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)
+    sync(path.parent)  # the rename itself
+
+
+def sync(path):
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 
 def write_json(path, content):

@@ -22,13 +22,8 @@ in that chunk's row), n_tokens (without <eot>). Records that are no use are skip
 (no string under text_key), empty (or only white space), lone_surrogate (half a character), not_tokenized (a million blanks).
 """
 
-import ast
-import fcntl
-import glob
 import hashlib
-import io
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -36,24 +31,23 @@ import shlex
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
 
 import config
 import data
+from ledger import claim, sync
+from sources.documents import open_source, records, suffixes
 
 
 @dataclass
@@ -101,115 +95,9 @@ class Config:
         return shlex.join(["python", "prepare_pile.py", *given, *more])
 
 
-# --- sources: documents (source, record, domain or None, text), where text is a str or bytes not looked at yet, or a list
-# of lines of JSON (the record is the first of them): what a worker can do is left to the workers
-
 MB = 1 << 20
-TXT = 64 << 10  # a .txt is one document; one longer than this is several, cut at ends of lines
-CODE = "Python code"  # of --source=python: its docstrings become a domain of their own
-ZIPPED = {"": None, ".gz": "gzip", ".zst": "zstd"}
 
-
-def open_source(cfg):
-    """-> the names of its files, and a function: name -> documents. Raises ValueError where there is nothing to read."""
-    if cfg.source == "python":
-        return ["python"], lambda name: installed_text()
-    if cfg.source:
-        return find_files(cfg.source), lambda name: file_documents(name, cfg)
-    return open_hub(cfg)
-
-
-def suffixes(name):
-    """A file's name -> (kind, compression), as (".jsonl", ".zst"); ("", "") for a kind that cannot be read."""
-    found = re.search(r"(\.jsonl?|\.txt)(\.gz|\.zst|)$|(\.parquet)()$", name)
-    return (found[1] or found[3], found[2] or "") if found else ("", "")
-
-
-def find_files(source):
-    """A file, a folder or a glob -> sorted names."""
-    path = Path(source)
-    paths = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else map(Path, sorted(glob.glob(source, recursive=True)))
-    paths = [p for p in paths if p.is_file() and (suffixes(p.name)[0] or not path.is_dir())]
-    strange = [p for p in paths if not suffixes(p.name)[0]]
-    if strange or not paths:
-        what = f"cannot read {strange[0]}" if strange else f"{source}: nothing to read there"
-        raise ValueError(
-            f"--source {what}: it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst; --source=python needs no file"
-        )
-    return list(map(str, paths))
-
-
-def file_documents(name, cfg, domain=None, opener=open):
-    """The documents of one file; domain: of those that have none themselves, where it is not to be the file's name."""
-    (kind, zipped), size, record = suffixes(name), os.path.getsize(name) if os.path.isfile(name) else None, 0
-    with opener(name, "rb") as file, tqdm.wrapattr(file, "read", total=size, desc=Path(name).name, delay=1, disable=None) as raw:
-        try:
-            if kind == ".parquet":
-                yield from parquet_documents(raw, name, cfg, domain)
-                return
-            stream, txt = io.BufferedReader(pa.input_stream(raw, ZIPPED[zipped]), MB), kind == ".txt"
-            domain = Path(name).resolve().parent.name if txt else domain
-            while lines := stream.readlines(TXT if txt else MB):
-                if not txt and not record and lines[0].lstrip().startswith(b"["):
-                    raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
-                yield name, record, domain, b"".join(lines) if txt else lines
-                record += 1 if txt else len(lines)
-        except (OSError, pa.ArrowException) as e:
-            raise ValueError(f"{name} is damaged or cut short ({str(e).partition(chr(10))[0]}): fetch it again") from e
-
-
-def parquet_documents(raw, name, cfg, default):
-    def column(batch, key):
-        """A list of bytes, so that one text that is not UTF-8 spoils no other; None where there is no such column."""
-        try:
-            array = pa.compute.struct_field(batch.to_struct_array(), key.split("."))
-        except pa.ArrowInvalid:
-            return None
-        return array.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-
-    file, record = pa.parquet.ParquetFile(raw), 0
-    for batch in file.iter_batches(batch_size=256, columns=[cfg.text_key, cfg.domain_key]):
-        texts = column(batch, cfg.text_key)
-        if texts is None:
-            raise ValueError(f"{name} has no column {cfg.text_key!r}: write --text_key=<one of {', '.join(file.schema_arrow.names)}>")
-        for text, domain in zip(texts, column(batch, cfg.domain_key) or [None] * len(texts)):
-            yield name, record, domain or default, text
-            record += 1
-
-
-def open_hub(cfg):
-    """A dataset the datasets library knows. JSON is not left to it: it stops where `meta` gains a key or a line is no JSON. Other kinds: one file."""
-    import datasets
-    from datasets.utils.file_utils import xopen
-
-    for name in ("datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # every retry would be a line
-    try:
-        names = list((datasets.load_dataset_builder(cfg.dataset).config.data_files or {}).get("train", []))
-        if names and all(suffixes(name)[0] in (".json", ".jsonl", ".parquet") for name in names):
-            return names, lambda name: file_documents(name, cfg, Path(cfg.dataset).name, xopen)
-        stream = datasets.load_dataset(cfg.dataset, split="train", streaming=True)
-    except (OSError, ValueError) as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"--dataset={cfg.dataset}: {why}; type --source=python for text that needs no network, or --source=PATH") from e
-    return [cfg.dataset], lambda name: ((name, i, lookup(record, cfg.domain_key), lookup(record, cfg.text_key)) for i, record in enumerate(stream))
-
-
-def installed_text():
-    """What every Python installation carries -> documents, in an order that mixes the domains and is always the same."""
-    from pydoc_data.topics import topics
-
-    library = Path(sysconfig.get_path("stdlib"))
-    modules = [p for name in sys.stdlib_module_names for p in (library / f"{name}.py", *(library / name).rglob("*.py")) if p.is_file()]
-    found = [(str(p), 0, CODE, p.read_bytes()) for p in modules if not {"pydoc_data", "test", "tests", "idle_test"} & set(p.parts)]
-    found += [(f"pydoc_data.topics:{name}", 0, "Topics", text) for name, text in topics.items()]
-    paths = {p for folder in sys.path for p in Path(folder).glob("*.dist-info/**/*")} | set(library.iterdir())
-    licences = [p for p in sorted(paths) if p.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")) and p.is_file()]
-    found += {text: (str(p), 0, "Licences", text) for p in licences for text in [p.read_bytes()]}.values()
-    readmes = {d.metadata["Name"]: d.metadata.get("Description", "") for d in metadata.distributions()}
-    found += [(f"readme:{name}", 0, "Readmes", text) for name, text in readmes.items()]
-    # by the end of the path, which is the same wherever Python is installed
-    return iter(sorted(found, key=lambda document: hashlib.blake2b("/".join(document[0].split("/")[-3:]).encode(errors="replace")).digest()))
+# --- in the parent: documents -> jobs ------------------------------------------
 
 
 def encoded(pool, documents, ahead):
@@ -243,7 +131,7 @@ def start_worker(cfg):
 def encode(job):
     """A list of documents -> rows of a part, and what was counted: [(split, domain, source, record, tokens as bytes, with <eot>)], Counter."""
     wanted, documents, held = CFG.wanted(), [], Counter()
-    for source, record, domain, text in records(job, held):
+    for source, record, domain, text in records(job, CFG, held):
         try:
             text, domain = (x.decode() if isinstance(x, bytes) else x for x in (text, domain))
             domain = Path(source).name.removesuffix("".join(suffixes(source))) if domain in (None, "") else str(domain)
@@ -259,47 +147,6 @@ def encode(job):
         except ValueError as e:
             held["skipped", {UnicodeDecodeError: "not_utf8", UnicodeEncodeError: "lone_surrogate"}.get(type(e), "not_tokenized")] += 1
     return documents, held
-
-
-def records(job, held):
-    """A job's documents, the lines and the Python code among them opened up; counts the lines that are no JSON."""
-    for source, first, domain, text in job:
-        if CFG.source == "python" and domain == CODE:
-            yield from ((source, first, *part) for part in zip((CODE, "Docstrings"), cut_docstrings(text)))
-        elif not isinstance(text, list):
-            yield source, first, domain, text
-        else:
-            for number, line in enumerate(text, first):
-                if line.isspace():
-                    continue
-                try:
-                    record = json.loads(line.decode())
-                except (ValueError, RecursionError) as e:
-                    held["skipped", "not_utf8" if isinstance(e, UnicodeDecodeError) else "not_json"] += 1
-                else:
-                    found = lookup(record, CFG.domain_key)
-                    yield source, number, domain if found in (None, "") else found, lookup(record, CFG.text_key)
-
-
-def lookup(record, key):
-    for name in key.split("."):
-        record = record.get(name) if isinstance(record, dict) else None
-    return record
-
-
-def cut_docstrings(source):
-    """A Python file's bytes -> its lines without those of docstrings, as bytes, and the docstrings, one text."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return source, ""
-    lines, docstrings = source.splitlines(keepends=True), []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
-            docstrings.append(text)
-            for i in range(node.body[0].lineno - 1, node.body[0].end_lineno):
-                lines[i] = b""
-    return b"".join(lines), "\n\n".join(docstrings)
 
 
 # --- in the parent: jobs -> parts -> rows -> files --------------------------------
@@ -477,7 +324,9 @@ def prepare(cfg):
     if len(missing) < len(parts):
         print(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
     partial = lying / f"{i}-of-{n}.partial"
-    with claim(partial):
+    with claim(partial, "data_dir"):  # a second run is refused, however the first one ends; unlike by flock, not inherited by the workers
+        for path in {*partial.iterdir()} - {partial / "lock"}:
+            path.unlink()
         try:
             done = tokenize(cfg, parts[i - 1 :: n], read, partial)
             if cfg.shard:
@@ -512,19 +361,6 @@ def is_prepared(folder, cfg):
     return True
 
 
-def claim(partial):
-    """Makes `partial` ours and empty -> its lock, open. A second run is refused, however the first one ends."""
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = open(partial / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by the workers
-    except BlockingIOError as e:
-        raise ValueError(f"another prepare_pile.py is writing {partial}: wait for it, or write another --data_dir") from e
-    for path in {*partial.iterdir()} - {partial / "lock"}:
-        path.unlink()
-    return lock
-
-
 def publish(partial, folder, overwrite):
     """The whole new folder takes its name; an old one is deleted after that."""
     for path in [*partial.iterdir(), partial]:
@@ -535,12 +371,6 @@ def publish(partial, folder, overwrite):
     (folder / "lock").unlink()
     if old:
         shutil.rmtree(old)
-
-
-def sync(path):
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
 
 
 def report(cfg, meta):

@@ -33,6 +33,7 @@ import ledger as books
 import parallel
 from data import global_batch, open_dataset, parse_targets
 from model import GPT, GPTConfig
+from show import dashboard, tables
 from valuation import Valuation, rng_state, set_rng_state
 
 
@@ -249,82 +250,7 @@ class Interrupted(list):
             signal.signal(number, handler)
 
 
-# --- what people see ----------------------------------------------------------
-
-
-def start_wandb(cfg, run_id):
-    """-> the run, and its id for the checkpoint, under which a resumed run goes on."""
-    import wandb
-
-    run_id = run_id or f"{Path(cfg.out_dir).name}-{time.time_ns():x}"
-    settings = dict(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id, dir=cfg.out_dir)
-    settings.update(config=vars(cfg), resume="allow")
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-        print("wandb: no login found, so this run is logged offline; `wandb login` and `wandb sync` send it later")
-        settings["mode"] = "offline"
-    return wandb.init(**settings), run_id
-
-
-def value_metrics(recent, targets, data, histogram):
-    """Dashboard entries for what was flushed since the last log: per target the spread of the values and their sum by domain,
-    what the measured steps' drop was made of, and how close the audited steps' values came to the truth."""
-    import wandb
-
-    metrics, visits = {}, recent.ledger
-    measured = recent.books[np.isfinite(recent.books["residual"]).all(1)]
-    for k, target in enumerate(targets):
-        if len(measured):
-            drop = measured["before"][:, k] - measured["after"][:, k]
-            metrics |= {f"books/{target.name}/drop": float(drop.sum())}
-            metrics |= {f"books/{target.name}/{key}": float(measured[key][:, k].sum()) for key in ("data", "momentum", "decay", "residual")}
-        if recent.audit is not None:
-            metrics |= {f"audit/{target.name}/{key}": float(recent.audit[key][-1, k]) for key in books.AUDIT_ENTRIES}
-        v = visits["value"][:, k]
-        low, high = np.percentile(v, (5, 95))
-        entries = dict(mean=v.mean(), p5=low, p95=high, negative=(v < 0).mean())
-        metrics |= {f"value/{target.name}/{key}": float(x) for key, x in entries.items()}
-        sums = np.bincount(data.train.domain[visits["chunk"]], v, len(data.domains))
-        metrics |= {f"value_by_domain/{target.name}/{d}": float(s) for d, s in zip(data.domains, sums)}
-        if histogram:
-            metrics[f"histogram/{target.name}"] = wandb.Histogram(v)
-    return metrics
-
-
-def domain_table(total, used, data, names):
-    """The run in one table: by domain the chunks used and, per target, their mean and median value and the share of negative
-    ones. The median is what a single step with a gradient far above its history cannot move."""
-    lines = ["", "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones"]
-    lines += [f"{'':32}" + "".join(f"{name[:26]:>28}" for name in names)]
-    lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)]
-    rows = [(name, used & (data.train.domain == d)) for d, name in enumerate(data.domains)]
-    rows = sorted((row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0]))
-    for name, chosen in [*rows, ("all", used)]:
-        cells = "".join(f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}" for v in total[chosen].T)
-        lines.append(f"{name[:23]:24}{chosen.sum():>8,}{cells}")
-    return "\n".join(lines)
-
-
-def account(entries, audits, names, domains):
-    """Per target: how much of the measured drop of its loss the books account for, which domains' momentum had a part in it, and
-    how close the audited steps' values came to the truth."""
-    entries = entries[np.isfinite(entries["residual"]).all(1)]  # the measured steps
-    lines = [""]
-    for k, name in enumerate(names):
-        total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in books.BOOK_ENTRIES}
-        drop = total["before"] - total["after"]
-        parts = ", ".join(f"{key} {total[key] / drop:.1%}" for key in ("data", "momentum", "decay"))
-        known = f"{1 - total['residual'] / drop:.1%} of the drop of {drop:.4f} nats in {len(entries)} measured steps"
-        lines.append(f"{name}: accounted for {known} ({parts})")
-        if "momentum_by_domain" in entries.dtype.names:
-            credit = entries["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
-            order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
-            lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / drop:.1%}" for d in order))
-    for k, name in enumerate(names if len(audits) else ()):
-        a = {key: audits[key][:, k] for key in books.AUDIT_ENTRIES}
-        spread = ", ".join(f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman"))
-        sums = f"relative L2 {np.median(a['rel_l2']):.1%} (median), sum {a['efficiency_gap'].sum() / a['utility'].sum():+.1%} of the truth"
-        lines.append(f"{name}: audit of {len(audits)} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson'].mean():.4f}")
-    return "\n".join(lines)
+# --- the run -------------------------------------------------------------------
 
 
 def train(cfg):
@@ -384,7 +310,7 @@ def train(cfg):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
-    lock = parallel.on_rank_0(lambda: books.claim(out))  # noqa: F841, ours until this function ends
+    lock = parallel.on_rank_0(lambda: books.claim(out, "out_dir"))  # noqa: F841, ours until this function ends
     checkpoints = parallel.Checkpoints(out, cfg.keep_checkpoints, cfg.background, used, start)
     if parallel.rank() == 0:
         for name in () if checkpoint else RUN_FILES:
@@ -396,9 +322,9 @@ def train(cfg):
         cfg.book_interval, cfg.audit_interval, cfg.audit_permutations, data.train.domain if cfg.domain_momentum else None,
         info=dict(data_hash=data.hash), step=start, state=valuation_state,
     )  # fmt: skip
-    dashboard = None
+    board = None
     if cfg.wandb_log and parallel.rank() == 0:
-        dashboard, wandb_id = start_wandb(cfg, wandb_id)
+        board, wandb_id = dashboard.start(cfg, wandb_id)
     peak, ranks = parallel.size() * peak_flops(device, dtype), f" x {parallel.size()}" * (parallel.size() > 1)
     run = f"{n_chunks:,} chunks of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
     say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {run}")
@@ -433,8 +359,8 @@ def train(cfg):
             val = evaluate(raw_model, loss_of, data, cfg)
             best_val_loss = min(best_val_loss, val["val"])
             say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
-            if dashboard:
-                dashboard.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
+            if board:
+                board.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
             paused += time.perf_counter() - t
 
         lr = schedule(cfg, step)
@@ -476,11 +402,11 @@ def train(cfg):
             if targets:
                 line += f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
             say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left", flush=True)
-            if dashboard:
+            if board:
                 metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
                 if targets:
-                    metrics |= value_metrics(recent, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
-                dashboard.log(metrics, step=done)
+                    metrics |= dashboard.value_metrics(recent, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
+                board.log(metrics, step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
         if done % cfg.checkpoint_interval == 0 or last:
             save(done)
@@ -494,12 +420,13 @@ def train(cfg):
     if start >= cfg.max_iters:
         say(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used is not None and valuation.used.any():
-        print(domain_table(valuation.total, valuation.used, data, [t.name for t in targets]))
-        print(account(books.read(out, "books"), books.read(out, "audit") if cfg.audit_interval else [], [t.name for t in targets], data.domains))
+        names, audits = [t.name for t in targets], books.read(out, "audit") if cfg.audit_interval else []
+        print(tables.domains(valuation.total, valuation.used, data, names))
+        print(tables.account(books.read(out, "books"), audits, names, data.domains))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
     say(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
-    if dashboard:
-        dashboard.finish()
+    if board:
+        board.finish()
     return history
 
 

@@ -9,6 +9,7 @@ Nothing here is shared with valuation.py, which has the formulas' sources; gradi
 import copy
 import math
 
+import numpy as np
 import torch
 
 from exact import dot, gradient
@@ -158,3 +159,16 @@ def known_rows(model, X, Y):
         mask = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True) if hasattr(p, "tokens") else torch.ones(len(p), dtype=torch.bool)
         rows.append(mask if norm or hasattr(p, "tokens") else None)
     return rows
+
+
+def hvp(model, loss, vector):
+    """The Hessian of loss(model) times vector (one tensor a parameter), by differentiating twice."""
+    params = list(model.parameters())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # flash attention has no second derivative
+        grads = torch.autograd.grad(loss(model), params, create_graph=True)
+        return list(torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, vector)), params))
+
+
+def leave_one_in(utility, n):
+    """What each player does alone: (n,) or (n, K)."""
+    return np.stack([np.asarray(utility(np.arange(n) == i), float) for i in range(n)])

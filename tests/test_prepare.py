@@ -414,7 +414,7 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
     wait_for(lambda: any(path.stat().st_size > 1000 for path in partial.glob("*.arrow")), process)
     workers = children(process.pid)
     assert workers
-    with pytest.raises(ValueError, match=r"another prepare_pile.py is writing"):
+    with pytest.raises(ValueError, match=r"another process is writing"):
         run(tmp_path, source)
     if number == "worker":
         os.kill(workers[0], signal.SIGKILL)

@@ -1,0 +1,42 @@
+"""The tables a run ends with."""
+
+import numpy as np
+
+from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
+
+
+def domains(total, used, data, names):
+    """The run in one table: by domain the chunks used and, per target, their mean and median value and the share of negative
+    ones. The median is what a single step with a gradient far above its history cannot move."""
+    lines = ["", "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones"]
+    lines += [f"{'':32}" + "".join(f"{name[:26]:>28}" for name in names)]
+    lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)]
+    rows = [(name, used & (data.train.domain == d)) for d, name in enumerate(data.domains)]
+    rows = sorted((row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0]))
+    for name, chosen in [*rows, ("all", used)]:
+        cells = "".join(f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}" for v in total[chosen].T)
+        lines.append(f"{name[:23]:24}{chosen.sum():>8,}{cells}")
+    return "\n".join(lines)
+
+
+def account(entries, audits, names, domains):
+    """Per target: how much of the measured drop of its loss the books account for, which domains' momentum had a part in it, and
+    how close the audited steps' values came to the truth."""
+    entries = entries[np.isfinite(entries["residual"]).all(1)]  # the measured steps
+    lines = [""]
+    for k, name in enumerate(names):
+        total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in BOOK_ENTRIES}
+        drop = total["before"] - total["after"]
+        parts = ", ".join(f"{key} {total[key] / drop:.1%}" for key in ("data", "momentum", "decay"))
+        known = f"{1 - total['residual'] / drop:.1%} of the drop of {drop:.4f} nats in {len(entries)} measured steps"
+        lines.append(f"{name}: accounted for {known} ({parts})")
+        if "momentum_by_domain" in entries.dtype.names:
+            credit = entries["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
+            order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
+            lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / drop:.1%}" for d in order))
+    for k, name in enumerate(names if len(audits) else ()):
+        a = {key: audits[key][:, k] for key in AUDIT_ENTRIES}
+        spread = ", ".join(f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman"))
+        sums = f"relative L2 {np.median(a['rel_l2']):.1%} (median), sum {a['efficiency_gap'].sum() / a['utility'].sum():+.1%} of the truth"
+        lines.append(f"{name}: audit of {len(audits)} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson'].mean():.4f}")
+    return "\n".join(lines)
