@@ -138,11 +138,11 @@ class Records:
 
 def write_values(run, total, used):
     """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy."""
-    values = np.where(used[:, None], total, np.nan).astype(np.float32)
-    values = values[:, 0] if values.shape[1] == 1 else values
-    with atomic(Path(run, "values.npy")) as f:
-        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(values))
-        f.write(np.ascontiguousarray(values).data)  # np.save would hide why a disk refuses
+    shape = total.shape if total.shape[1] > 1 else total.shape[:1]
+    with atomic(Path(run, "values.npy")) as f:  # np.save would hide why a disk refuses, and want the whole array
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for part in (slice(start, start + 2**20) for start in range(0, len(total), 2**20)):
+            f.write(np.where(used[part, None], total[part], np.nan).astype("<f4").data)
 
 
 # --- reading ------------------------------------------------------------------

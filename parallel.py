@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ledger import atomic, crc32
+from ledger import atomic, claim, crc32
 
 SMALL = 2**20  # elements
 
@@ -85,14 +85,15 @@ def gather_objects(x):
 
 
 def on_rank_0(work):
-    """work()'s result on rank 0, None on the others, and on all of them the user's error that it raised."""
+    """What work() returns on rank 0, or the user's error that it raises there: on every rank."""
     result = error = None
     if rank() == 0:
         try:
             result = work()
         except (ValueError, OSError) as e:
             error = e
-    if error := gather_objects(error)[0]:
+    result, error = gather_objects((result, error))[0]
+    if error:
         raise error
     return result
 
@@ -205,19 +206,22 @@ def whole(x, copied, done):
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, each whole or not at all, and keeps the last few."""
+    """Takes a run's folder, writes its checkpoints, each whole or not at all, and keeps the last few."""
 
     def __init__(self, run, keep, background, used=None, step=0):
         """used: the checkpoint the run goes on from, of that step, if any; those that came after it, or all, are none of this run's.
-        background: copy to the host's memory, and go on while a thread writes."""
+        background: copy to the host's memory, and go on while a thread writes. Raises ValueError if another process has the folder."""
         self.run, self.keep, self.step, self.writing = run, keep, step, None
         self.pool = ThreadPoolExecutor(1) if background else None
-        if rank() == 0:
-            if used:
-                os.replace(used, run / "ckpt.pt")
-            for path in find_checkpoints(run):
-                if not used or (path.stem != "ckpt" and int(path.stem[5:]) >= step):
-                    path.unlink()
+        on_rank_0(lambda: self._take(used))
+
+    def _take(self, used):
+        self.lock = claim(self.run, "out_dir")  # as long as this object lives
+        if used:
+            os.replace(used, self.run / "ckpt.pt")
+        for path in find_checkpoints(self.run):
+            if not used or (path.stem != "ckpt" and int(path.stem[5:]) >= self.step):
+                path.unlink()
 
     def write(self, step, content):
         """content: what to save, a nest of dicts, lists and tensors; every rank must call. Raises OSError if this one, or the one that was

@@ -171,7 +171,8 @@ def describe_run(cfg, data):
     git = subprocess.run(["git", "-C", config.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
     commit = git.stdout.strip() if git and git.returncode == 0 else None
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    return dict(config=vars(cfg), command=" ".join(["python", *sys.argv]), git_commit=commit, versions=versions, data_hash=data.hash)
+    run = dict(config=vars(cfg), command=" ".join(["python", *sys.argv]), processes=parallel.size(), git_commit=commit)
+    return run | dict(versions=versions, data_hash=data.hash)
 
 
 def check_system(cfg):
@@ -245,7 +246,7 @@ class Interrupted(list):
             raise KeyboardInterrupt
         self.append(number)
 
-    def ignore(self):
+    def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -269,7 +270,7 @@ def train(cfg):
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
     out, n_chunks, B = Path(cfg.out_dir), len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
-    used = parallel.gather_objects(parallel.on_rank_0(lambda: find_checkpoint(cfg, data)))[0]
+    used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data))
     checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
     device_type, dtype = device.split(":")[0], getattr(torch, cfg.dtype)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -310,7 +311,6 @@ def train(cfg):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
-    lock = parallel.on_rank_0(lambda: books.claim(out, "out_dir"))  # noqa: F841, ours until this function ends
     checkpoints = parallel.Checkpoints(out, cfg.keep_checkpoints, cfg.background, used, start)
     if parallel.rank() == 0:
         for name in () if checkpoint else RUN_FILES:
@@ -415,7 +415,7 @@ def train(cfg):
             say(f"stopped after step {done}; to go on: {command} train.py {out}/config.json --init_from=resume")
             break
     checkpoints.wait()
-    interrupted.ignore()
+    interrupted.restore()
 
     if start >= cfg.max_iters:
         say(f"already at step {start}: raise --max_iters to go on")

@@ -157,10 +157,8 @@ class Valuation:
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
         self.domain_momentum = [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
         if state:
-            loaded = {key: [t.to(self.params[0].device) for t in state[key]] if state[key] else None for key in ("grads", "domain_momentum")}
-            self.grads, self.domain_momentum = loaded["grads"], loaded["domain_momentum"]
-            if self.grads and self.sharded:
-                self.grads = [g[:, parallel.mine(g.shape[1])] for g in self.grads]
+            self.domain_momentum, grads = ([t.to(self.params[0].device) for t in state[key] or ()] for key in ("domain_momentum", "grads"))
+            self.grads = [g[:, parallel.mine(g.shape[1])] if self.sharded else g for g in grads] or None
         if step:
             self.commit()  # a crash between values.npy and the checkpoint left them apart
 
@@ -256,12 +254,12 @@ class Valuation:
         """These rows of a tensor laid out as the parameters are: on every rank."""
         if not self.sharded:
             return x.index_select(dim, rows)
-        here, inside = self.here(rows, x.shape[dim])
-        return parallel.add([x.index_select(dim, here.clamp(0, x.shape[dim] - 1)) * inside.view(-1, *[1] * (x.dim() - dim - 1))])[0]
+        here, inside = self.here(rows, n := x.shape[dim])
+        return parallel.add([x.index_select(dim, here.clamp(0, n - 1)) * inside.view(-1, *[1] * (x.dim() - dim - 1))])[0]
 
     def here(self, rows, n):
         """Where rows lie in this rank's slice of n rows, and whether they do."""
-        here = rows - (parallel.rank() * n if self.sharded else 0)
+        here = rows - parallel.rank() * n
         return here, (here >= 0) & (here < n)
 
     @torch.no_grad()
@@ -353,8 +351,8 @@ class Valuation:
         if len(rows) > most:
             chosen = self.rows_of(p.h, rows, 1).abs().flatten(2).sum((0, 2)).topk(most).indices.sort().values
             self.rows[p], g = rows[chosen], g[:, chosen]
-        here, inside = self.here(self.rows[p], p.h.shape[1])
-        p.h[:, here[inside] if self.sharded else here] = 0
+        here, inside = self.here(self.rows[p], p.h.shape[1]) if self.sharded else (self.rows[p], ...)
+        p.h[:, here[inside]] = 0
         self.kept[p] = g
 
     @torch.no_grad()

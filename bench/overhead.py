@@ -4,10 +4,11 @@ What valuing costs: plain steps, plain steps and the target's own forward and ba
     python bench/overhead.py                                  the three CPU shapes, a few minutes each
     python bench/overhead.py --shapes=byte --rounds=21        one shape, more rounds
     python bench/overhead.py --device=cuda --dtype=bfloat16 --shapes=gpt2-small-1024
+    torchrun --nproc_per_node=2 bench/overhead.py --shapes=byte --target=2          the same global batch by two processes
 
 A step is forward, backward, clipping and AdamW. Ratios are of throughput, round by round, then their median: above 1 is faster;
 /best compares each arm's fastest step with the fastest step of plain + target, which other users of a shared machine spoil least.
-Peak memory is each arm's own, of a process of its own. Prints a table and last one JSON line.
+Peak memory is each arm's own, of a process of its own (not measured under torchrun). Prints a table and last one JSON line.
 """
 
 import json
@@ -33,6 +34,7 @@ import torch
 
 import config
 import ghost
+import parallel
 from data import Target
 from model import GPT, GPTConfig
 from train import peak_flops
@@ -81,14 +83,16 @@ class Bench:
         self.raw_model = GPT(GPTConfig(self.T, vocab, n_layer, n_head, n_embd, bias=False)).to(cfg.device)
         torch._dynamo.config.force_parameter_static_shapes = False  # as train.py does
         self.model = torch.compile(self.raw_model, fullgraph=True) if cfg.compile else self.raw_model
+        self.trained = parallel.replicate(self.model)
         self.optimizer = self.raw_model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), cfg.device.split(":")[0])
         bf16 = cfg.dtype == "bfloat16"
         self.ctx = torch.amp.autocast(cfg.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(0, vocab, (self.B, self.T + 1))
-        self.rows = torch.from_numpy(self.tokens).to(cfg.device)
+        self.own = np.arange(self.B)[parallel.mine(self.B)]  # this rank's chunks of the global batch, and of a target
+        self.rows = torch.from_numpy(self.tokens[self.own]).to(cfg.device)
         targets = [Target(str(k), rng.integers(0, vocab, (cfg.target, self.T + 1)), None) for k in range(cfg.K)]
-        self.target = [torch.from_numpy(t.rows).to(cfg.device) for t in targets]
+        self.target = [torch.from_numpy(t.rows[parallel.mine(cfg.target)]).to(cfg.device) for t in targets]
         self.valuations = {}
         for rule in set(arms) - {PLAIN, TARGET}:
             (run := Path(folder, rule)).mkdir()
@@ -97,9 +101,9 @@ class Bench:
                 cfg.target, "fixed", compile=cfg.compile, book_interval=1000,
             )  # fmt: skip
 
-    def loss(self, X, Y, ledger=None):
+    def loss(self, X, Y, ledger=None, model=None):
         with self.ctx:
-            return self.model(X, Y, ledger)[1]
+            return (model or self.model)(X, Y, ledger)[1]
 
     def valuation_loss(self, X, Y, ledger=None):
         return self.loss(torch.as_tensor(X).to(self.device), torch.as_tensor(Y).to(self.device), ledger)
@@ -109,12 +113,14 @@ class Bench:
         if arm == TARGET:
             for rows in self.target:
                 self.loss(rows[:, :-1], rows[:, 1:]).backward()
+                parallel.add([p.grad for p in self.raw_model.parameters()])
                 self.optimizer.zero_grad()
         if valuation:
             valuation.open(1, 1e-4, self.tokens)  # step 1: not one that the books measure
-        for _ in range(self.cfg.accumulation):
-            ledger = valuation.ledger(np.arange(self.B), X, Y) if valuation else None
-            (self.loss(X, Y, ledger) / self.cfg.accumulation).backward()
+        for i in range(1, self.cfg.accumulation + 1):
+            ledger = valuation.ledger(self.own, X, Y) if valuation else None
+            self.trained.require_backward_grad_sync = i == self.cfg.accumulation
+            (self.loss(X, Y, ledger, self.trained) / self.cfg.accumulation).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
         if valuation:
             valuation.before_step((1.0 / (norm + 1e-6)).clamp(max=1.0))
@@ -134,6 +140,7 @@ class Bench:
     def wait(self):
         if "cuda" in self.device:
             torch.cuda.synchronize()
+        parallel.any_of(False)  # for the slowest rank
 
 
 def peak_memory(cfg, shape, arm):
@@ -195,14 +202,21 @@ def show(rows):
 def main(cfg):
     if cfg.arm:
         return run_arm(cfg)
-    rows = []
+    cfg.device, rows = parallel.start(cfg.device), []
+    if cfg.target % parallel.size() or any(SHAPES[shape][-1] % parallel.size() for shape in cfg.shapes.split(",")):
+        raise ValueError(f"{parallel.size()} processes cannot share --target={cfg.target} or a shape's B evenly: write --target={parallel.size()}")
+    cfg.memory = cfg.memory and parallel.size() == 1
     for shape in cfg.shapes.split(","):
         rows += measure(cfg, shape)
-        show(rows[-2 - len(cfg.rules.split(",")) :])
+        if parallel.rank() == 0:
+            show(rows[-2 - len(cfg.rules.split(",")) :])
+    if parallel.rank():
+        return
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(json.dumps({"device": device, "torch": torch.__version__, "commit": commit, **vars(cfg), "rows": rows}))
+    print(json.dumps({"device": device, "processes": parallel.size(), "torch": torch.__version__, "commit": commit, **vars(cfg), "rows": rows}))
 
 
 if __name__ == "__main__":
     config.main(lambda: main(config.load(Config)))
+    parallel.stop()

@@ -11,9 +11,11 @@ def domains(total, used, data, names):
     lines = ["", "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones"]
     lines += [f"{'':32}" + "".join(f"{name[:26]:>28}" for name in names)]
     lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)]
-    rows = [(name, used & (data.train.domain == d)) for d, name in enumerate(data.domains)]
+    ids = np.flatnonzero(used)
+    total, domain = total[ids], data.train.domain[ids]
+    rows = [(name, domain == d) for d, name in enumerate(data.domains)]
     rows = sorted((row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0]))
-    for name, chosen in [*rows, ("all", used)]:
+    for name, chosen in [*rows, ("all", domain >= 0)]:
         cells = "".join(f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}" for v in total[chosen].T)
         lines.append(f"{name[:23]:24}{chosen.sum():>8,}{cells}")
     return "\n".join(lines)
