@@ -19,7 +19,7 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ("kernels", "sources", "show", "bench", "experiments")
+FOLDERS = ("ops", "sources", "show", "bench", "experiments")
 
 
 def load(cls, argv=None):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import weight_grad as kernel
+from ops import weight_grad as kernel
 
 TILE = 2**21  # elements of the weight gradient worked on at a time on CPU: a tile and its direction stay in cache
 # How Linear contracts. running: reads the values off the weight gradient as it accumulates, chunk after chunk; fused: the same in one Triton

@@ -12,8 +12,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ledger import atomic, claim, crc32
@@ -121,6 +119,9 @@ def shard(model, blocks, K):
     A sharded parameter p has p.h, this rank's slice of its direction (K, rows, ...), and p.seen, the whole parameter as the
     layers see it, whose own .h is the whole direction. Raises ValueError where the ranks cannot share the rows evenly.
     """
+    from torch.distributed.fsdp import fully_shard  # takes seconds to import, as whatever of torch knows DTensor
+    from torch.distributed.tensor import Shard
+
     directions, olds = {}, dict(model.named_parameters())
     for name, p in olds.items():
         if len(p) % size():
@@ -136,7 +137,7 @@ def shard(model, blocks, K):
     sharded = dict(model.named_parameters())
     for module in (*blocks, model):
         module.unshard()
-        wholes |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+        wholes |= {name: p for name, p in model.named_parameters() if not is_sharded(p)}
         module.reshard()
     for name, old in olds.items():
         p, whole = sharded[name], wholes[name]
@@ -147,15 +148,19 @@ def shard(model, blocks, K):
             p.h, whole.h = local(sharded[name + "_h"]), wholes[name + "_h"]
 
 
+def is_sharded(t):
+    return hasattr(t, "to_local")  # it is a DTensor
+
+
 @torch.no_grad()
 def local(t):
     """This rank's slice of a sharded tensor; any other as it is."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_sharded(t) else t
 
 
 def full(t):
     """The whole of a sharded tensor, on every rank, which all must ask for it; any other as it is."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 # --- checkpoints: whole tensors, so that any number of ranks can go on, sharded or not
@@ -171,7 +176,9 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
     for p, entries in optimizer.state.items():
         for name, t in entries.items():
-            if isinstance(p, DTensor) and t.shape == p.shape:
+            if is_sharded(p) and t.shape == p.shape:
+                from torch.distributed.tensor import distribute_tensor
+
                 entries[name] = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -201,7 +208,7 @@ def whole(x, copied, done):
         return x
     if id(x) not in done:  # tied weights are one tensor
         t = full(x.detach())
-        done[id(x)] = None if rank() else t.to("cpu", copy=copied) if copied or isinstance(x, DTensor) else t
+        done[id(x)] = None if rank() else t.to("cpu", copy=copied) if copied or is_sharded(x) else t
     return done[id(x)]
 
 

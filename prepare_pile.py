@@ -47,6 +47,7 @@ from tqdm import tqdm
 import config
 import data
 from ledger import claim, sync
+from show import tables
 from sources.documents import open_source, records, suffixes
 
 
@@ -344,7 +345,8 @@ def prepare(cfg):
             shutil.rmtree(partial, ignore_errors=True)
             if lying.exists() and not any(lying.iterdir()):
                 lying.rmdir()
-    report(cfg, meta)
+    print(tables.prepared(meta))
+    print(f"\nnext: python train.py --data_dir={cfg.data_dir}")
 
 
 def is_prepared(folder, cfg):
@@ -371,18 +373,6 @@ def publish(partial, folder, overwrite):
     (folder / "lock").unlink()
     if old:
         shutil.rmtree(old)
-
-
-def report(cfg, meta):
-    width = max(map(len, ["domain", *meta["domains"]]))
-    print(f"{'domain':<{width}} {'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}")
-    for domain, of in meta["by_domain"].items():
-        documents, tokens = (of["train"][key] + of["val"][key] for key in ("documents", "tokens"))
-        chunks = f"{of['train']['chunks']:>13,} {of['val']['chunks']:>11,}"
-        print(f"{domain:<{width}} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
-    skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
-    print(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
-    print(f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}\n\nnext: python train.py --data_dir={cfg.data_dir}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ import exact
 import ghost
 import ledger as books
 import parallel
-from kernels.adamw import TINY, Scalars, displacement, land, land_halfway, scale_expected, scale_linear, scale_secant, secant
+from ops.adamw import TINY, Scalars, displacement, land, land_halfway, scale_expected, scale_linear, scale_secant, secant
 from parallel import local
 
 RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")

@@ -1,4 +1,4 @@
-"""The tables a run ends with."""
+"""The tables that prepare_pile.py and train.py end with."""
 
 import numpy as np
 
@@ -42,3 +42,16 @@ def account(entries, audits, names, domains):
         sums = f"relative L2 {np.median(a['rel_l2']):.1%} (median), sum {a['efficiency_gap'].sum() / a['utility'].sum():+.1%} of the truth"
         lines.append(f"{name}: audit of {len(audits)} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson'].mean():.4f}")
     return "\n".join(lines)
+
+
+def prepared(meta):
+    """A data folder in one table, from its meta.json."""
+    width = max(map(len, ["domain", *meta["domains"]]))
+    lines = [f"{'domain':<{width}} {'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}"]
+    for domain, of in meta["by_domain"].items():
+        documents, tokens = (of["train"][key] + of["val"][key] for key in ("documents", "tokens"))
+        chunks = f"{of['train']['chunks']:>13,} {of['val']['chunks']:>11,}"
+        lines.append(f"{domain:<{width}} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
+    lines.append(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
+    skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
+    return "\n".join([*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"])

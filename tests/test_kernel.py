@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ghost
-from kernels import weight_grad as kernel
+from ops import weight_grad as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

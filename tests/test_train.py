@@ -251,7 +251,7 @@ KILLED = [
 
 @pytest.mark.parametrize("seed, interval, more", KILLED)
 def test_killed_runs_end_like_one_that_was_not(python_data, tmp_path, seed, interval, more):
-    """SIGKILL at random moments (7 in each of three settings; with a checkpoint every step, mostly while one is written)."""
+    """SIGKILL at random moments (6 in each of three settings; with a checkpoint every step, mostly while one is written)."""
     more = (TWO, "--max_iters=40", f"--checkpoint_interval={interval}", "--eval_interval=10", *more)
     log = tmp_path / "log"
     began = time.monotonic()
@@ -261,7 +261,7 @@ def test_killed_runs_end_like_one_that_was_not(python_data, tmp_path, seed, inte
     assert whole.exitcode == 0, log.read_text()
 
     rng, kills, out = random.Random(seed), 0, tmp_path / "killed"
-    while kills < 7:
+    while kills < 6:
         resume = ["--init_from=resume"] if out.exists() else []
         process = in_process(quiet_run, arguments(python_data, out, *more, *resume), log)
         process.join(rng.uniform(0.3, 1.0) * duration * (0.5 if kills else 0.8))
