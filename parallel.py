@@ -28,7 +28,10 @@ def start(device):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # NCCL for the GPUs, gloo for what never leaves the host, as whether to stop; a rank that is slow for an hour is only slow
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+    backend, timeout = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timedelta(hours=1)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # which may hold what processes before a restart left
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
 
 
@@ -48,8 +51,10 @@ def size():
 
 
 def mine(n):
-    """This rank's slice of 0..n-1, a multiple of size(): the slices in the order of the ranks are the whole."""
-    each = n // size()
+    """This rank's slice of 0..n-1: the slices in the order of the ranks are the whole. Raises ValueError where they would not be equal."""
+    each, left = divmod(n, size())
+    if left:
+        raise ValueError(f"{size()} processes cannot share {n} chunks evenly: change --batch_size or --gradient_accumulation_steps")
     return slice(rank() * each, (rank() + 1) * each)
 
 
@@ -166,11 +171,6 @@ def full(t):
 # --- checkpoints: whole tensors, so that any number of ranks can go on, sharded or not
 
 
-def weights(model):
-    """{name: parameter}, those that are trained; tied ones under each of their names."""
-    return {name: p for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
-
-
 def load_optimizer(optimizer, state):
     """An optimizer's state_dict of whole tensors -> the optimizer's, laid out as its parameters are."""
     optimizer.load_state_dict(state)
@@ -184,8 +184,8 @@ def load_optimizer(optimizer, state):
 
 def find_checkpoints(run):
     """ckpt.pt, the newest, and ckpt-<step>.pt, those before it: paths, the newest first."""
-    older = sorted(run.glob("ckpt-*.pt"), key=lambda path: -int(path.stem.removeprefix("ckpt-")))
-    return [path for path in (run / "ckpt.pt", *older) if path.is_file()]
+    older = [path for path in run.glob("ckpt-*.pt") if path.stem[5:].isdigit()]
+    return [path for path in (run / "ckpt.pt", *sorted(older, key=lambda path: -int(path.stem[5:]))) if path.is_file()]
 
 
 def read_checkpoint(path):

@@ -181,9 +181,6 @@ def check_system(cfg):
         raise ValueError(f"--device={cfg.device} is not on this machine: write --device=cpu")
     if cfg.shard and "RANK" not in os.environ:
         raise ValueError("--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ...")
-    B, processes = cfg.batch_size * cfg.gradient_accumulation_steps, int(os.environ.get("WORLD_SIZE", 1))
-    if B % processes:
-        raise ValueError(f"{processes} processes cannot share the {B} chunks of a step evenly: change --batch_size or --gradient_accumulation_steps")
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
         raise ValueError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
@@ -270,6 +267,7 @@ def train(cfg):
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
     out, n_chunks, B = Path(cfg.out_dir), len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
+    own = parallel.mine(B)  # this rank's chunks of a step
     used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data))
     checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
     device_type, dtype = device.split(":")[0], getattr(torch, cfg.dtype)
@@ -333,13 +331,13 @@ def train(cfg):
     def save(step):
         """Ledger and values first, then the checkpoint that counts on them."""
         valuation.commit()
-        content = dict(model=parallel.weights(raw_model), optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
+        weights = {name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad}
+        content = dict(model=weights, optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
         content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
         content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
         checkpoints.write(step, content)
 
-    own = parallel.mine(B)  # this rank's chunks of a step, in as few micro-batches as batch_size allows
-    n = own.stop - own.start
+    n = own.stop - own.start  # in as few micro-batches as batch_size allows
     micro_steps = next(m for m in range(1, n + 1) if n % m == 0 and n // m <= cfg.batch_size)
     if trained is not model:  # DDP orders its buckets by the first backward: if that were a step's, a resumed run would add up in another order
         loss_of(*data.train.batch(np.zeros(n // micro_steps, int), cfg.block_size), None, trained).backward()

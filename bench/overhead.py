@@ -173,7 +173,10 @@ def measure(cfg, shape):
             for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:  # no arm always comes after the same one
                 seconds[arm].append(bench.timed(arm))
         B = bench.B * cfg.accumulation
-        tokens, mfu_of = B * bench.T, partial(bench.raw_model.estimate_mfu, B, peak_flops=peak_flops(cfg.device, getattr(torch, cfg.dtype)))
+        tokens, mfu_of = (
+            B * bench.T,
+            partial(bench.raw_model.estimate_mfu, B, peak_flops=parallel.size() * peak_flops(cfg.device, getattr(torch, cfg.dtype))),
+        )
         params = sum(p.numel() * p.element_size() for p in bench.raw_model.parameters())
         del bench
     memory = {arm: peak_memory(cfg, shape, arm) for arm in arms} if cfg.memory else {}

@@ -26,6 +26,17 @@ ROOT = Path(config.__file__).parent
 MORE = (TWO, "--book_interval=3", "--target_batch=3", "--lr_decay_iters=12")
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def own_port():
+    """torchrun's environment, for several tests at a time."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(free_port())}
+
+
 def rank_run(rank, world, port, argvs, log, limit):
     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ.update({name: str(x) for name, x in names.items()})
@@ -39,10 +50,8 @@ def rank_run(rank, world, port, argvs, log, limit):
 def start(world, log, *argvs, limit=0):
     """The processes that torchrun would start, forked from a server that has everything imported; each runs all of argvs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo"])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
+    port = free_port()
     ranks = [context.Process(target=rank_run, args=(rank, world, port, argvs, log, limit)) for rank in range(world)]
     for process in ranks:
         process.start()
@@ -263,7 +272,7 @@ def test_only_one_run_writes_a_folder(python_data, tmp_path):
 
 def test_what_several_processes_cannot_do_is_said(python_data, tmp_path):
     for argv, answer in {
-        ("--batch_size=1", "--gradient_accumulation_steps=3"): "2 processes cannot share the 3 chunks of a step evenly",
+        ("--batch_size=1", "--gradient_accumulation_steps=3"): "2 processes cannot share 3 chunks evenly",
         ("--shard", "--audit_interval=2"): "--shard knows no --compile",
         ("--shard", "--n_embd=15", "--n_head=1"): "cannot share the 15 rows of transformer.h.0.ln_1.weight",
     }.items():
@@ -290,8 +299,24 @@ def test_the_commands_for_one_machine(python_data, tmp_path):
         argv = shlex.split(line.replace("--nproc_per_node=8", "--nproc_per_node=2"))
         more = ["--max_iters=6", "--lr_decay_iters=4"] if "--init_from" in line else ["--overwrite"]
         command = [sys.executable, "-m", "torch.distributed.run", *argv[1:], *small, *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own_port())
         assert done.returncode == 0, done.stderr
         assert "x 2 float32" in done.stdout and f"step {6 if '--init_from' in line else 4}/" in done.stdout, done.stdout
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
     assert not [line for line in running if f"--out_dir={tmp_path}" in line]  # no process is left behind
+
+
+def test_torchrun_starts_again(python_data, tmp_path):
+    """--max-restarts: a worker killed, torchrun starts all anew, which go on from the checkpoint: the bytes of an undisturbed run."""
+    out, more = tmp_path / "run", (*MORE, "--max_iters=60", "--lr_decay_iters=60", "--n_layer=1", "--eval_interval=0", "--init_from=auto")
+    ranks_run(2, tmp_path / "log", arguments(python_data, tmp_path / "whole", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=2", "train.py"]
+    agent = subprocess.Popen([*command, *arguments(python_data, out, *more)], cwd=ROOT, text=True, stdout=subprocess.PIPE, env=own_port())
+    while not (out / "ckpt.pt").exists():
+        assert agent.poll() is None
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-f", f"train.py.*--out_dir={out}"], capture_output=True, text=True).stdout.split()
+    os.kill(max(int(pid) for pid in workers if int(pid) != agent.pid), signal.SIGKILL)
+    said, _ = agent.communicate(timeout=50)
+    assert agent.returncode == 0 and len([line for line in said.splitlines() if line.startswith("steps ")]) == 2, said
+    assert read_bytes(out) == read_bytes(tmp_path / "whole")

@@ -54,7 +54,7 @@ def refused(capsys, data_dir, out_dir, *more):
 def in_process(target, *args):
     """A process that has everything imported: forked from a server that never computed anything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo"])
+    context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
     process = context.Process(target=target, args=args)
     process.start()
     return process
