@@ -60,10 +60,12 @@ def find_files(source):
 def file_documents(name, cfg, domain=None, opener=open):
     """The documents of one file; domain: of those that have none themselves, where it is not to be the file's name."""
     (kind, zipped), size, record = suffixes(name), os.path.getsize(name) if os.path.isfile(name) else None, 0
-    with opener(name, "rb") as file, tqdm.wrapattr(file, "read", total=size, desc=Path(name).name, delay=1, disable=None) as raw:
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=Path(name).name, delay=1, disable=None)
+    # the bar is not put around the file: pyarrow asks that for `closed` and swallows the Ctrl-C that comes while Python answers
+    with opener(name, "rb") as raw, bar:
         try:
             if kind == ".parquet":
-                yield from parquet_documents(raw, name, cfg, domain)
+                yield from parquet_documents(raw, name, cfg, domain, bar)
                 return
             stream, txt = io.BufferedReader(pa.input_stream(raw, ZIPPED[zipped]), MB), kind == ".txt"
             domain = Path(name).resolve().parent.name if txt else domain
@@ -71,12 +73,13 @@ def file_documents(name, cfg, domain=None, opener=open):
                 if not txt and not record and lines[0].lstrip().startswith(b"["):
                     raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
                 yield name, record, domain, b"".join(lines) if txt else lines
+                bar.update(raw.tell() - bar.n)
                 record += 1 if txt else len(lines)
         except (OSError, pa.ArrowException) as e:
             raise ValueError(f"{name} is damaged or cut short ({str(e).partition(chr(10))[0]}): fetch it again") from e
 
 
-def parquet_documents(raw, name, cfg, default):
+def parquet_documents(raw, name, cfg, default, bar):
     def column(batch, key):
         """A list of bytes, so that one text that is not UTF-8 spoils no other; None where there is no such column."""
         try:
@@ -93,6 +96,7 @@ def parquet_documents(raw, name, cfg, default):
         for text, domain in zip(texts, column(batch, cfg.domain_key) or [None] * len(texts)):
             yield name, record, domain or default, text
             record += 1
+        bar.update((bar.total or 0) * len(texts) / file.metadata.num_rows)
 
 
 def open_hub(cfg):

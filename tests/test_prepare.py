@@ -399,9 +399,9 @@ def gone(pid):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """A source that takes a second or two, and its undisturbed result."""
+    """A source that takes some seconds, and its undisturbed result."""
     folder = tmp_path_factory.mktemp("slow")
-    source = big(folder / "big.jsonl", 140)
+    source = big(folder / "big.jsonl", 360)
     return source, digest(run(folder, source, tokenizer="gpt2", workers=1).path)
 
 
@@ -412,6 +412,7 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
     process = command(tmp_path, source, "--workers=1", start_new_session=True, preexec_fn=listen)
     partial = tmp_path / "out.parts" / "1-of-1.partial"
     wait_for(lambda: any(path.stat().st_size > 1000 for path in partial.glob("*.arrow")), process)
+    os.kill(process.pid, signal.SIGSTOP)  # or it might be done before the signal comes
     workers = children(process.pid)
     assert workers
     with pytest.raises(ValueError, match=r"another process is writing"):
@@ -422,8 +423,9 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
         os.killpg(process.pid, number)  # as a terminal does
     else:
         os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGCONT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == code and not (tmp_path / "out").exists()
+    assert process.returncode == code and not (tmp_path / "out").exists(), errors
     wait_for(lambda: all(map(gone, workers)))
     if number == "worker":
         assert errors.count("\n") == 1 and errors.startswith("error: a worker process was killed")
