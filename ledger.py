@@ -126,12 +126,12 @@ class Records:
     def commit(self):
         """Rows first, then the header that counts them."""
         if self.pending:
-            new = np.concatenate(self.pending)
+            new = np.concatenate(self.pending).tobytes()
             self.file.seek(self.start + self.rows * self.dtype.itemsize)
-            self.file.write(new.tobytes())
+            self.file.write(new)
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.rows, self.crc, self.pending = self.rows + len(new), zlib.crc32(new.tobytes(), self.crc), []
+            self.rows, self.crc, self.pending = self.rows + len(new) // self.dtype.itemsize, zlib.crc32(new, self.crc), []
         self._header()
         os.fsync(self.file.fileno())
 

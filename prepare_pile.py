@@ -24,16 +24,13 @@ in that chunk's row), n_tokens (without <eot>). Records that are no use are skip
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
-import threading
-from collections import Counter, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -48,6 +45,7 @@ import config
 import data
 from ledger import claim, sync
 from show import tables
+from sources import workers
 from sources.documents import open_source, records, suffixes
 
 
@@ -101,32 +99,25 @@ MB = 1 << 20
 # --- in the parent: documents -> jobs ------------------------------------------
 
 
-def encoded(pool, documents, ahead):
-    """Documents -> what encode() makes of lists of them, of 128 KB of text or more, in order; at most `ahead` wait, so memory stays constant."""
-    waiting, job, size = deque(), [], 0
+def jobs(documents):
+    """Documents -> lists of them, of 128 KB of text or more."""
+    job, size = [], 0
     for document in documents:
         job.append(document)
         size += sum(map(len, document[3])) if isinstance(document[3], list) else len(document[3] or "")
         if size >= MB >> 3:
-            waiting.append(pool.submit(encode, job))
+            yield job
             job, size = [], 0
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    waiting.append(pool.submit(encode, job))
-    while waiting:
-        yield waiting.popleft().result()
+    yield job
 
 
 # --- in a worker: a job -> documents in tokens -------------------------
 
 
-def start_worker(cfg):
+def worker(cfg):
     global CFG, TOKENIZER
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # nobody else would end a worker whose parent was killed
     CFG, TOKENIZER = cfg, data.tokenizer(cfg.tokenizer)
+    return encode
 
 
 def encode(job):
@@ -169,14 +160,13 @@ def plan(cfg, names, folder):
 
 def tokenize(cfg, parts, read, partial):
     """Writes the parts that are not there yet, up to the one in which --limit_tokens is reached. -> {path: what it holds}"""
-    workers, limit, done = cfg.workers or os.cpu_count(), cfg.limit_tokens or float("inf"), {}
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(cfg,))
+    limit, done = cfg.limit_tokens or float("inf"), {}
+    pool = workers.start(cfg.workers or os.cpu_count(), worker, cfg)  # now, before this process has more threads of other libraries
     try:
-        pool.submit(os.getpid)  # starts the workers now, before this process has more threads of other libraries
         for path, files in parts:
             if not path.exists():
                 documents = (document for name, _ in files for document in read(name))
-                write_part(partial / path.name, encoded(pool, documents, ahead=2 * workers + 1), limit)
+                write_part(partial / path.name, workers.ordered(pool, jobs(documents)), limit)
                 (partial / path.name).rename(path)
             file = pa.ipc.open_file(path)
             held = json.loads(file.get_batch_with_custom_metadata(file.num_record_batches - 1).custom_metadata[b"held"])
@@ -184,10 +174,10 @@ def tokenize(cfg, parts, read, partial):
             limit -= done[path]["tokens"]
             if limit <= 0:
                 break
-    except BrokenExecutor as e:
-        raise ValueError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, workers // 2)}") from e
+    except BrokenPipeError as e:
+        raise ValueError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, len(pool) // 2)}") from e
     finally:
-        pool.shutdown(cancel_futures=True)
+        workers.stop(pool)
     return done
 
 
