@@ -47,11 +47,14 @@ class Tape:
         return y
 
     @torch.no_grad()
-    def values(self):
-        """(B, K): each chunk's <gradient, direction>, the directions now on the parameters. Forgets what was kept."""
+    def values(self, each_token=False):
+        """(B, K): each chunk's <gradient, direction>, the directions now on the parameters; or (B * T, K), what each token's position
+        contributes to that. Forgets what was kept."""
         total = 0
         while self.kept:
             values, gy, inputs = self.kept.pop()
+            if each_token:  # then it is a chunk of its own
+                gy, *inputs = (t.flatten(0, 1)[:, None] if t.dim() > 1 else t for t in (gy, *inputs))
             total = total + values(gy, *inputs)
         return total
 
@@ -256,11 +259,11 @@ def head_loss(x, weight, y, ledger):
     if isinstance(ledger, Tape):
         loss, chunk_loss = _Head.apply(x, weight, y, weight.new_empty(0, *weight.shape), None, None, None)
 
-        def values(g, x):  # the logits once more, which costs less than keeping them
+        def values(g, x, y):  # the logits once more, which costs less than keeping them
             chunks = logit_grads(x, weight.to(x.dtype), y, weight.dtype)
             return torch.cat([linear_values(gy[None], x_TI[None], weight.h, None) for _, gy, x_TI in chunks]) * (g / y.numel())
 
-        return ledger.watch(loss, values, x.detach()), chunk_loss
+        return ledger.watch(loss, values, x.detach(), y), chunk_loss
     return _Head.apply(x, weight, y, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
 
 

@@ -116,11 +116,12 @@ class Valuation:
         book_interval=1, audit_interval=0, audit_permutations=200, domains=None, info=None, step=0, state=None,
     ):  # fmt: skip
         """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor. targets: objects with
-        name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to. A target's gradient comes from target_batch of
-        its chunks, in slices of micro_batch (0: at once), every target_interval steps. compile: the model is compiled, so two-pass rules always
-        repeat forward and backward, and compile the sweeps too. The books are measured every book_interval steps, the step audited every
-        audit_interval (0: never; by every subset up to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the
-        training data its domain, if momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on
+        name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to, or None. A target's gradient comes from
+        target_batch of its chunks, in slices of micro_batch (0: at once), every target_interval steps (0: where .grads is None). compile: the model
+        is compiled, so two-pass rules always repeat forward and backward, and compile the sweeps too. The books are measured every book_interval
+        steps (0: never), the step audited every audit_interval (0: never; by every subset up to 12 chunks, else by audit_permutations), clipping
+        by grad_clip. domains: per chunk of the training data its domain, if momentum is to be credited to domains. info: more entries for
+        values.json. step, state: where to go on
         (state_dict's), reading the ledger back up to there.
         """
         assert rule in RULES
@@ -145,7 +146,7 @@ class Valuation:
         self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
         K = len(targets)
         self.dtypes = dict(ledger=books.visit_dtype(K), books=books.book_dtype(K, n_domains), audit=books.audit_dtype(K))
-        if parallel.rank() == 0:  # the one that writes
+        if run and parallel.rank() == 0:  # the one that writes
             counted, names = state["records"] if state else {}, ["ledger", "books", "audit"][: 3 if audit_interval else 2]
             self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], *counted.get(name, ())[:2]) for name in names}
             self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
@@ -182,7 +183,7 @@ class Valuation:
     def target_batches(self, k):
         """This rank's part of the chunks that speak for target k at this step, in slices, each with its share of all their tokens.
         Every rank has as many slices, for sharded models compute in step: where chunks are wanting, some of share 0."""
-        X, Y = self.targets[k].batch(self.picks(k, self.step - self.step % self.interval))
+        X, Y = self.targets[k].batch(self.picks(k, self.step - self.step % max(1, self.interval)))
         tokens, padding = (Y >= 0).sum(), ((0, -len(X) % parallel.size()), (0, 0))
         X, Y = np.pad(X, padding), np.pad(Y, padding, constant_values=-1)
         part, size = parallel.mine(len(X)), self.micro_batch or len(X)
@@ -309,7 +310,7 @@ class Valuation:
     def aim(self, batch=None):
         """The targets' gradients where the rule wants them -> each parameter's .h (K, *shape).
         batch: what the optimizer will take, kappa g, a tensor a parameter, for two-pass rules."""
-        if self.grads is None or self.step % self.interval == 0:
+        if self.grads is None or (self.interval and self.step % self.interval == 0):
             if self.rule in TWO_PASS:
                 with self.weights_at([self.landing(p, taken=g) for p, g in zip(self.params, batch)]):
                     self.target_gradients()
@@ -419,7 +420,7 @@ class Valuation:
             seen = torch.from_numpy(np.unique(tokens))
             seen = seen.pin_memory().to(self.params[0].device, non_blocking=True) if self.params[0].is_cuda else seen
         self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
-        self.book, self.measured = {}, step % self.book_interval == 0
+        self.book, self.measured = {}, self.book_interval > 0 and step % self.book_interval == 0
         if self.measured:
             self.credit()
         if self.rule not in TWO_PASS:

@@ -101,7 +101,7 @@ def open_run(path, data_dir=""):
         info = read_json(path / "values.json")
         if info.get("schema") != ledger.SCHEMA:
             raise ValueError(f"{path}/values.json has schema {info.get('schema')}, this code reads {ledger.SCHEMA}: run train.py again")
-        K, rows = len(info["targets"]), (info["committed_step"] - info.get("first_step", 0)) * info["batch"]
+        K, rows = len(info["targets"]), info["committed_step"] * info["batch"]
         values, visits, books = (load(path, name) for name in ("values", "ledger", "books"))
         audit = load(path, "audit") if (path / "audit.npy").is_file() else np.zeros(0, ledger.audit_dtype(K))
         if read_json(path / "values.json") == info:  # else the run committed in between
@@ -109,6 +109,8 @@ def open_run(path, data_dir=""):
     data = open_dataset(data_dir or cfg["data_dir"])
     if data.hash != info["data_hash"]:
         raise ValueError(f"{data.path} is not the data of {path} (its hash differs): name the run's data with --data_dir=...")
+    if len(visits) and visits.dtype.names:
+        rows -= int(visits["step"][0]) * info["batch"]  # of a replay or a walk that began there
     for name, array, fits in (
         ("values", values, values.shape[:1] == (len(data.train.rows),) and values[:1].size == K),
         ("ledger", visits, visits.dtype == ledger.visit_dtype(K) and len(visits) >= rows),

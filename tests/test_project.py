@@ -142,8 +142,8 @@ FLOORS = {
     "prepare_pile": "config data ledger",
     "train": "config data ledger model valuation parallel",
     "sample": "config data model",
-    "report curate": "config values",
-    "revalue": "config train",
+    "revalue": "config data ghost ledger model parallel train valuation",
+    "report curate": "config ledger revalue values",
 }
 
 
