@@ -31,7 +31,7 @@ import torch
 import config
 import ledger as books
 import parallel
-from data import global_batch, open_dataset, parse_targets
+from data import global_batch, open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
 from show import dashboard, tables
 from valuation import Valuation, rng_state, set_rng_state
@@ -66,6 +66,7 @@ class Config:
     wandb_project: str = "nanoshapley"
     wandb_run_name: str = ""  # default: the name of out_dir
     wandb_histogram_interval: int = 100  # steps between histograms of the values
+    tensorboard_log: bool = False  # the same into out_dir/tensorboard, for tensorboard --logdir
     # batch
     batch_size: int = 12  # chunks of a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches of a step; global batch B = their product, whatever the number of processes
@@ -124,7 +125,7 @@ RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy", 
 # may differ between a run and its resumption; everything else would make the values belong to another run
 MAY_CHANGE = """
 out_dir data_dir init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval keep_checkpoints background
-wandb_log wandb_project wandb_run_name wandb_histogram_interval device compile shard""".split()
+wandb_log wandb_project wandb_run_name wandb_histogram_interval tensorboard_log device compile shard""".split()
 
 # --- before the first step ----------------------------------------------------
 
@@ -321,8 +322,9 @@ def train(cfg):
         info=dict(data_hash=data.hash), step=start, state=valuation_state,
     )  # fmt: skip
     board = None
-    if cfg.wandb_log and parallel.rank() == 0:
-        board, wandb_id = dashboard.start(cfg, wandb_id)
+    if (cfg.wandb_log or cfg.tensorboard_log) and parallel.rank() == 0:
+        board = dashboard.Board(cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode)
+        wandb_id = board.wandb_id
     peak, ranks = parallel.size() * peak_flops(device, dtype), f" x {parallel.size()}" * (parallel.size() > 1)
     run = f"{n_chunks:,} chunks of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
     say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {run}")
@@ -401,13 +403,16 @@ def train(cfg):
                 line += f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
             say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left", flush=True)
             if board:
-                metrics = {"loss": loss, "lr": lr, "mfu": mfu, "tokens_per_s": B * cfg.block_size / dt, "valuation_share": share}
+                metrics = {"train/loss": loss, "train/lr": lr, "train/tokens_per_s": B * cfg.block_size / dt}
+                metrics |= {"overhead/ms_per_step": dt * 1e3, "overhead/mfu": mfu, "overhead/valuation_share": share}
                 if targets:
-                    metrics |= dashboard.value_metrics(recent, targets, data, histogram=done % cfg.wandb_histogram_interval < done - since)
+                    metrics |= board.values(recent, histogram=done % cfg.wandb_histogram_interval < done - since)
                 board.log(metrics, step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
         if done % cfg.checkpoint_interval == 0 or last:
             save(done)
+            if board and targets:
+                board.log(board.totals(valuation.total, valuation.used, done), step=done)
         if stopping:
             command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if parallel.size() > 1 else "python"
             say(f"stopped after step {done}; to go on: {command} train.py {out}/config.json --init_from=resume")

@@ -494,21 +494,43 @@ def test_bfloat16_trains(python_data, tmp_path):
 
 
 def test_wandb_goes_offline_without_a_login(python_data, tmp_path, monkeypatch):
-    """The real wandb, with an empty home: it says so, and the run's file holds what was logged."""
+    """The real wandb, with an empty home: it says so, and its files hold what was logged; TensorBoard's hold the same."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     for key in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    root = Path(config.__file__).parent
-    argv = [a for a in arguments(python_data, tmp_path / "run", TWO, "--wandb_log", "--wandb_histogram_interval=4", "--audit_interval=6")]
+    root, out = Path(config.__file__).parent, tmp_path / "run"
+    argv = arguments(python_data, out, TWO, "--wandb_log", "--tensorboard_log", "--wandb_histogram_interval=4", "--audit_interval=6")
     done = subprocess.run([sys.executable, root / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no login found, so this run is logged offline" in done.stdout
-    logged = next((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
-    wanted = ["loss", "lr", "mfu", "val_loss/val"]
+    logged = next(out.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
+    scalars, histograms, curves, tables = ["train/loss", "train/lr", "overhead/mfu", "overhead/valuation_share", "val_loss/val"], [], [], []
     for name in ("Python code", "Docstrings"):
-        wanted += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [f"audit/{name}/{x}" for x in ("pearson", "rel_l2")]
-        wanted += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [f"value_by_domain/{name}/Topics", f"histogram/{name}"]
-    assert [key for key in wanted if key.encode() not in logged] == []
+        scalars += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [f"audit/{name}/{x}" for x in ("pearson", "rel_l2")]
+        scalars += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [f"value_by_domain/{name}/Topics"]
+        histograms += [f"histogram/{name}"]
+        curves += [f"domains/{name}"]
+        tables += [f"chunks/{name}/top", f"chunks/{name}/bottom"]
+    assert [key for key in [*scalars, *histograms, *curves, *tables] if key.encode() not in logged] == []
+
+    values, data = np.load(out / "values.npy"), open_dataset(python_data)
+    best = int(np.nanargmax(values[:, 0]))
+    found = [json.loads(path.read_text()) for path in out.glob("wandb/offline-run-*/files/media/table/chunks/Python code/top_*.table.json")]
+    assert len(found) == 3  # one a checkpoint
+    last = next(table for table in found if table["data"][0][0] == best and abs(table["data"][0][2] - values[best, 0]) < 1e-6)
+    tokens = data.train.rows[best]
+    assert last["data"][0][1] == data.domains[data.train.domain[best]] and last["data"][0][3] == bytes(tokens[tokens < 255].tolist()).decode(
+        errors="replace"
+    )
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert set(scalars) <= set(events.Tags()["scalars"]) and set(histograms) <= set(events.Tags()["histograms"])
+    assert {f"{name}/text_summary" for name in tables} <= set(events.Tags()["tensors"])
+    assert events.Scalars("value/Python code/mean")[-1].value == pytest.approx(read(out)["value"][-4:, 0].mean(), rel=1e-5)
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
