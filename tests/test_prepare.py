@@ -20,7 +20,8 @@ import zstandard
 
 import config
 import data
-from prepare_pile import Config, Split, prepare
+from prepare_pile import Config, prepare
+from sources.rows import Split
 
 SCRIPT = Path(config.__file__).parent / "prepare_pile.py"
 ARRAYS = ("train.npy", "val.npy", "train_domain.npy", "val_domain.npy")
