@@ -28,7 +28,6 @@ import ledger
 import parallel
 import train
 from data import global_batch, open_dataset, parse_targets
-from model import GPT, GPTConfig
 from valuation import Valuation
 
 ONE_PASS = {"sgd2": "sgd", "adamw2": "adamw"}  # for a chunk without its batch
@@ -139,15 +138,8 @@ class Frozen:
         """folder: where the values go, from step on; None: nowhere. target_batch: chunks that speak for a target, once a checkpoint."""
         self.options, self.data = options, data
         self.batch = options.batch_size * options.gradient_accumulation_steps
-        model_args = {key: getattr(options, key) for key in "n_layer n_head n_embd block_size bias dropout tie_weights".split()}
-        self.model = GPT(GPTConfig(**model_args, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)).to(options.device)
-        if options.dtype == "float64":
-            self.model.double()
-        if options.optimizer == "adamw":
-            betas = options.beta1, options.beta2
-            self.optimizer = self.model.configure_optimizers(options.weight_decay, options.learning_rate, betas, options.device.split(":")[0])
-        else:
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=options.learning_rate)
+        self.model = train.build_model(options, data, options.device)
+        self.optimizer = train.build_optimizer(options, self.model)
         self.valuation = Valuation(
             self.model, self.optimizer, self.loss, targets, ONE_PASS.get(options.rule, options.rule), self.batch, len(data.train.rows), folder,
             target_batch, "fixed", 0, max(8, options.batch_size), options.seed, book_interval=0, info=dict(data_hash=data.hash), step=step,

@@ -198,6 +198,20 @@ def peak_flops(device, dtype):
     return 2 * 1024**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))  # reading a number waits for the device
 
 
+def build_model(cfg, data, device):
+    """Its first weights are a function of the seed."""
+    torch.manual_seed(cfg.seed)
+    args = {key: getattr(cfg, key) for key in "n_layer n_head n_embd block_size bias dropout tie_weights".split()}
+    model = GPT(GPTConfig(**args, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)).to(device)  # padded up for efficiency
+    return model.double() if cfg.dtype == "float64" else model
+
+
+def build_optimizer(cfg, model):
+    if cfg.optimizer == "adamw":
+        return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device.split(":")[0])
+    return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=cfg.learning_rate)
+
+
 # --- in the loop --------------------------------------------------------------
 
 
@@ -276,20 +290,12 @@ def train(cfg):
     torch.backends.cudnn.allow_tf32 = True
 
     # model and optimizer
-    torch.manual_seed(cfg.seed)
-    model_args = {key: getattr(cfg, key) for key in "n_layer n_head n_embd block_size bias dropout tie_weights".split()}
-    model_args["vocab_size"] = -(-data.meta["vocab_size"] // 64) * 64  # padded up for efficiency
-    raw_model = GPT(GPTConfig(**model_args)).to(device)
-    if dtype == torch.float64:
-        raw_model.double()
+    raw_model = build_model(cfg, data, device)
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
     if cfg.shard:
         parallel.shard(raw_model, raw_model.transformer.h, len(targets))
-    if cfg.optimizer == "adamw":
-        optimizer = raw_model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), device_type)
-    else:
-        optimizer = torch.optim.SGD((p for p in raw_model.parameters() if p.requires_grad), lr=cfg.learning_rate)
+    optimizer = build_optimizer(cfg, raw_model)
     start, best_val_loss, wandb_id, valuation_state = 0, math.inf, None, None
     if checkpoint:
         parallel.load_optimizer(optimizer, checkpoint["optimizer"])
@@ -334,7 +340,7 @@ def train(cfg):
         """Ledger and values first, then the checkpoint that counts on them."""
         valuation.commit()
         weights = {name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad}
-        content = dict(model=weights, optimizer=optimizer.state_dict(), model_args=model_args, iter_num=step)
+        content = dict(model=weights, optimizer=optimizer.state_dict(), model_args=vars(raw_model.config), iter_num=step)
         content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
         content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
         checkpoints.write(step, content)
