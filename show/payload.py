@@ -15,6 +15,7 @@ SLICE = 1 << 20  # rows of the ledger held at a time
 DOMAINS, BINS, POINTS, DOCUMENTS = 60, 60, 4000, 6  # at most: domains by name, columns of a chart, points, documents named of a chunk
 TEXTS, TOKENS = 700_000, 800_000  # bytes: of all the texts together, of all the coloured tokens
 BAD, GOOD = 0.1, 0.9  # a residual above this share of the drop, an audited step's Pearson below this: a warning
+LONE = 0.2  # a step with more than this share of the size of all values: sums, means and shares leave it out, and the page says so
 RULES = {
     "sgd": "first order, as if plain SGD trained",
     "sgd2": "second order without a Hessian, as if plain SGD trained",
@@ -32,10 +33,12 @@ def gather(run, documents):
     passed = Pass(run, of, D, used[chosen])
     for start in range(0, len(run.visits), SLICE):
         passed.add(run.visits[start : start + SLICE])
+    lone = passed.leave_out()
     tokens = passed.count[used] * run.width
-    content = dict(run=describe(run, passed), targets=[short(name) for name in run.names], domains=names, trust=trust(run, passed.early))
-    content |= dict(spread=spread(values, tokens, of[used], D), time=over_time(run, passed), histogram=histograms(values, of[used], D))
-    return content | dict(points=points(run, of), chunks=chunks(run, documents, used[chosen], values[chosen], of, passed))
+    content = dict(run=describe(run, passed), targets=[short(name) for name in run.names], domains=names, lone=lone)
+    content |= dict(trust=trust(run, passed.early), spread=spread(values, tokens, of[used], passed.left[:, used]), time=over_time(run, passed))
+    content |= dict(histogram=histograms(values, of[used], D), points=points(run, of))
+    return content | dict(chunks=chunks(run, documents, used[chosen], values[chosen], of, passed))
 
 
 def encode(content):
@@ -97,23 +100,43 @@ class Pass:
         self.met, self.loss = np.full(len(chosen), np.iinfo("i4").max), np.zeros(len(chosen))
         self.sums = np.zeros((K, len(self.edges) - 1, D))
         self.group_sums = np.zeros((K, max(0, len(self.group_edges) - 1), D))
-        self.early, self.early_size, self.size = set(), np.zeros(K), np.zeros(K)
+        self.early, self.early_size, self.sizes = set(), np.zeros(K), np.zeros((K, steps))
+        self.left = np.zeros((K, len(of)), bool)  # chunks met in a step that is left out
 
     def add(self, visits):
         step, chunk, values, early = visits["step"], visits["chunk"], visits["value"].astype(float), visits["early"] > 0
         np.add.at(self.count, chunk, 1)
-        for sums, edges in ((self.sums, self.edges), (self.group_sums, self.group_edges)):
-            column = np.searchsorted(edges, step, "right") - 1
-            inside = (column >= 0) & (column < sums.shape[1])
-            cell = (column * self.D + self.of[chunk])[inside]
-            for k in range(len(sums)):
-                sums[k] += np.bincount(cell, values[inside, k], sums[k].size).reshape(sums[k].shape)
+        for k in range(values.shape[1]):
+            self.into_columns(k, step, chunk, values[:, k])
+            first = step[0] - self.first
+            size = np.bincount(step - step[0], abs(values[:, k]))
+            self.sizes[k, first : first + len(size)] += size
         self.early |= set(np.unique(step[early]).tolist())
-        self.early_size, self.size = self.early_size + abs(values[early]).sum(0), self.size + abs(values).sum(0)
+        self.early_size += abs(values[early]).sum(0)
         where = self.position[chunk]
         shown = where >= 0
         np.minimum.at(self.met, where[shown], step[shown])
         np.add.at(self.loss, where[shown], visits["loss"][shown])
+
+    def into_columns(self, k, step, chunk, values):
+        for sums, edges in ((self.sums[k], self.edges), (self.group_sums[k], self.group_edges)):
+            column = np.searchsorted(edges, step, "right") - 1
+            inside = (column >= 0) & (column < len(sums))
+            sums += np.bincount((column * self.D + self.of[chunk])[inside], values[inside], sums.size).reshape(sums.shape)
+
+    def leave_out(self):
+        """Takes steps that outweigh all others out of the sums over time and marks their chunks -> per target [[step, share of the size of all
+        values, sum in nats]]: where a rule overshoots, one step can be larger than the loss ever was, and nothing else would be seen."""
+        found, B, self.total = [], self.run.info["batch"], self.sizes.sum(1)
+        for k, sizes in enumerate(self.sizes):
+            found.append([])
+            for i in np.flatnonzero(sizes > LONE * self.total[k]) if len(sizes) >= 1 / LONE**2 else ():
+                rows = self.run.visits[i * B : (i + 1) * B]
+                self.into_columns(k, rows["step"], rows["chunk"], -rows["value"][:, k].astype(float))
+                self.left[k, rows["chunk"]] = True
+                sizes[i], share = 0, sizes[i] / self.total[k]
+                found[k].append([int(i) + self.first, num(share), num(rows["value"][:, k].sum(dtype=float))])
+        return found
 
 
 def describe(run, passed):
@@ -125,7 +148,7 @@ def describe(run, passed):
     found |= dict(name=short(run.path.resolve().name), data=short(run.data.path.name), tokenizer=meta["tokenizer"], size=size, width=run.width)
     found |= dict(rule=run.info["rule"], rule_is=RULES.get(run.info["rule"], ""), batch=run.info["batch"], visits=len(run.visits))
     found |= dict(step=run.info["committed_step"], first=passed.first, used=len(run.used), chunks=len(run.values), hash=run.data.hash[:12])
-    return found | dict(early=len(passed.early), early_share=num(passed.early_size / np.maximum(passed.size, 1e-300)))
+    return found | dict(early=len(passed.early), early_share=num(passed.early_size / np.maximum(passed.total, 1e-300)))
 
 
 def trust(run, early):
@@ -150,28 +173,28 @@ def trust(run, early):
     return found
 
 
-def spread(values, tokens, of, D):
-    """Per target and domain: chunks, tokens, sum (nats), and of the values per token: mean, its standard error, the five quantiles; share < 0."""
-    found = dict(chunks=np.bincount(of, minlength=D).tolist(), tokens=np.bincount(of, tokens, D).tolist())
-    members = [np.flatnonzero(of == d) for d in range(D)]
-    for name in ("sum", "mean", "error", "quantiles", "negative"):
-        found[name] = []
-    for v in values.T.astype(float):
-        each = v / tokens
-        sums = np.bincount(of, v, D)
+def spread(values, tokens, of, left):
+    """Per target and domain: tokens; of the chunks not left out the sum (nats), and per token the mean and its standard error; of all the five
+    quantiles per token and the share below 0. exponent: a power of ten that suits them."""
+    found = dict(tokens=[], sum=[], mean=[], error=[], quantiles=[], negative=[])
+    members = [np.flatnonzero(of == d) for d in range(of.max() + 1)]
+    for v, out in zip(values.T.astype(float), left):
+        each, kept = v / tokens, [m[~out[m]] for m in members]
+        sums, sizes = (np.array([x[m].sum() for m in kept]) for x in (v, tokens))
+        found["tokens"].append(sizes.tolist())
         found["sum"].append(num(sums))
-        found["mean"].append(num(sums / found["tokens"]))
-        found["error"].append(num([each[m].std(ddof=1) / math.sqrt(len(m)) if len(m) > 1 else np.nan for m in members]))
+        found["mean"].append(num(sums / np.where(sizes, sizes, np.nan)))
+        found["error"].append(num([each[m].std(ddof=1) / math.sqrt(len(m)) if len(m) > 1 else np.nan for m in kept]))
         found["quantiles"].append(num([np.quantile(each[m], (0.05, 0.25, 0.5, 0.75, 0.95)) for m in members]))
         found["negative"].append(num([(v[m] < 0).mean() for m in members]))
-    means = np.abs(np.array(found["mean"], float)).ravel()
-    typical = float(np.median(means[means > 0])) if (means > 0).any() else 1.0
+    sizes = np.abs(np.array(found["quantiles"], float))
+    typical = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
     return found | dict(exponent=3 * math.floor(math.log10(typical) / 3))
 
 
 def over_time(run, passed):
-    """Cumulative (K, D, columns) in nats, and share (K, D, groups): the domain's values of a step over the measured drop of a step, both averaged
-    over the group's steps; all of it None where the drop is not above twice its standard error."""
+    """Cumulative (K, D, columns) in nats, size (K, columns) the same of all domains without signs, and share (K, D, groups): the domain's values
+    of a step over the measured drop of a step, both averaged over the group's steps; None where the drop is not above twice its standard error."""
     index = np.searchsorted(run.books["step"], passed.measured)
     drops = (run.books["before"] - run.books["after"])[index].astype(float).T  # (K, measured)
     share, mean, error = [], [], []
@@ -183,7 +206,8 @@ def over_time(run, passed):
         per_step = passed.group_sums[k] / np.diff(passed.group_edges)[:, None] if len(groups) else passed.group_sums[k]
         share.append(np.where(clear, per_step.T / np.where(clear, mean[k], 1), np.nan) if len(groups) else np.zeros((passed.D, 0)))
     found = dict(edges=passed.edges.tolist(), cumulative=num(passed.sums.cumsum(1).transpose(0, 2, 1)), groups=passed.group_edges.tolist())
-    return found | dict(share=num(share, 3), drop=num(mean), error=num(error))
+    ends = np.add.reduceat(passed.sizes, passed.edges[:-1] - passed.first, 1).cumsum(1)
+    return found | dict(size=num(ends), share=num(share, 3), drop=num(mean), error=num(error))
 
 
 def scale(values):

@@ -17,7 +17,7 @@ function fill(node, attributes, children) {
   for (const [key, value] of Object.entries(attributes))
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== false && value != null) node.setAttribute(key, value === true ? "" : value);
-  node.append(...children.flat().filter((child) => child != null).map((child) => (typeof child === "string" ? visible(child) : child)));
+  node.append(...children.flat().filter((child) => child != null && child !== false && child !== 0).map((child) => (typeof child === "string" ? visible(child) : child)));
   return node;
 }
 const make = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
@@ -58,7 +58,7 @@ function canvas(host, height, label) {
 function ticks(low, high, n) {
   const raw = (high - low || 1) / Math.max(1, n), base = 10 ** Math.floor(Math.log10(raw));
   const step = base * [1, 2, 5, 10].find((m) => m * base >= raw), found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i <= high / step + 1e-9; i++) found.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9); i <= high / step + 1e-9; i++) found.push(i * step || 0); // no -0
   return found;
 }
 const linear = (low, high, from, to) => (x) => from + ((x - low) / (high - low || 1)) * (to - from);
@@ -70,7 +70,7 @@ function fitted(node, text, width) { // cut to a width in pixels, the whole of i
 }
 function rows(id, label, list, [low, high], format, title, mark) { // list: [{name, note}]; mark(row, x, y) -> shapes
   const [made, width] = canvas($(id), 10, label), narrow = width < 560, height = narrow ? 42 : 27;
-  const left = narrow ? 8 : Math.min(190, width * 0.26), right = width - (narrow ? 12 : 118), bottom = 6 + list.length * height, x = linear(low, high, left, right);
+  const left = narrow ? 8 : Math.min(190, width * 0.26), right = width - (narrow ? 12 : 150), bottom = 6 + list.length * height, x = linear(low, high, left, right);
   made.setAttribute("height", bottom + 46);
   made.setAttribute("viewBox", `0 0 ${width} ${bottom + 46}`);
   for (const t of ticks(low, high, Math.floor((right - left) / 80))) {
@@ -94,10 +94,11 @@ function drawSpread() {
   const k = state.target, S = R.spread;
   const list = R.domains.map((text, d) => ({
     name: text, q: S.quantiles[k][d].map(perToken), mean: perToken(S.mean[k][d]), error: perToken(S.error[k][d]),
-    tokens: S.tokens[d] / sum(S.tokens), value: S.sum[k][d], negative: S.negative[k][d],
-  })).sort((a, b) => b.mean - a.mean);
-  for (const row of list) row.note = row.error == null ? number(row.mean) : `${number(row.mean)} \u00b1 ${number(row.error, 2)}`;
-  rows("spread", `Value per token by domain for ${R.targets[k]}`, list, extent(list.flatMap((row) => [...row.q, row.mean])), (t) => number(t),
+    tokens: S.tokens[k][d] / sum(S.tokens[k]), value: S.sum[k][d], negative: S.negative[k][d],
+  })).sort((a, b) => b.q[2] - a.q[2]);
+  for (const row of list) row.note = `${number(row.q[2])}  (${number(row.mean)}${row.error == null ? "" : ` \u00b1 ${number(row.error, 2)}`})`;
+  const reach = extent(list.flatMap((row) => row.q)), within = (v) => Math.max(reach[0], Math.min(reach[1], v));
+  rows("spread", `Value per token by domain for ${R.targets[k]}`, list, reach, (t) => number(t),
     `value per token, ${unit}`, ({ q, mean, error, negative, name }, x, y) => {
       const side = q[2] < 0 ? "hurt" : "help";
       return [
@@ -105,8 +106,8 @@ function drawSpread() {
         draw("line", { class: "stem", x1: x(q[0]), x2: x(q[4]), y1: y, y2: y }),
         draw("rect", { class: `box ${side}`, x: x(q[1]), width: Math.max(1, x(q[3]) - x(q[1])), y: y - 6, height: 12 }),
         draw("line", { class: `mid ${side}`, x1: x(q[2]), x2: x(q[2]), y1: y - 7, y2: y + 7 }),
-        error && draw("line", { class: "zero", x1: x(mean - error), x2: x(mean + error), y1: y, y2: y, "stroke-width": 2 }),
-        draw("circle", { class: "mean", cx: x(mean), cy: y, r: 4 }),
+        error && draw("line", { class: "zero", x1: x(within(mean - error)), x2: x(within(mean + error)), y1: y, y2: y, "stroke-width": 2 }),
+        mean != null && within(mean) === mean && draw("circle", { class: "mean", cx: x(mean), cy: y, r: 4 }),
       ];
     });
 
@@ -140,27 +141,32 @@ function drawSpread() {
 function drawHeat() {
   if (R.targets.length < 2) return;
   $("heat-part").hidden = false;
-  const largest = Math.max(...R.spread.mean.flat().map(Math.abs));
+  const largest = R.spread.mean.map((column) => Math.max(...column.map(Math.abs)));
   const order = R.domains.map((_, d) => d).sort((a, b) => R.spread.mean[state.target][b] - R.spread.mean[state.target][a]);
-  const cell = (m) => make("td", { class: `num ${level(m, largest)}` }, signed(perToken(m)));
+  const cell = (m, k) => make("td", { class: `num ${level(m, largest[k])}` }, signed(perToken(m)));
   $("heat").replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Domain"),
     R.targets.map((text) => make("th", { scope: "col", class: "num" }, name(text))))),
-    make("tbody", {}, order.map((d) => make("tr", {}, make("th", { scope: "row" }, name(R.domains[d])), R.targets.map((_, k) => cell(R.spread.mean[k][d])))))));
+    make("tbody", {}, order.map((d) => make("tr", {}, make("th", { scope: "row" }, name(R.domains[d])), R.targets.map((_, k) => cell(R.spread.mean[k][d], k)))))));
 }
 
+const clear = (k) => (R.time.share[k][0] ?? []).map((x) => x != null); // which bars stand on a drop above noise
 function drawTime() {
-  const k = state.target, T = R.time, share = document.querySelector("[name=mode]:checked").value === "share", own = $("own").checked;
-  const edges = share ? T.groups : T.edges, all = share ? T.share[k] : T.cumulative[k].map((line) => [0, ...line]);
-  const gaps = share ? T.drop[k].map((drop, i) => all[0][i] == null) : [], missing = gaps.filter(Boolean).length;
+  const k = state.target, T = R.time, mode = document.querySelector("[name=mode]:checked").value, share = mode !== "cumulative", own = $("own").checked;
+  const pick = T.edges.map((_, i) => i).filter((i) => i % Math.ceil((T.edges.length - 1) / 16) === 0 || i === T.edges.length - 1); // of the columns, for wider bars
+  const from = (line, i) => i ? line[pick[i] - 1] : 0, between = (line) => pick.slice(1).map((at, i) => line[at - 1] - from(line, i));
+  const size = between(T.size[k]), relative = (line) => between(line).map((v, i) => size[i] > 0 ? v / size[i] : null);
+  const edges = mode === "drop" ? T.groups : mode === "size" ? pick.map((i) => T.edges[i]) : T.edges;
+  const all = mode === "drop" ? T.share[k] : T.cumulative[k].map((line) => mode === "size" ? relative(line) : [0, ...line]);
+  const gaps = mode === "drop" ? clear(k).map((is) => !is) : size, missing = mode === "drop" ? gaps.filter(Boolean).length : 0;
   const every = `every ${plural(R.run.book_interval, "step")}`;
   $("time-note").textContent = !share
     ? "The values of each domain's chunks, summed up from the first step on. Early steps move the loss most, so most of it piles up there."
+    : mode === "size" ? "Each bar: the sum of the values of the domain's chunks in these steps, over the summed sizes (without sign) of all values in the same steps. So early and late parts of the run can be compared, whatever the loss did."
     : !gaps.length ? "No step of this run was measured yet: shares of the loss drop cannot be given."
       : `Each bar: what the domain's chunks got in a step, over what the step lowered the target's loss by, both averaged over the bar's steps. So early and late parts of the run can be compared. The loss is measured before and after a step ${every}; the bars hold ${plural(Math.round(R.trust[k].steps / gaps.length), "measured step")} each.` +
         (missing ? ` ${plural(missing, "bar")} of ${gaps.length}, grey, left out: there the mean drop is not above twice its standard error.` : "") +
         " The bars of all domains add up to the part of the drop that the chunks of the step get; momentum has the rest.";
-  const order = R.domains.map((_, d) => d).sort((a, b) => (all[b].findLast((x) => x != null) ?? 0) - (all[a].findLast((x) => x != null) ?? 0));
-  if (share && gaps.length) order.sort((a, b) => sum(all[b].map((x) => x ?? 0)) - sum(all[a].map((x) => x ?? 0)));
+  const rank = (d) => share ? sum(all[d].map((x) => x ?? 0)) : all[d].at(-1), order = R.domains.map((_, d) => d).sort((a, b) => rank(b) - rank(a));
   const common = extent(all.flat());
   $("time").replaceChildren(...order.map((d) => make("figure", {}, make("figcaption", { title: visible(R.domains[d]) }, name(R.domains[d])), make("div"))));
   if (share && !gaps.length) return $("time").replaceChildren();
@@ -175,7 +181,7 @@ function drawTime() {
       const from = x(edges[j]) + 0.5, wide = Math.max(1, x(edges[j + 1]) - x(edges[j]) - 1), steps = `steps ${edges[j]} to ${edges[j + 1] - 1}`;
       made.append(v == null
         ? draw("rect", { class: "gap", x: from, width: wide, y: 6, height: 74 }, draw("title", {}, `${steps}: drop not above noise`))
-        : draw("rect", { class: v < 0 ? "hurt" : "help", x: from, width: wide, y: Math.min(y(0), y(v)), height: Math.max(0.5, Math.abs(y(v) - y(0))) }, draw("title", {}, `${steps}: ${percent(v)} of the drop`)));
+        : draw("rect", { class: v < 0 ? "hurt" : "help", x: from, width: wide, y: Math.min(y(0), y(v)), height: Math.max(0.5, Math.abs(y(v) - y(0))) }, draw("title", {}, `${steps}: ${percent(v)}`)));
     });
     else {
       const path = line.map((v, j) => `${x(edges[j])} ${y(v)}`).join("L");
@@ -249,8 +255,10 @@ const PAGE = 20;
 let shown = PAGE;
 const opened = new Set();
 const worth = (row) => row.values[state.target];
+const sizes = R.chunks.flatMap((row) => row.values.map(Math.abs)).sort((a, b) => a - b), middle = sizes[sizes.length >> 1];
+const chunkExponent = middle > 0 ? 3 * Math.floor(Math.log10(middle) / 3) : 0;
 const columns = [
-  { title: "Value, nats", value: worth, cell: (row) => make("span", { class: worth(row) < 0 ? "negative" : "positive" }, nats(worth(row))), numeric: true },
+  { title: `Value, ${chunkExponent ? `10${sup(chunkExponent)} ` : ""}nats`, value: worth, cell: (row) => make("span", { class: worth(row) < 0 ? "negative" : "positive" }, signed(worth(row) / 10 ** chunkExponent)), numeric: true },
   { title: "Domain", value: (row) => R.domains[row.domain], cell: (row) => name(R.domains[row.domain]) },
   { title: "Chunk", value: (row) => row.chunk, cell: (row) => whole(row.chunk), numeric: true, label: "chunk" },
   { title: "Step", value: (row) => row.step, cell: (row) => whole(row.step) + (row.early ? " early" : ""), numeric: true, label: "step" },
@@ -322,17 +330,17 @@ function trustCard(row, k) {
   const host = make("div", { class: "chart" }), known = row.parts.residual == null ? null : 1 - row.parts.residual, card = make("article", { class: "card" }, make("h3", {}, name(R.targets[k])));
   if (!row.steps) card.append(make("p", {}, "No step was measured yet: nothing can be said of how well the values add up."));
   else if (known == null) card.append(make("p", {}, `Over ${plural(row.steps, "measured step")} the loss did not fall (${signed(-row.drop)} nats): there is no drop to be explained.`));
-  else card.append(make("p", {}, make("span", { class: "big" }, percent(known)), `of the drop is accounted for: over ${plural(row.steps, "measured step")} the loss fell by ${number(row.drop)} nats.`), host,
+  else card.append(make("p", {}, make("span", { class: "big" }, percent(known)), `of the drop is what values, momentum and decay add up to; 100% would be exact. Over ${plural(row.steps, "measured step")} the loss fell by ${number(row.drop)} nats.`), host,
     row.early && row.rest != null ? make("p", { class: "soft" }, `Without ${plural(row.early, "measured step")} marked early: ${percent(1 - row.rest)}.`) : null);
-  card.append(make("p", {}, !A ? "No step was audited (train with --audit_interval=N to compare values with exact Shapley values)."
+  card.append(make("p", {}, !A ? ["No step was audited: ", make("code", {}, "--audit_interval=N"), " compares the values of some steps with exact Shapley values."]
     : `Against exact Shapley values in ${plural(A.steps, "audited step")}: Pearson ${number(A.pearson[0], 4)} (lowest ${number(A.pearson[1], 4)}), Spearman ${number(A.spearman[0], 4)} (lowest ${number(A.spearman[1], 4)}), relative L2 error ${percent(A.rel_l2)} (median). 1 would be perfect agreement, an error of 0% too.`));
   return [card, () => {
     if (!host.isConnected) return;
     const list = Object.entries(row.parts), [low, high] = extent(list.map(([, v]) => v)), [made, width] = canvas(host, list.length * 38 + 4, "What the drop was made of");
     const x = linear(low, high, 2, width - 62);
     list.forEach(([part, v], i) => made.append(draw("text", { x: 2, y: i * 38 + 14 }, said[part]), draw("rect", { class: v < 0 ? "hurt" : "help", x: Math.min(x(0), x(v)), width: Math.max(1, Math.abs(x(v) - x(0))), y: i * 38 + 20, height: 9 }),
+      draw("line", { class: "zero", x1: x(0), x2: x(0), y1: i * 38 + 18, y2: i * 38 + 31 }),
       draw("text", { x: width, y: i * 38 + 29, "text-anchor": "end" }, percent(v))));
-    made.append(draw("line", { class: "zero", x1: x(0), x2: x(0), y1: 18, y2: list.length * 38 - 4 }));
   }];
 }
 const cards = R.trust.map(trustCard);
@@ -341,7 +349,7 @@ function head() {
   const run = R.run, used = run.used / run.chunks, list = make("span");
   R.targets.forEach((text, k) => list.append(k ? ", " : "", name(text)));
   document.title = visible(`${run.name}: what the training data was worth`);
-  $("lead").append("Run ", name(run.name), `: a GPT of about ${large(run.size)} parameters, ${run.step < run.max_iters ? "still to be trained to its end" : "trained to its end"}, and what each chunk of its training text did for the loss on `, list, ".");
+  $("lead").append("Run ", name(run.name), `: a GPT of about ${large(run.size)} parameters, ${run.step < run.max_iters ? `after ${whole(run.step)} of ${whole(run.max_iters)} steps` : "trained to its end"}, and what each chunk of its training text did for the loss on `, list, ".");
   const facts = [
     ["Steps done", whole(run.step), `of ${whole(run.max_iters)} (${percent(run.step / run.max_iters)}), ${plural(run.batch, "chunk")} each`],
     ["Chunks valued", whole(run.used), `of ${whole(run.chunks)} (${percent(used)}), ${plural(run.width, "token")} each`],
@@ -357,9 +365,10 @@ function head() {
     ` The unit is the nat, in which the loss is measured: the mean over the target's tokens of the negative logarithm of the probability the model gave them, so \u22120.01 nats make the true next token about 1% more likely. At some steps the loss is measured before and after, and set beside what the values, momentum and decay say (the books); at some the values are set beside exact Shapley values (the audit).`);
   const warnings = [], warn = (...text) => warnings.push(make("p", { class: "warning" }, make("b", {}, "Caution. "), ...text));
   R.trust.forEach((row, k) => {
-    const text = name(R.targets[k]);
-    if (row.bad_books) warn("The books of ", text, row.parts.residual == null ? " cannot be closed: the loss did not fall over the measured steps." : ` close badly: ${percent(Math.abs(row.parts.residual))} of the measured drop ${row.parts.residual > 0 ? "is not accounted for" : "is accounted for twice"}. Read its values as a rough order of the chunks, not as amounts; --rule=adamw2 follows the optimizer's step more closely.`);
-    if (row.bad_audit) warn("The audit of ", text, ` found a step whose values correlate only ${number(row.audit.pearson[1])} with the exact ones.`);
+    const text = () => name(R.targets[k]);
+    if (row.bad_books) warn("The books of ", text(), row.parts.residual == null ? " cannot be closed: the loss did not fall over the measured steps." : ` close badly: values, momentum and decay add up to ${percent(1 - row.parts.residual)} of the measured drop. Read its values as a rough order of the chunks, not as amounts${run.rule === "adamw2" ? "" : "; --rule=adamw2 follows the optimizer's step more closely"}.`);
+    for (const [step, share, sum] of R.lone[k]) warn(`Step ${whole(step)} alone holds ${percent(share)} of the size of all values for `, text(), ` (${signed(sum)} nats together): the rule overshot there. Sums, means and shares on this page leave that step out; medians, the histogram and the list of chunks do not.`);
+    if (row.bad_audit) warn("The audit of ", text(), ` found a step whose values correlate only ${number(row.audit.pearson[1])} with the exact ones.`);
   });
   if (run.early) warn(`${plural(run.early, "step")} ${run.early === 1 ? "is" : "are"} marked early, when the optimizer's averages were too young for the rule; they hold ${run.early_share.map(percent).join(" and ")} of the values' total size. Chunks met there are marked in the list.`);
   $("warnings").append(...warnings);
@@ -372,10 +381,10 @@ function head() {
 function select(id, list, first) {
   $(id).append(...first, ...list.map((text, i) => make("option", { value: i }, text)));
 }
-const sizes = [drawSpread, drawTime, drawValues, () => cards.forEach(([, paint]) => paint())];
+const charts = [drawSpread, drawTime, drawValues, () => cards.forEach(([, paint]) => paint())];
 function drawAll() {
   for (const node of document.querySelectorAll(".target")) node.replaceChildren(name(R.targets[state.target]));
-  for (const paint of [...sizes, drawHeat, drawChunks]) paint();
+  for (const paint of [...charts, drawHeat, drawChunks]) paint();
 }
 const dark = () => document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 function theme(to) {
@@ -387,6 +396,8 @@ select("target", R.targets, []);
 const byName = (id) => select(id, R.domains, [make("option", { value: -1 }, "all")]);
 byName("look");
 byName("domain");
+const bars = R.targets.flatMap((_, k) => clear(k));
+if (bars.length && bars.filter(Boolean).length * 2 >= bars.length) document.querySelector("[value=drop]").checked = true;
 head();
 theme();
 drawAll();
@@ -399,4 +410,4 @@ $("filters").addEventListener("submit", (event) => event.preventDefault());
 $("filters").addEventListener("input", () => { shown = PAGE; drawChunks(); });
 $("more").addEventListener("click", () => { shown += PAGE; drawChunks(); });
 let width = innerWidth;
-addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; for (const paint of sizes) paint(); } });
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; for (const paint of charts) paint(); } });
