@@ -294,9 +294,9 @@ function chunkDetail(row) {
   return found;
 }
 function colouredTokens({ pieces, largest, parts }) {
-  const k = state.target, most = largest[k] || 0, value = (i) => (parts[k][i] / 1000) * most, shown = (i) => `\u201c${pieces[i].trim() || "\u2423"}\u201d ${nats(value(i), 3)}`;
+  const k = state.target, most = largest[k] || 0, value = (i) => (parts[k][i] / 1000) * most, shown = (i) => `\u201c${pieces[i].trim() || "\u2423"}\u201d ${nats(value(i), 2)}`;
   const order = pieces.map((_, i) => i).sort((a, b) => parts[k][b] - parts[k][a]), readout = make("output", {}, "Point at a token, or press the arrow keys, to read its value.");
-  const spans = pieces.map((piece, i) => make("span", { class: level(parts[k][i], 1000), title: `${nats(value(i))} nats` }, piece));
+  const spans = pieces.map((piece, i) => make("span", { class: level(parts[k][i], 1000), title: `${nats(value(i), 2)} nats` }, piece));
   let at = -1;
   const go = (i) => {
     spans[at]?.classList.remove("at");
@@ -330,7 +330,7 @@ function trustCard(row, k) {
   const host = make("div", { class: "chart" }), known = row.parts.residual == null ? null : 1 - row.parts.residual, card = make("article", { class: "card" }, make("h3", {}, name(R.targets[k])));
   if (!row.steps) card.append(make("p", {}, "No step was measured yet: nothing can be said of how well the values add up."));
   else if (known == null) card.append(make("p", {}, `Over ${plural(row.steps, "measured step")} the loss did not fall (${signed(-row.drop)} nats): there is no drop to be explained.`));
-  else card.append(make("p", {}, make("span", { class: "big" }, percent(known)), `of the drop is what values, momentum and decay add up to; 100% would be exact. Over ${plural(row.steps, "measured step")} the loss fell by ${number(row.drop)} nats.`), host,
+  else card.append(make("p", {}, make("span", { class: "big" }, percent(known)), ` of the drop is what values, momentum and decay add up to; 100% would be exact. Over ${plural(row.steps, "measured step")} the loss fell by ${number(row.drop)} nats.`), host,
     row.early && row.rest != null ? make("p", { class: "soft" }, `Without ${plural(row.early, "measured step")} marked early: ${percent(1 - row.rest)}.`) : null);
   card.append(make("p", {}, !A ? ["No step was audited: ", make("code", {}, "--audit_interval=N"), " compares the values of some steps with exact Shapley values."]
     : `Against exact Shapley values in ${plural(A.steps, "audited step")}: Pearson ${number(A.pearson[0], 4)} (lowest ${number(A.pearson[1], 4)}), Spearman ${number(A.spearman[0], 4)} (lowest ${number(A.spearman[1], 4)}), relative L2 error ${percent(A.rel_l2)} (median). 1 would be perfect agreement, an error of 0% too.`));
