@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 import config
-from ledger import atomic
+import ledger
 from show import payload
 from values import Documents, open_run
 
@@ -26,30 +26,23 @@ class Config:
 
 
 def report(cfg):
-    """Writes the page, whole or not at all, and says where it is."""
     run = open_run(cfg.run, cfg.data_dir)
     if not 0 <= cfg.tokens <= payload.room(run):
         raise ValueError(f"--tokens={cfg.tokens}: a page has room for the tokens of {payload.room(run)} chunks: type --tokens={payload.room(run)}")
     content = payload.gather(run, Documents(run))
     if cfg.tokens:
-        from revalue import tokens
+        import revalue
 
         try:
-            payload.add_tokens(content, run, *tokens(run, [row["chunk"] for row in content["chunks"][: cfg.tokens]]))
+            payload.add_tokens(content, run, *revalue.tokens(run, [row["chunk"] for row in content["chunks"][: cfg.tokens]]))
         except ValueError as e:
             print(f"the page is without coloured tokens: {e}")
-    out = Path(cfg.out or Path(cfg.run, "report.html"))
-    with atomic(out) as f:
-        f.write(page(content))
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB; open it in a browser")
-
-
-def page(content):
-    """-> HTML, bytes: nothing may run or be loaded but the script and the style that stand in it."""
-    parts = {name: (config.ROOT / "show" / f"report.{name}").read_text() for name in ("css", "js")}
+    parts = {name: Path(config.ROOT, "show", f"report.{name}").read_text() for name in ("html", "css", "js")}
     hashes = {f"{name}_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
-    template = jinja2.Template((config.ROOT / "show" / "report.html").read_text(), autoescape=True)
-    return template.render(**parts, **hashes, data=payload.encode(content).decode()).encode()
+    page = jinja2.Template(parts["html"], autoescape=True).render(parts | hashes, data=payload.encode(content).decode()).encode()
+    with ledger.atomic(out := cfg.out or run.path / "report.html") as f:
+        f.write(page)
+    print(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")
 
 
 if __name__ == "__main__":
