@@ -110,7 +110,8 @@ def test_a_run_stands_in_the_config_files_place():
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py", "bench/kernels.py", "bench/scale.py", "experiments/fidelity.py"]
+    "script",
+    ["train.py", "prepare_pile.py", "sample.py", "report.py", "bench/overhead.py", "bench/kernels.py", "bench/scale.py", "experiments/fidelity.py"],
 )
 def test_help_lists_every_key(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
