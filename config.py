@@ -2,8 +2,9 @@
 
     python train.py config/gpt2_inrun.py --max_iters=100 --compile
 
-A script's options are the fields of a flat dataclass. A config file is Python, run in a namespace of its own; its names are the dataclass's fields,
-`_names` are scratch, and it builds on another by `from configs.gpt2_inrun import *`. A run's config.json is a config file too.
+A script's options are the fields of a flat dataclass; where the first is `run`, a run's folder stands in the config file's place. A config file
+is Python, run in a namespace of its own; its names are the dataclass's fields, `_names` are scratch, and it builds on another by
+`from configs.gpt2_inrun import *`. A run's config.json is a config file too.
 """
 
 import difflib
@@ -34,7 +35,7 @@ def load(cls, argv=None):
         raise SystemExit(0)
     hints = typing.get_type_hints(cls)
     files = argv[:1] if argv and not argv[0].startswith("-") else []
-    settings = read_file(find(files[0]), hints) if files else {}
+    settings = {} if not files else {"run": files[0]} if next(iter(hints)) == "run" else read_file(find(files[0]), hints)
     pairs = argv[len(files) :]
     for arg, after in zip(pairs, [*pairs[1:], "--"]):
         if not arg.startswith("--"):

@@ -97,8 +97,31 @@ def test_a_json_config_from_a_run(tmp_path):
     assert config.load(Small, [str(tmp_path / "config.json")]).out_dir == "out/x"
 
 
+def test_a_run_stands_in_the_config_files_place():
+    @dataclass
+    class OfARun:
+        run: str = ""
+        rate: float = 0.1
+
+    assert config.load(OfARun, ["out/mine", "--rate=2"]) == OfARun("out/mine", 2.0)
+    assert config.load(OfARun, ["--run=out/mine"]) == OfARun("out/mine")
+    with pytest.raises(ValueError, match="out of place"):
+        config.load(OfARun, ["out/mine", "out/other"])
+
+
 @pytest.mark.parametrize(
-    "script", ["train.py", "prepare_pile.py", "sample.py", "bench/overhead.py", "bench/kernels.py", "bench/scale.py", "experiments/fidelity.py"]
+    "script",
+    [
+        "train.py",
+        "prepare_pile.py",
+        "sample.py",
+        "report.py",
+        "revalue.py",
+        "bench/overhead.py",
+        "bench/kernels.py",
+        "bench/scale.py",
+        "experiments/fidelity.py",
+    ],
 )
 def test_help_lists_every_key(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
@@ -142,8 +165,9 @@ FLOORS = {
     "prepare_pile": "config data ledger",
     "train": "config data ledger model valuation parallel",
     "sample": "config data model",
-    "revalue": "config data ghost ledger model parallel train valuation",
-    "report curate": "config ledger revalue values",
+    "revalue": "config data ghost ledger parallel train valuation",
+    "report": "config ledger revalue values",
+    "curate": "config values",
 }
 
 

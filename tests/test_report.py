@@ -1,0 +1,515 @@
+"""The report, made of real runs and of large and hostile ones, and used in a real browser as a person would."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import config
+import data
+import ledger
+import prepare_pile
+import train
+from report import Config, report
+from show import payload, tables
+from values import Documents, open_run
+
+ROOT = Path(config.__file__).parent
+HOSTILE = [
+    "</script><script>window.hit = 1</script>",
+    '<img src=x onerror="window.hit = 1">',
+    "<!--<script>\u2028\u2029&lt;b&gt;",
+    "\"'`${window.hit = 1}\\",
+    "a\u202eright to left\u202c \u2066b\u0000\u0007\u001b[31m\ufeff",
+    "é日本語😀 " * 9,
+    "style=background:url(//example.org/x) javascript:window.hit=1",
+]
+
+# --- runs made by hand, in the formats of ledger.py and data.py -----------------
+
+
+def make_data(folder, n, width=16, domains=20, a_document=10):
+    """n train chunks of random bytes; every document fills so many chunks, and the domains take turns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    rng, of = np.random.default_rng(0), (np.arange(n) // a_document % domains).astype(np.uint16)
+    arrays = {"train.npy": rng.integers(97, 123, (n, width + 1), np.uint16), "train_domain.npy": of}
+    arrays |= {"val.npy": arrays["train.npy"][:domains], "val_domain.npy": np.arange(domains, dtype=np.uint16)}
+    for name, array in arrays.items():
+        np.save(folder / name, array)
+    names = [f"Domain {d} of a rather long name, as people give them" if d % 3 else f"D{d}" for d in range(domains)]
+    first = np.arange(0, n, a_document)
+    columns = dict(doc=np.arange(len(first)), domain=[names[of[chunk]] for chunk in first], source=["some/file.jsonl"] * len(first))
+    columns |= dict(record=np.arange(len(first)), first_chunk=first, first_token=np.zeros(len(first), np.int32))
+    table = pyarrow.table(columns | dict(n_tokens=np.full(len(first), a_document * (width + 1) - 1)))
+    pyarrow.parquet.write_table(table, folder / "train_docs.parquet", row_group_size=1 << 20)
+    meta = dict(schema=data.SCHEMA, tokenizer="byte", vocab_size=256, eot=255, block_size=width, domains=names, command="-")
+    meta |= dict(chunks=dict(train=n, val=domains), sha256={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in arrays})
+    ledger.write_json(folder / "meta.json", meta)
+    return folder
+
+
+def make_run(out, data_dir, steps, B=8, targets=("first", "second"), measured=True, audits=0, overshoot=None):
+    """A run as train.py leaves it: values of heavy tails, larger at first, a tenth of the loss drop momentum's."""
+    out.mkdir()
+    opened, K, rng = data.open_dataset(data_dir), len(targets), np.random.default_rng(1)
+    n = len(opened.train.rows)
+    cfg = vars(train.Config(data_dir=str(data_dir), out_dir=str(out), max_iters=2 * steps, n_layer=2, n_embd=64, n_head=2, batch_size=B))
+    ledger.write_json(out / "config.json", dict(config=cfg))
+    visits, books = ledger.Records(out / "ledger.npy", ledger.visit_dtype(K)), ledger.Records(out / "books.npy", ledger.book_dtype(K))
+    total, used = np.zeros((n, K)), np.zeros(n, bool)
+    for start in range(0, steps, 1 << 16):
+        step = np.arange(start, min(steps, start + (1 << 16)))
+        rows = np.repeat(ledger.empty(visits.dtype), len(step) * B)
+        rows["step"], rows["chunk"] = np.repeat(step, B), np.arange(start * B, start * B + len(rows)) * 7919 % n
+        rows["value"] = (rng.standard_t(2, (len(rows), K)) + 0.5) * 1e-4 / (1 + rows["step"][:, None] / steps)
+        rows["loss"], rows["early"] = rng.normal(5, 1, len(rows)), rows["step"] < 3
+        if overshoot in step:
+            rows["value"][rows["step"] == overshoot, 0] = 9
+        book = np.repeat(ledger.empty(books.dtype), len(step))
+        book["step"], book["data"] = step, rows["value"].reshape(len(step), B, K).sum(1)
+        at = step % 20 == 0 if measured else step < 0
+        book["momentum"][at], book["decay"][at], book["residual"][at], book["before"][at] = 0.001, 0, 0.0001, 5
+        book["after"][at] = 5 - book["data"][at] - 0.0011
+        visits.pending, books.pending = [rows], [book]
+        visits.commit(), books.commit()
+        ledger.add_visits(rows, total, used)
+    ledger.write_values(out, total, used)
+    if audits:
+        audit = np.repeat(ledger.empty(ledger.audit_dtype(K)), audits)
+        for name in ledger.AUDIT_ENTRIES:
+            audit[name] = np.linspace(0.5, 0.9, audits)[:, None]
+        np.save(out / "audit.npy", audit)
+    info = dict(schema=ledger.SCHEMA, rule="adamw", batch=B, data_hash=opened.hash, committed_step=steps, targets=[dict(name=t) for t in targets])
+    ledger.write_json(out / "values.json", info)
+    return out
+
+
+def stand_in(run, chunks):
+    """In the place of revalue.tokens, values that one can foretell: token t of chunk i: (t - 5) (i + 1) 1e-6 nats, half of it for target 1."""
+    t, i, k = np.arange(run.width)[None, :, None], np.arange(len(chunks))[:, None, None], np.arange(len(run.names))
+    return 7, (t - 5) * (i + 1) * 1e-6 / 2.0**k
+
+
+@pytest.fixture(autouse=True)
+def revalue(monkeypatch):
+    monkeypatch.setitem(sys.modules, "revalue", types.SimpleNamespace(tokens=stand_in))
+
+
+# --- the browser ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not path:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(path, width) -> an open page; at the test's end nothing may have been asked for but the file, and nothing have gone wrong."""
+    opened = []
+
+    def go(path, width=1280, **options):
+        context = browser.new_context(viewport=dict(width=width, height=900), **options)
+        context.set_default_timeout(8000)
+        tab = context.new_page()
+        asked, wrong = [], []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        tab.goto(path.as_uri())
+        opened.append((context, asked, wrong, path.as_uri()))
+        return tab
+
+    yield go
+    for context, asked, wrong, uri in opened:
+        context.close()
+        assert (asked, wrong) == ([uri], [])  # a breach of the content security policy is an error on the console
+
+
+@pytest.fixture(scope="module")
+def trained(python_data, tmp_path_factory):
+    """A real run: bytes, two targets, books and an audit; and its report."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    argv = "--n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --warmup_iters=5 --learning_rate=5e-3 --eval_interval=0 --device=cpu --dtype=float32"
+    argv += f" --max_iters=60 --book_interval=3 --audit_interval=20 --checkpoint_interval=30 --out_dir={out} --data_dir={python_data}"
+    train.train(config.load(train.Config, [*argv.split(), "--targets=val:Python code,val:Docstrings"]))
+    return out
+
+
+@pytest.fixture
+def written(trained, tmp_path):
+    report(Config(run=str(trained), out=str(tmp_path / "report.html")))
+    return tmp_path / "report.html"
+
+
+def cells(tab, table, column):
+    return tab.locator(f"{table} tbody tr:not(.detail) td:nth-child({column})").all_inner_texts()
+
+
+def numbers(texts):
+    return [float(text.replace("\u2212", "-").replace(",", "").rstrip("%")) for text in texts]
+
+
+# --- what the page says -----------------------------------------------------------
+
+
+def test_the_page_says_what_the_files_say(trained, written, visit):
+    run, tab = open_run(trained), visit(written)
+    facts = tab.locator("#facts").inner_text()
+    assert "of 60 (100%), 4 chunks each" in facts and f"of {len(run.values):,}" in facts and "adamw" in facts
+    assert "trained to its end" in tab.locator("#lead").inner_text()
+    # the books and the audit, as the end table has them
+    told = tables.account(run.books, run.audit, run.names, run.domains)
+    for k, card in enumerate(tab.locator(".card").all_inner_texts()):
+        known = float(told.split(f"{run.names[k]}: accounted for ")[1].split("%")[0])
+        assert abs(numbers([card.split(" of the drop")[0].split()[-1]])[0] - known) <= 0.51
+        assert f"lowest {run.audit['pearson'][:, k].min():.4f}".rstrip("0") in card and "3 audited steps" in card
+    assert "3 steps are marked early" in tab.locator("#warnings").inner_text()
+    # domains: mean per token and the median, of the first target; sorted by the median
+    assert "10\u207b" in tab.locator(".unit").first.inner_text()
+    tab.locator("summary").click()
+    exponent = payload.gather(run, Documents(run))["spread"]["exponent"]
+    for name, mean, median in zip(*(cells(tab, "#domain-table", c) for c in (1, 5, 9))):
+        of = run.used[run.data.train.domain[run.used] == run.domain(name)]
+        for text, truth in ((mean, run.values[of, 0].mean()), (median, np.median(run.values[of, 0]))):
+            assert numbers([text])[0] == pytest.approx(truth / run.width / 10**exponent, rel=6e-3, abs=1e-3), name
+    # the chunk at the top is the best one, that at the bottom the worst
+    best = [int(np.nanargmax(run.values[:, 0])), int(np.nanargmin(run.values[:, 0]))]
+    assert numbers(cells(tab, "#chunk-table", 3))[0] == best[0]
+    tab.locator("#chunk-table").get_by_role("button", name="Value").click()
+    assert numbers(cells(tab, "#chunk-table", 3))[0] == best[1]
+    tab.locator("#chunk-table .open").first.click()
+    detail = tab.locator(".detail:visible")
+    assert "document" in detail.inner_text() and detail.locator("bdi").first.is_visible()
+    counts = json.loads(tab.locator("#data").text_content())["histogram"][0]["counts"]
+    assert sum(map(sum, counts)) == len(run.used)
+
+
+def test_shares_of_the_drop_are_the_values_over_the_measured_drop(tmp_path):
+    """By hand, from the ledger and the books."""
+    run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 500, domains=3), 400))
+    run.books.flags.writeable = False
+    found = payload.gather(run, Documents(run))["time"]
+    assert found["groups"] == [0, 80, 160, 240, 320, 400]
+    for k in (0, 1):
+        for g, start in enumerate(range(0, 400, 80)):
+            rows, books = run.visits[start * 8 : (start + 80) * 8], run.books[start : start + 80 : 20]
+            drop = (books["before"] - books["after"])[:, k].astype(float)
+            for d in range(3):
+                mean = rows["value"][run.data.train.domain[rows["chunk"]] == d, k].sum(dtype=float) / 80
+                if drop.mean() > 2 * drop.std(ddof=1) / 2:
+                    slot = payload.domains(run)[1][np.flatnonzero(run.data.train.domain == d)[0]]
+                    assert found["share"][k][slot][g] == pytest.approx(mean / drop.mean(), rel=1e-2)
+                else:
+                    assert found["share"][k][d][g] is None
+    sums = np.array(found["cumulative"])[:, :, -1].sum(1)
+    assert sums == pytest.approx(run.visits["value"].sum(0, dtype=float), rel=1e-3)
+
+
+def test_a_step_that_outweighs_all_others_is_left_out_and_named(tmp_path, visit):
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 4000), 200, overshoot=77, audits=3)
+    report(Config(run=str(run), tokens=0))
+    tab = visit(run / "report.html")
+    warnings = tab.locator("#warnings").inner_text()
+    assert "Step 77 alone holds" in warnings and "+72 nats together" in warnings
+    assert "correlate only 0.5" in warnings
+    content = json.loads(tab.locator("#data").text_content())
+    kept = np.load(run / "values.npy")[np.load(run / "ledger.npy")["chunk"], 0]
+    assert np.sum(content["spread"]["sum"][0]) == pytest.approx(kept[kept < 9 - 1].sum(), rel=1e-2)
+    assert content["lone"][1] == []
+    assert max(map(max, content["time"]["cumulative"][0])) < 1
+
+
+def test_a_short_run_has_a_report_too(tmp_path, visit):
+    """One step, nothing measured, one target, chunks used more than once: no number is made up."""
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 5, domains=1), 1, targets=("only",), measured=False)
+    report(Config(run=str(run), tokens=1))
+    tab = visit(run / "report.html")
+    assert "after 1 of 2 steps" in tab.locator("#lead").inner_text()  # of a run that goes on
+    assert "No step was measured yet" in tab.locator("#trust").inner_text()
+    tab.get_by_label("share of the loss drop").check()
+    assert "No step of this run was measured yet" in tab.locator("#time-note").inner_text()
+    assert tab.locator("#time svg").count() == 0 and tab.locator("#heat-part").is_hidden()
+    assert len(cells(tab, "#chunk-table", 1)) == 5
+
+
+# --- the page in use ----------------------------------------------------------------
+
+
+def test_every_control_does_what_it_says(trained, written, visit):
+    run, tab = open_run(trained), visit(written)
+    drawn = lambda chart: tab.locator(chart).inner_html()  # noqa: E731
+    # the target: all charts and the list follow
+    before = {chart: drawn(chart) for chart in ("#spread", "#shares", "#time", "#histogram", "#scatter", "#domain-table", "#chunk-table")}
+    tab.get_by_label("Target").select_option("Docstrings")
+    assert all(drawn(chart) != was for chart, was in before.items())
+    assert numbers(cells(tab, "#chunk-table", 3))[0] == int(np.nanargmax(run.values[:, 1]))
+    assert tab.locator("b.target").first.inner_text() == "Docstrings"
+    # over training: three ways, and own scales
+    for label, unit in (("summed up, in nats", ""), ("share of the loss drop", "%"), ("share of the values of the same steps", "%")):
+        was, _ = drawn("#time"), tab.get_by_label(label).check()
+        assert drawn("#time") != was
+        assert tab.locator("#time .tick").first.text_content().endswith(unit)
+    was, _ = drawn("#time"), tab.get_by_label("a scale of its own").check()
+    assert drawn("#time") != was
+    # single values of one domain
+    count = lambda: int(tab.locator("#histogram-note").inner_text().split()[0])  # noqa: E731
+    assert count() == len(run.used)
+    tab.locator("#look").select_option("Python code")
+    assert count() == (run.data.train.domain[run.used] == run.domain("Python code")).sum()
+    # the list: filters and search
+    tab.locator("#domain").select_option("Docstrings")
+    assert set(cells(tab, "#chunk-table", 2)) == {"Docstrings"}
+    tab.locator("#sign").select_option("raised it")
+    assert max(numbers(cells(tab, "#chunk-table", 1))) < 0
+    tab.locator("#sign").select_option("all shown")
+    tab.locator("#domain").select_option("all")
+    content = json.loads(tab.locator("#data").text_content())
+    some = content["chunks"][11]
+    tab.get_by_role("searchbox").fill(str(some["chunk"]))
+    assert some["chunk"] in numbers(cells(tab, "#chunk-table", 3))
+    word = max(some["text"].split(), key=len)
+    tab.get_by_role("searchbox").fill(word.upper())
+    assert tab.locator("#found").inner_text().startswith(f"{sum(word.lower() in json.dumps(row).lower() for row in content['chunks'])} chunk")
+    tab.get_by_role("searchbox").press("Enter")
+    tab.get_by_role("searchbox").fill("no such text anywhere")
+    assert cells(tab, "#chunk-table", 1) == [] and tab.locator("#more").is_hidden()
+    tab.get_by_role("searchbox").fill("")
+    while tab.locator("#more").is_visible():
+        tab.locator("#more").click()
+    assert len(cells(tab, "#chunk-table", 1)) == len(content["chunks"])
+    # the theme: the page's colour changes, and back
+    colour = lambda: tab.evaluate("getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    light = colour()
+    tab.get_by_role("button", name="Dark").click()
+    assert colour() != light and tab.locator("#theme").get_attribute("aria-pressed") == "true"
+    tab.get_by_role("button", name="Dark").click()
+    assert colour() == light
+    was = drawn("#spread")
+    tab.set_viewport_size(dict(width=500, height=800))
+    tab.wait_for_function("was => document.querySelector('#spread').innerHTML !== was", arg=was)
+
+
+def test_the_keyboard_reaches_and_sorts(written, visit):
+    tab = visit(written, color_scheme="dark")
+    assert tab.locator("#theme").get_attribute("aria-pressed") == "true"
+    reached = []
+    for _ in range(60):
+        tab.keyboard.press("Tab")
+        reached.append(tab.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        ring = tab.evaluate("[getComputedStyle(document.activeElement).outlineStyle, document.activeElement.matches(':focus-visible')]")
+        assert ring[1] and ring[0] != "none", reached[-1]
+        if reached[-1] == "Chunk":
+            break
+    assert {"target", "theme", "own", "look", "search", "domain", "sign", "Chunk"} <= set(reached)
+    for direction, ordered in (("descending", lambda x: sorted(x, reverse=True)), ("ascending", sorted)):
+        tab.keyboard.press("Enter")
+        assert tab.locator("#chunk-table th", has_text="Chunk").get_attribute("aria-sort") == direction
+        assert tab.locator("#chunk-table [aria-sort]").count() == 1
+        found = numbers(cells(tab, "#chunk-table", 3))
+        assert found == ordered(found) and len(found) > 5
+    assert tab.evaluate("document.activeElement.textContent") == "Chunk"  # the header keeps the focus
+    for title, column in (("Domain", 2), ("Loss", 5), ("Step", 4)):
+        tab.locator("#chunk-table").get_by_role("button", name=title).click()
+        found = cells(tab, "#chunk-table", column)
+        found = found if column == 2 else numbers(text.split()[0] for text in found)
+        assert found == sorted(found, key=str.lower if column == 2 else float, reverse=column != 2)
+
+
+def test_tokens_are_coloured_and_named(trained, written, visit, tmp_path):
+    run, tab = open_run(trained), visit(written)
+    content = json.loads(tab.locator("#data").text_content())
+    assert sum("tokens" in row for row in content["chunks"]) == 20 and content["token_step"] == 7
+    tab.locator("#chunk-table .open").first.click()
+    spans = tab.locator(".tokens span")
+    chunk = int(numbers(cells(tab, "#chunk-table", 3))[0])
+    assert spans.count() == run.width and chunk == content["chunks"][0]["chunk"]
+    assert "".join(spans.all_text_contents()) == "".join(run.pieces(chunk)[:-1])
+    assert spans.nth(31).get_attribute("title") == "+26 \u00b7 10\u207b\u2076 nats" and spans.nth(31).get_attribute("class") == "v5"
+    assert spans.nth(0).get_attribute("title") == "\u22125 \u00b7 10\u207b\u2076 nats" and spans.nth(0).get_attribute("class") == "v-2"
+    assert "after step 7" in tab.locator(".detail:visible").inner_text()
+    tab.locator(".tokens").focus()
+    tab.keyboard.press("ArrowRight")
+    assert "Token 1 of 32" in tab.locator("output").inner_text() and "\u22125" in tab.locator("output").inner_text()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowLeft")
+    assert "Token 10 of 32" in tab.locator("output").inner_text()
+    spans.nth(20).hover()
+    assert "Token 21 of 32" in tab.locator("output").inner_text()
+    tab.get_by_label("Target").select_option("Docstrings")  # an open chunk stays open and is coloured for the other target
+    tab.get_by_role("searchbox").fill(str(chunk))
+    assert tab.locator(".tokens span").nth(31).get_attribute("title") == "+13 \u00b7 10\u207b\u2076 nats"
+    tab.get_by_role("button", name=f"Whole text of chunk {chunk}").click()
+    assert tab.locator(".tokens").count() == 0
+    # none asked for, or no checkpoint: the page goes without
+    report(Config(run=str(trained), out=str(tmp_path / "none.html"), tokens=0))
+    assert visit(tmp_path / "none.html").locator(".open", has_text="coloured").count() == 0
+
+
+def test_without_a_checkpoint_the_page_goes_without_tokens(trained, tmp_path, monkeypatch, capsys):
+    def refuse(run, chunks):
+        raise ValueError(f"{run.path} has no checkpoint")
+
+    monkeypatch.setattr(sys.modules["revalue"], "tokens", refuse)
+    report(Config(run=str(trained), out=str(tmp_path / "report.html")))
+    assert "without coloured tokens" in capsys.readouterr().out and b'"tokens":{' not in (tmp_path / "report.html").read_bytes()
+
+
+COLLISIONS = """() => [...document.querySelectorAll("svg")].flatMap((svg) => {
+  const frame = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
+  const over = (a, b, from, to) => Math.min(a[to], b[to]) - Math.max(a[from], b[from]);
+  const out = texts.filter(([, b]) => b.left < frame.left - 2 || b.right > frame.right + 2 || b.bottom > frame.bottom + 3).map(([t]) => "out: " + t);
+  return out.concat(texts.flatMap(([t, a], i) => texts.slice(i + 1)
+    .filter(([, b]) => over(a, b, "left", "right") > 1 && over(a, b, "top", "bottom") > 3).map(([u]) => t + " | " + u)));
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_labels_do_not_collide(tmp_path, visit, width):
+    """Twenty domains, most with long names: no two texts of a chart overlap, none leaves it, and the page does not scroll sideways."""
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000), 400, targets=("a target with a long name, as it happens", "b"))
+    report(Config(run=str(run), tokens=3))
+    tab = visit(run / "report.html", width)
+    for label in ("share of the loss drop", "summed up, in nats", "share of the values of the same steps"):
+        tab.get_by_label(label).check()
+        bad = tab.evaluate(COLLISIONS)
+        assert bad == []
+    assert tab.locator("svg text").count() > 100
+    assert tab.evaluate("[...document.querySelectorAll('th')].filter((head) => head.scrollWidth > head.clientWidth + 1).length") == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_without_scripts_a_line_says_so(written, browser):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(written.as_uri())
+    assert tab.locator("noscript p").is_visible() and "allow scripts" in tab.locator("noscript p").inner_text()
+    context.close()
+
+
+# --- text that means harm -----------------------------------------------------------
+
+
+def test_hostile_text_is_shown_as_text(tmp_path, visit):
+    documents = [dict(text=text * 40, meta=dict(pile_set_name=text)) for text in HOSTILE] * 8
+    documents += [dict(text="x" * 1_000_000, meta=dict(pile_set_name="a line of a megabyte"))]
+    source = tmp_path / "<img src=y onerror=window.hit=1>.jsonl"
+    source.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    options = dict(tokenizer="byte", block_size=61, val_fraction=0.1, data_dir=str(tmp_path / "data"), workers=1)
+    prepare_pile.prepare(prepare_pile.Config(source=str(source), **options))
+    run = make_run(tmp_path / "run", tmp_path / "data", 600, B=40, targets=HOSTILE[:2])
+    report(Config(run=str(run), tokens=40))
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert text.count("<script") == 2 and text.count("</script") == 2 and "<img" not in text and "\u2028" not in text
+    tab = visit(run / "report.html")
+    while tab.locator("#more").is_visible():
+        tab.locator("#more").click()
+    for button in tab.locator("#chunk-table .open").all()[:60]:
+        button.click()
+    tab.get_by_label("Target").select_option(index=1)
+    tab.get_by_role("searchbox").fill("window.hit = 1")
+    assert len(cells(tab, "#chunk-table", 1)) > 3
+    for _ in range(2):
+        assert tab.locator("img, iframe, object, link, svg script, td script, bdi *").count() == 0
+        assert tab.evaluate("window.hit") is None
+        tab.get_by_role("searchbox").fill("")
+    names = tab.locator("#heat th[scope=row]").all_inner_texts()
+    assert HOSTILE[0] in names and HOSTILE[1] in names
+    assert any("[U+202E]" in name and "\u2400" in name and "\u202e" not in name for name in names)
+    shown = tab.locator("body").inner_text()
+    assert not {"\u202e", "\u2066", "\x00", "\x07"} & set(shown) and "\ufffd" in shown  # characters cut by the ends of chunks
+    tab.locator("#chunk-table .open").first.click()
+    tab.locator("#chunk-table .open").last.click()
+    assert tab.locator(".detail:visible bdi", has_text="<img src=y").count() > 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_what_the_policy_forbids_does_not_run(written, tmp_path, browser):
+    """The policy itself, against a page that was tampered with: another script, a style attribute and an image are refused."""
+    harm = '<script>window.hit = 1</script><p id="styled" style="color: rgb(1, 2, 3)">x</p>'
+    harm += '<img src="https://example.org/x.png" onerror="window.hit = 1">'
+    (tmp_path / "bad.html").write_text(written.read_text().replace("</main>", harm + "</main>"))
+    tab, refused = browser.new_page(), []
+    tab.on("console", lambda message: refused.append(message.text))
+    tab.goto((tmp_path / "bad.html").as_uri())
+    assert tab.evaluate("window.hit") is None and tab.evaluate("getComputedStyle(styled).color") != "rgb(1, 2, 3)"
+    assert sum("Content Security Policy" in text for text in refused) >= 3
+    tab.close()
+
+
+def test_json_that_ends_no_script_element():
+    text = "</script>\u2028\u2029&\ud800\x00é"
+    encoded = payload.encode(dict(a=text))
+    assert json.loads(encoded) == dict(a=text)
+    assert not set(b"<>&") & set(encoded) and encoded.decode().count("\u2028") == 0
+    assert payload.num([[1 / 3, np.nan], [np.inf, 2]]) == [[0.3333, None], [None, 2.0]]
+    assert len(payload.encode(payload.fit("<\x00é" * 1000, 500))) <= 502
+    assert payload.fit("abc", 500) == "abc"
+
+
+# --- the command ---------------------------------------------------------------------
+
+
+def test_the_command_line(trained, tmp_path, capsys):
+    """In a process of its own: it says where the page is; what is wrong is one line and exit code 2."""
+    command = [sys.executable, ROOT / "report.py", str(trained), "--tokens=0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"{trained}/report.html: 0."), done.stderr
+    assert b"tokens_step" not in (trained / "report.html").read_bytes() and not list(trained.glob("*.tmp"))
+    for argv, answer in {
+        (): "name one that train.py wrote",
+        (str(tmp_path / "none"),): "does not exist",
+        (str(trained), "--tokens=100000"): "type --tokens=",
+        (str(trained), f"--data_dir={tmp_path}"): "no prepared data",
+        (str(trained), "--tokes=1"): "did you mean 'tokens'",
+        (str(trained), "--tokens=0", f"--out={tmp_path}/none/x.html"): "No such file",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            config.main(lambda argv=argv: report(config.load(Config, argv)))
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and answer in line and line.count("\n") == 1, line
+
+
+def test_the_page_has_one_style_no_style_attribute_and_parses_nothing(written):
+    text = written.read_text()
+    assert text.count("<style") == 1 and " style=" not in text.split("<script>")[0] and "default-src 'none'" in text
+    source = (ROOT / "show" / "report.js").read_text()
+    assert not any(word in source for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function("))
+
+
+def test_ten_million_visits_of_a_million_chunks(tmp_path):
+    """Within 20 s and 1 GB, and a page below 2 MB. The peak is the new process's own: getrusage's would begin with that of this one."""
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 1_000_000), 625_000, B=16, audits=4)
+    code = f"import report; report.report(report.Config(run={str(run)!r}, tokens=0)); "
+    code += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    took = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    peak, size = int(done.stdout.split()[-1]) / 1e6, (run / "report.html").stat().st_size / 1e6
+    assert took < 20 and peak < 1 and size < 2, (took, peak, size)
+
+
+def test_the_page_stays_small_with_long_chunks_and_many_targets(tmp_path):
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000, width=1024), 400, targets=[f"target {k}" for k in range(8)])
+    report(Config(run=str(run), tokens=payload.room(open_run(run))))
+    assert 0.5e6 < (run / "report.html").stat().st_size < 2e6
