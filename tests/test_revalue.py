@@ -74,7 +74,7 @@ def test_a_replay_from_a_checkpoint_is_the_runs_end(run, capsys):
 
 
 def test_a_replay_killed_goes_on(run):
-    command = [sys.executable, SCRIPT, f"--run={run}", "--replay", "--name=killed"]
+    command = [sys.executable, SCRIPT, f"{run}", "--replay", "--name=killed"]
     folder = run / "revalued" / "killed"
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the run was: several threads sum in another order
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone)
@@ -191,13 +191,13 @@ def test_a_tokens_value_is_the_derivative_by_its_own_scale(op):
     "arguments, answer",
     [
         ([], "no run given"),
-        (["--run={run}/nowhere"], "name the folder of a run"),
-        (["--run={run}", "--targets=val:Nix"], "no domain 'Nix'"),
-        (["--run={run}", "--targets=x=nowhere.txt"], "cannot be read"),
-        (["--run={run}", "--end=25"], "the newest checkpoint is of step 24"),
-        (["--run={run}", "--replay", "--start=7"], "there are checkpoints of steps 6, 12, 18, 24"),
-        (["--run={run}", "--data_dir={run}"], "no prepared data"),
-        (["--run={run}", "--device=tpu"], "is not on this machine"),
+        (["{run}/nowhere"], "name the folder of a run"),
+        (["{run}", "--targets=val:Nix"], "no domain 'Nix'"),
+        (["{run}", "--targets=x=nowhere.txt"], "cannot be read"),
+        (["{run}", "--end=25"], "the newest checkpoint is of step 24"),
+        (["{run}", "--replay", "--start=7"], "there are checkpoints of steps 6, 12, 18, 24"),
+        (["{run}", "--data_dir={run}"], "no prepared data"),
+        (["{run}", "--device=tpu"], "is not on this machine"),
     ],
 )
 def test_what_cannot_be_done_says_what_to_type(run, arguments, answer, capsys):
