@@ -96,12 +96,13 @@ class Run:
 
     def pieces(self, chunk):
         """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by tokens, its last one has it."""
-        tokens, eot, texts, start = self.data.train.rows[chunk, : self.width + 1].tolist(), self.data.meta["eot"], [], 0
-        for end in range(1, len(tokens) + 1):
-            whole = "\n<|endoftext|>\n" if tokens[end - 1] == eot else self.tokenizer.decode(tokens[start:end])
-            cut = whole.endswith("\ufffd") and end < len(tokens) and end - start < 4
-            texts.append("" if cut else whole)
-            start = start if cut else end
+        eot, texts, start = self.data.meta["eot"], [], 0
+        tokens = [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot]
+        while start < len(tokens) - 1:
+            ends = range(start + 1, min(start + 4, tokens.index(eot, start)) + 1)
+            tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or ["\n<|endoftext|>\n"]
+            n = next((n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1)  # 1: the chunk begins within a character
+            texts, start = [*texts, *[""] * (n - 1), tried[n - 1]], start + n
         return texts
 
     def text(self, chunk, limit=None):
@@ -240,7 +241,7 @@ def doc(run, doc: int):
         held = max(0, min(inside.stop, run.width + 1) - inside.start)  # of those that were trained on
         tokens.append(run.data.train.rows[chunk, inside])
         chunks.append(dict(chunk=chunk, begins=begins, tokens=held, share=held / (run.width + 1), value=run.named(run.values[chunk])))
-        total += np.nan_to_num(run.values[chunk] * chunks[-1]["share"])
+        total += np.nan_to_num(run.values[chunk].astype(float)) * chunks[-1]["share"]
     used, tokens = [c for c in chunks if not np.isnan(c["value"][run.names[0]])], np.concatenate(tokens)
     found = {key: row[key] for key in ("doc", "domain", "source", "record", "n_tokens")} | dict(unit=run.info["unit"], chunks_used=len(used))
     found |= dict(value=run.named(total if used else total * np.nan), chunks=chunks, whole=len(tokens) == n)
