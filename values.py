@@ -10,8 +10,8 @@ python values.py compare out/demo out/other              the same data valued tw
 python values.py tokens out/demo --chunk=17              a chunk's value, token by token
 python values.py query out/demo --text="To be"           which chunks helped the model to write this (approximate)
 
-Values are in nats, positive where the chunk lowered the target's loss; tables show 1e-6 nats. A run may still be under way: what its last commit
-left is read. --json gives numbers in full (show/values.schema.json says which), --csv the rows alone.
+Values are in nats, positive where the chunk lowered the target's loss; tables show 1e-6 nats. The run may still be under way.
+--json gives all of it in full, as show/values.schema.json says; --csv the rows alone.
 """
 
 import json
@@ -96,13 +96,13 @@ class Run:
 
     def pieces(self, chunk):
         """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by tokens, its last one has it."""
-        eot, texts, start = self.data.meta["eot"], [], 0
-        tokens = [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot]
+        tokens, texts, start = [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot := self.data.meta["eot"]], [], 0
         while start < len(tokens) - 1:
             ends = range(start + 1, min(start + 4, tokens.index(eot, start)) + 1)
             tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or ["\n<|endoftext|>\n"]
             n = next((n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1)  # 1: the chunk begins within a character
-            texts, start = [*texts, *[""] * (n - 1), tried[n - 1]], start + n
+            texts += [""] * (n - 1) + [tried[n - 1]]
+            start += n
         return texts
 
     def text(self, chunk, limit=None):
@@ -125,8 +125,7 @@ def open_run(path, data_dir=""):
     if cfg["rule"] == "off":
         raise ValueError(f"{path} was trained with --rule=off: it has no values; train it with another --rule")
     while True:
-        found = (path / "values.json").is_file()
-        info = read(path, "values", "committed_step") if found else dict(schema=ledger.SCHEMA, committed_step=0)
+        info = read(path, "values", "committed_step") if (path / "values.json").is_file() else dict(schema=ledger.SCHEMA, committed_step=0)
         if info.get("schema") != ledger.SCHEMA:
             raise ValueError(f"{path}/values.json has schema {info.get('schema')}, this code reads {ledger.SCHEMA}: run train.py again")
         if info["committed_step"] <= info.get("first_step", 0):
@@ -145,7 +144,7 @@ def open_run(path, data_dir=""):
         raise ValueError(f"{data.path} is not the data of {path} (its hash differs): name the run's data with --data_dir=...")
     n = len(data.train.rows)
     for name, array, fits in (
-        ("values", values, values.dtype == np.float32 and values.shape in [(n, K), (n,)[: 2 - K]]),
+        ("values", values, values.dtype == np.float32 and values.shape == ((n, K) if K > 1 else (n,))),
         ("ledger", visits, visits.dtype == ledger.visit_dtype(K) and len(visits) >= rows),
         ("books", books, books.dtype.names is not None and len(books) * info["batch"] >= rows),
         ("audit", audit, audit.dtype == ledger.audit_dtype(K)),
@@ -156,8 +155,8 @@ def open_run(path, data_dir=""):
         total, used = np.zeros((n, K)), np.zeros(n, bool)
         ledger.add_visits(visits[:rows], total, used)
         values = np.where(used[:, None], total, np.nan).astype(np.float32)
-    audit = audit[audit["step"] < info["committed_step"]]
-    return Run(path, cfg, info, data, values.reshape(-1, K), visits[:rows], books[: rows // info["batch"]], audit)
+    books, audit = books[: rows // info["batch"]], audit[audit["step"] < info["committed_step"]]
+    return Run(path, cfg, info, data, values.reshape(-1, K), visits[:rows], books, audit)
 
 
 def again(path):
