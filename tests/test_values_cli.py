@@ -560,7 +560,8 @@ def test_a_live_run(prepared, typed):
     """Read again and again while it trains and commits every step: always of one commit."""
     out = prepared / "live"
     argv = [*SMALL.split(), f"--data_dir={prepared / 'data'}", f"--out_dir={out}", "--max_iters=100000", "--checkpoint_interval=1"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *argv, "--targets=val:code,val:prose"], stdout=subprocess.DEVNULL)
+    command, alone = [sys.executable, ROOT / "train.py", *argv, "--targets=val:code,val:prose"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
     try:
         seen, until, last = set(), time.time() + 60, -1
         while len(seen) < 10 and time.time() < until:
@@ -568,7 +569,7 @@ def test_a_live_run(prepared, typed):
                 run = values.open_run(out)
             except ValueError as e:
                 assert "no values yet" in str(e) or "does not exist" in str(e) or "is no run's folder" in str(e)
-                time.sleep(0.05)
+                time.sleep(0.2)
                 continue
             total, used = np.zeros(run.values.shape), np.zeros(len(run.values), bool)
             ledger.add_visits(run.visits, total, used)
