@@ -1,22 +1,33 @@
 """Read a run's values: which chunks and documents helped, which hurt, and what the values are worth.
 
-python values.py summary out/demo                     what was valued, and how far to trust it
-python values.py top out/demo --domain=Licences       chunks by value, with their text; `bottom` from the other end
-python values.py domains out/demo --csv               value, spread and share by domain
-python values.py chunk out/demo 17                    one chunk: its text, documents, every visit; `doc` for a document
-python values.py export out/demo values.parquet       all of it as a table
-python values.py compare out/demo out/other           the same data valued twice: rank correlation, who moved
+python values.py summary out/demo                        what was valued, how far the run is, how far to trust it
+python values.py top out/demo --domain=Licences --n=5    chunks by value, with their text; `bottom` from the other end
+python values.py domains out/demo --csv                  value, spread and share by domain
+python values.py chunk out/demo 17                       one chunk: its text, documents, every visit
+python values.py doc out/demo 203                        one document: its chunks, its value, its text
+python values.py export out/demo values.parquet          all of it as a table
+python values.py compare out/demo out/other              the same data valued twice: rank correlation, who moved
+python values.py tokens out/demo --chunk=17              a chunk's value, token by token
+python values.py query out/demo --text="To be"           which chunks helped the model to write this (approximate)
+
+Values are in nats, positive where the chunk lowered the target's loss; tables show 1e-6 nats. The run may still be under way.
+--json gives all of it in full, as show/values.schema.json says; --csv the rows alone.
 """
 
 import json
+import signal
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+import config
 import ledger
 from data import Dataset, open_dataset, tokenizer
+from show import commands, tables
+from sources.origins import Documents
 
 # --- a run, as its last commit left it ------------------------------------------
 
@@ -57,22 +68,41 @@ class Run:
     def target(self, name=""):
         """A target's number; of the first without a name. Raises ValueError for a name that is none."""
         if name and name not in self.names:
-            raise ValueError(f"--target={name}: {self.path} has {', '.join(self.names)}")
+            raise ValueError(f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}")
         return self.names.index(name) if name else 0
 
     def domain(self, name):
         if name not in self.domains:
-            raise ValueError(f"--domain={name}: {self.data.path} has {', '.join(self.domains)}")
+            raise ValueError(f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}")
         return self.domains.index(name)
+
+    def domain_of(self, chunk):
+        """A chunk's domain, by name. Raises ValueError for a number that is no chunk's."""
+        if not 0 <= chunk < len(self.values):
+            raise ValueError(f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}")
+        return self.domains[int(self.data.train.domain[chunk])]
+
+    def named(self, values):
+        """(K,) -> {target: value}"""
+        return dict(zip(self.names, map(float, values)))
+
+    def parts(self):
+        """The visits, some at a time."""
+        return (self.visits[start : start + 2**20] for start in range(0, len(self.visits), 2**20))
+
+    def visits_of(self, chunks):
+        """The visits of some chunks, in the order of the steps."""
+        return np.concatenate([self.visits[:0], *(part[np.isin(part["chunk"], chunks)] for part in self.parts())])
 
     def pieces(self, chunk):
         """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by tokens, its last one has it."""
-        tokens, eot, texts, start = self.data.train.rows[chunk, : self.width + 1].tolist(), self.data.meta["eot"], [], 0
-        for end in range(1, len(tokens) + 1):
-            whole = "\n<|endoftext|>\n" if tokens[end - 1] == eot else self.tokenizer.decode(tokens[start:end])
-            cut = whole.endswith("\ufffd") and end < len(tokens) and end - start < 4
-            texts.append("" if cut else whole)
-            start = start if cut else end
+        tokens, texts, start = [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot := self.data.meta["eot"]], [], 0
+        while start < len(tokens) - 1:
+            ends = range(start + 1, min(start + 4, tokens.index(eot, start)) + 1)
+            tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or ["\n<|endoftext|>\n"]
+            n = next((n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1)  # 1: the chunk begins within a character
+            texts += [""] * (n - 1) + [tried[n - 1]]
+            start += n
         return texts
 
     def text(self, chunk, limit=None):
@@ -91,92 +121,212 @@ def open_run(path, data_dir=""):
     if not (path / "config.json").is_file():
         what = "is no run's folder" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
-    cfg = read_json(path / "config.json")["config"]
+    cfg = read(path, "config", "config")["config"]
     if cfg["rule"] == "off":
         raise ValueError(f"{path} was trained with --rule=off: it has no values; train it with another --rule")
     while True:
-        if not (path / "values.json").is_file():
-            when = f"train.py writes them with its first checkpoint, after {min(cfg['checkpoint_interval'], cfg['max_iters'])} steps"
-            raise ValueError(f"{path} has no values yet: {when}")
-        info = read_json(path / "values.json")
+        info = read(path, "values", "committed_step") if (path / "values.json").is_file() else dict(schema=ledger.SCHEMA, committed_step=0)
         if info.get("schema") != ledger.SCHEMA:
             raise ValueError(f"{path}/values.json has schema {info.get('schema')}, this code reads {ledger.SCHEMA}: run train.py again")
+        if not info["committed_step"]:
+            when = f"train.py writes them with its first checkpoint, after {min(cfg['checkpoint_interval'], cfg['max_iters'])} steps"
+            raise ValueError(f"{path} has no values yet: {when}")
         K, rows = len(info["targets"]), info["committed_step"] * info["batch"]
-        values, visits, books = (load(path, name) for name in ("values", "ledger", "books"))
-        audit = load(path, "audit") if (path / "audit.npy").is_file() else np.zeros(0, ledger.audit_dtype(K))
-        if read_json(path / "values.json") == info:  # else the run committed in between
+        values, visits, books = (read(path, name) for name in ("values", "ledger", "books"))
+        audit = read(path, "audit") if (path / "audit.npy").is_file() else np.zeros(0, ledger.audit_dtype(K))
+        if read(path, "values", "committed_step") == info:  # else the run committed in between
             break
-    data = open_dataset(data_dir or cfg["data_dir"])
+    folder = Path(data_dir or cfg["data_dir"])
+    if not folder.is_dir():
+        raise ValueError(f"the data of {path} is not in {folder}: name the folder it is in with --data_dir=...")
+    data = open_dataset(folder)
     if data.hash != info["data_hash"]:
         raise ValueError(f"{data.path} is not the data of {path} (its hash differs): name the run's data with --data_dir=...")
+    n = len(data.train.rows)
     if len(visits) and visits.dtype.names:
         rows -= int(visits["step"][0]) * info["batch"]  # of a replay or a walk that began there
     for name, array, fits in (
-        ("values", values, values.shape[:1] == (len(data.train.rows),) and values[:1].size == K),
+        ("values", values, values.dtype == np.float32 and values.shape == ((n, K) if K > 1 else (n,))),
         ("ledger", visits, visits.dtype == ledger.visit_dtype(K) and len(visits) >= rows),
         ("books", books, books.dtype.names is not None and len(books) * info["batch"] >= rows),
+        ("audit", audit, audit.dtype == ledger.audit_dtype(K)),
     ):
         if not fits:
             raise ValueError(f"{path}/{name}.npy is damaged, {array.dtype} {array.shape} does not fit values.json: {again(path)}")
-    return Run(path, cfg, info, data, values.reshape(-1, K), visits[:rows], books[: rows // info["batch"]], audit)
+    if len(visits) > rows:  # a commit is under way, or was cut off: values.npy may be ahead of values.json
+        total, used = np.zeros((n, K)), np.zeros(n, bool)
+        ledger.add_visits(visits[:rows], total, used)
+        values = np.where(used[:, None], total, np.nan).astype(np.float32)
+    books, audit = books[: rows // info["batch"]], audit[audit["step"] < info["committed_step"]]
+    return Run(path, cfg, info, data, values.reshape(-1, K), visits[:rows], books, audit)
 
 
 def again(path):
     return f"type: python train.py {path}/config.json --init_from=resume, which writes it again or says what is lost"
 
 
-def read_json(path):
+def read(path, name, key=None):
+    """The records of <name>.npy, memmapped; with a key, what <name>.json holds: a dict that has it."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): {again(path.parent)}") from e
+        if key is None:
+            return ledger.read(path, name)
+        content = json.loads((path / f"{name}.json").read_text())
+        return content | {key: content[key]}
+    except (OSError, ValueError, EOFError, LookupError, TypeError) as e:
+        raise ValueError(f"{path}/{name}.{'json' if key else 'npy'} is missing or damaged ({e!r}): {again(path)}") from e
 
 
-def load(path, name):
+# --- the commands: (run, options) -> plain dicts and lists; a float may be NaN ------
+
+
+def summary(run):
+    """What was valued, how far the run is, and how far to trust its values: the books and the audit."""
+    values, done, most, batch = run.values[run.used].astype(float), run.info["committed_step"], run.cfg["max_iters"], run.info["batch"]
+    found = dict(run=str(run.path), steps=done, max_iters=most, finished=done >= most, **{key: run.info[key] for key in ("rule", "sign", "unit")})
+    found |= dict(batch=batch, chunks=len(run.values), chunks_used=len(values), visits=len(run.visits))
+    found |= dict(early_steps=int(np.count_nonzero(run.visits["early"][::batch])), targets=[])
+    for k, name in enumerate(run.names):
+        trust = dict(books=tables.booked(run.books, k), audit=tables.audited(run.audit, k))
+        found["targets"].append(dict(target=name, **tables.spread(values[:, k]), sum=float(values[:, k].sum()), **trust))
+    return found
+
+
+def top(run, n=10, target="", domain="", chars=200, bottom=False):
+    """The chunks with the largest values for a target, with their text: those that helped it most."""
+    k, ids = run.target(target), run.used
+    ids = ids[run.data.train.domain[ids] == run.domain(domain)] if domain else ids
+    best = ids[np.argsort(run.values[ids, k] * (1 if bottom else -1), kind="stable")[:n]]
+    documents, visits, rows = Documents(run), run.visits_of(best), []
+    for rank, chunk in enumerate(best.tolist(), 1):
+        own = visits[visits["chunk"] == chunk]
+        row = dict(rank=rank, chunk=chunk, value=float(run.values[chunk, k]), domain=run.domain_of(chunk), visits=len(own))
+        row |= dict(first_step=int(own["step"].min()), loss=float(own["loss"].mean(dtype=float)), text=run.text(chunk, chars))
+        rows.append(row | dict(documents=documents.of_chunk(chunk)))
+    return dict(target=run.names[k], unit=run.info["unit"], order="bottom" if bottom else "top", chunks=rows)
+
+
+def bottom(run, n=10, target="", domain="", chars=200):
+    """The chunks with the smallest values for a target: where negative, those that hurt it most."""
+    return top(run, n, target, domain, chars, bottom=True)
+
+
+def domains(run):
+    """By domain and target, of the chunks used: mean to p95 are of the value per token, a chunk's value by its tokens; the sum is in nats."""
+    domain, rows = run.data.train.domain[run.used], []
+    order = np.argsort(domain, kind="stable")
+    found, starts = np.unique(domain[order], return_index=True)
+    for k, name in enumerate(run.names):
+        values = run.values[run.used[order], k].astype(float)
+        for d, v in zip(found, np.split(values, starts[1:])):
+            row = dict(target=name, domain=run.domains[d], chunks=len(v), tokens=len(v) * run.width, share=len(v) / len(values))
+            rows.append(row | tables.spread(v / run.width) | dict(sum=float(v.sum()), share_of_sum=float(v.sum() / values.sum())))
+    return dict(unit=run.info["unit"], domains=rows)
+
+
+def chunk(run, chunk: int):
+    """One chunk: its text, its documents, its values, and every visit."""
+    found, fields = dict(chunk=chunk, domain=run.domain_of(chunk), unit=run.info["unit"]), ("step", "loss", "grad_norm", "early")
+    visits = [{key: v[key].item() for key in fields} | dict(value=run.named(v["value"])) for v in run.visits_of([chunk])]
+    found |= dict(used=bool(visits), value=run.named(run.values[chunk]), visits=visits)
+    return found | dict(documents=Documents(run).of_chunk(chunk), text=run.text(chunk))
+
+
+def doc(run, doc: int):
+    """One document: its chunks, its text, its value: the sum over its chunks used of a chunk's value times the document's share of its tokens."""
+    documents, (_, W), tokens, chunks = Documents(run), run.data.train.rows.shape, [], []
+    row = documents.find(doc)
+    stream, total, n = documents.stream(run.domain(row["domain"])), np.zeros(len(run.names)), row["n_tokens"] + 1  # with its <eot>
+    for i, chunk in enumerate(stream[np.searchsorted(stream, row["first_chunk"]) :][: -(-(row["first_token"] + n) // W)].tolist()):
+        begins = row["first_token"] - i * W
+        inside = slice(max(begins, 0), min(begins + n, W))
+        held = max(0, min(inside.stop, run.width + 1) - inside.start)  # of those that were trained on
+        tokens.append(run.data.train.rows[chunk, inside])
+        chunks.append(dict(chunk=chunk, begins=begins, tokens=held, share=held / (run.width + 1), value=run.named(run.values[chunk])))
+        total += np.nan_to_num(run.values[chunk].astype(float)) * chunks[-1]["share"]
+    used, tokens = [c for c in chunks if not np.isnan(c["value"][run.names[0]])], np.concatenate(tokens)
+    found = {key: row[key] for key in ("doc", "domain", "source", "record", "n_tokens")} | dict(unit=run.info["unit"], chunks_used=len(used))
+    found |= dict(value=run.named(total if used else total * np.nan), chunks=chunks, whole=len(tokens) == n)
+    return found | dict(text=run.tokenizer.decode(tokens[tokens != run.data.meta["eot"]]))
+
+
+def export(run, path):
+    """A row for every chunk used -> a .parquet file: its domain, documents, visits, mean loss, and a column `value:<name>` for each target."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, n = Path(path), len(run.values)
+    if path.suffix != ".parquet" or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path}: write the name of a .parquet file, in a folder that exists")
+    visits, loss, first = np.zeros(n, np.int32), np.zeros(n), np.full(n, np.iinfo("i4").max, np.int32)
+    for part in run.parts():
+        np.add.at(visits, part["chunk"], 1)
+        np.add.at(loss, part["chunk"], part["loss"].astype(float))
+        np.minimum.at(first, part["chunk"], part["step"])
+    of = dict(chunk=pa.int64(), domain=pa.string(), docs=pa.list_(pa.int64()), visits=pa.int32(), first_step=pa.int32(), loss=pa.float64())
+    about = {key: str(run.info[key]) for key in ("sign", "unit", "rule", "committed_step", "data_hash")}
+    schema = pa.schema(of | {f"value:{name}": pa.float32() for name in run.names}, about)
+    with ledger.atomic(path) as f, pq.ParquetWriter(str(f.name), schema) as file:  # by its name: arrow would swallow a signal's exception
+        for ids, ends, docs in Documents(run).by_chunk(run.used):
+            domain = pa.array(run.domains).take(pa.array(run.data.train.domain[ids]))
+            columns = [ids, domain, pa.ListArray.from_arrays(pa.array(ends, pa.int32()), docs), visits[ids], first[ids], loss[ids] / visits[ids]]
+            file.write_table(pa.table([*columns, *run.values[ids].T], schema=schema))
+    return dict(path=str(path), rows=len(run.used), columns=schema.names)
+
+
+def compare(run, other, n=10, chars=200):
+    """The same data valued twice, on the chunks that both used: rank correlation, equal signs, means by domain, the chunks that moved most."""
+    ids, names = np.intersect1d(run.used, other.used, assume_unique=True), [name for name in run.names if name in other.names]
+    if run.data.hash != other.data.hash:
+        raise ValueError(f"{run.path} and {other.path} were trained on different data ({run.data.path}, {other.data.path}): their chunks differ")
+    if not names or not len(ids):
+        raise ValueError(f"{run.path} and {other.path} have no {'chunk' if names else 'target'} in common that both valued: nothing to compare")
+    found = dict(runs=[str(run.path), str(other.path)], unit=run.info["unit"], chunks=len(ids), targets=[], domains=[], moved=[])
+    domain = run.data.train.domain[ids]
+    for name in names:
+        a, b = (of.values[ids, of.target(name)].astype(float) for of in (run, other))
+        (rank_a, rank_b), figures = map(tables.ranks, (a, b)), dict(pearson=tables.pearson(a, b))
+        figures |= dict(spearman=tables.pearson(rank_a, rank_b), equal_signs=float((np.sign(a) == np.sign(b)).mean()))
+        found["targets"].append(dict(target=name, **figures))
+        for d in np.unique(domain):
+            means = dict(mean_a=float(a[domain == d].mean()), mean_b=float(b[domain == d].mean()))
+            found["domains"].append(dict(target=name, domain=run.domains[d], chunks=int((domain == d).sum()), **means))
+        for i in np.argsort(-abs(rank_a - rank_b), kind="stable")[:n]:
+            figures = dict(rank_a=float(rank_a[i]), rank_b=float(rank_b[i]), value_a=float(a[i]), value_b=float(b[i]))
+            found["moved"].append(dict(target=name, chunk=int(ids[i]), domain=run.domains[domain[i]], **figures, text=run.text(ids[i], chars)))
+    return found
+
+
+def tokens(run, *, chunk: int, target=""):
+    """A chunk's value token by token, at a checkpoint of the run: of the token read at each position. The last one is only predicted."""
+    k, domain = run.target(target), run.domain_of(chunk)
+    import revalue
+
+    step, values = revalue.tokens(run, [chunk])
+    values = [*values[0, :, k].tolist(), np.nan]
+    rows = [dict(position=t, token=piece, value=v) for t, (piece, v) in enumerate(zip(run.pieces(chunk), values))]
+    return dict(chunk=chunk, domain=domain, target=run.names[k], unit=run.info["unit"], step=step, sum=sum(values[:-1]), tokens=rows)
+
+
+def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
+    """Which training chunks helped the model to write a text, approximately, with --text or --file; with --bottom, which hinder it."""
+    if bool(text) == bool(file):
+        raise ValueError("query needs a text: write --text=... or --file=PATH, and not both")
     try:
-        return ledger.read(path, name)
-    except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"{path}/{name}.npy is missing or damaged ({e}): {again(path)}") from e
+        text = text or Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"--file={file} cannot be read as UTF-8 text ({e})") from e
+    import revalue  # and torch with it, which reading values needs not
+
+    return top(revalue.query(run, text), n, "", domain, chars, bottom)
 
 
-# --- chunks and documents ---------------------------------------------------------
+def main():
+    command, style, data_dir, options = commands.parse(__doc__, (summary, top, bottom, domains, chunk, doc, export, compare, tokens, query))
+    runs = {key: open_run(options.pop(key), data_dir) for key in ("run", "other") if key in options}
+    commands.show(command.__name__, command(**runs, **options), style)
 
 
-class Documents:
-    """The table of train_docs.parquet, a row group at a time: a chunk's documents, a document's chunks."""
-
-    def __init__(self, run):
-        import pyarrow.parquet
-
-        self.run, self.file, self.cached = run, pyarrow.parquet.ParquetFile(run.data.path / "train_docs.parquet"), {}
-        groups, column = range(self.file.num_row_groups), self.file.schema_arrow.names.index("first_chunk")
-        of = [self.file.metadata.row_group(i) for i in groups]
-        self.first = np.array([group.column(column).statistics.min if group.num_rows else np.iinfo("i8").max for group in of])
-
-    def group(self, i):
-        if i not in self.cached:
-            self.cached = {i: {name: c.to_numpy() for name, c in zip(self.file.schema_arrow.names, self.file.read_row_group(i).columns)}}
-        return self.cached[i]
-
-    def stream(self, d):
-        """The chunks of a domain, in their order: documents go on from one to the next."""
-        return np.flatnonzero(self.run.data.train.domain == d)
-
-    def of_chunk(self, chunk):
-        """[{doc, source, record, n_tokens, begins: token of this chunk, negative where it began in an earlier one}], in order."""
-        domain = self.run.domains[int(self.run.data.train.domain[chunk])]
-        found, i = [], int(np.searchsorted(self.first, chunk, "right")) - 1
-        while i >= 0:
-            group = self.group(i)
-            before = np.flatnonzero((group["first_chunk"] <= chunk) & (group["domain"] == domain))[::-1]
-            for row in before:
-                begun, n = int(group["first_chunk"][row]), int(group["n_tokens"][row])
-                apart = 0 if begun == chunk else np.count_nonzero(self.run.data.train.domain[begun:chunk] == self.run.data.train.domain[chunk])
-                begins = int(group["first_token"][row]) - apart * self.run.data.train.rows.shape[1]
-                if begins + n >= 0:  # its <eot>, or more
-                    doc, source, record = (group[key][row] for key in ("doc", "source", "record"))
-                    found.append(dict(doc=int(doc), source=source, record=int(record), n_tokens=n, begins=int(begins)))
-                if begun < chunk:
-                    return found[::-1]
-            i -= 1
-        return found[::-1]
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the way out of Ctrl-C: no file is left half-written
+    config.main(main)

@@ -1,4 +1,6 @@
-"""The tables that prepare_pile.py and train.py end with."""
+"""The tables that prepare_pile.py and train.py end with, and the figures in them."""
+
+import math
 
 import numpy as np
 
@@ -24,24 +26,56 @@ def domains(total, used, data, names):
 def account(entries, audits, names, domains):
     """Per target: how much of the measured drop of its loss the books account for, which domains' momentum had a part in it, and
     how close the audited steps' values came to the truth."""
-    entries = entries[np.isfinite(entries["residual"]).all(1)]  # the measured steps
     lines = [""]
     for k, name in enumerate(names):
-        total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in BOOK_ENTRIES}
-        drop = total["before"] - total["after"]
-        parts = ", ".join(f"{key} {total[key] / drop:.1%}" for key in ("data", "momentum", "decay"))
-        known = f"{1 - total['residual'] / drop:.1%} of the drop of {drop:.4f} nats in {len(entries)} measured steps"
-        lines.append(f"{name}: accounted for {known} ({parts})")
-        if "momentum_by_domain" in entries.dtype.names:
-            credit = entries["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
+        lines.append(accounted(name, total := booked(entries, k)))
+        if total and "momentum_by_domain" in entries.dtype.names:
+            credit = measured(entries)["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
             order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
-            lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / drop:.1%}" for d in order))
-    for k, name in enumerate(names if len(audits) else ()):
-        a = {key: audits[key][:, k] for key in AUDIT_ENTRIES}
-        spread = ", ".join(f"{key.capitalize()} {a[key].mean():.4f} (lowest {a[key].min():.4f})" for key in ("pearson", "spearman"))
-        sums = f"relative L2 {np.median(a['rel_l2']):.1%} (median), sum {a['efficiency_gap'].sum() / a['utility'].sum():+.1%} of the truth"
-        lines.append(f"{name}: audit of {len(audits)} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson'].mean():.4f}")
-    return "\n".join(lines)
+            lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / total['drop']:.1%}" for d in order))
+    return "\n".join([*lines, *(compared(name, audited(audits, k)) for k, name in enumerate(names if len(audits) else ()))])
+
+
+def measured(entries):
+    return entries[np.isfinite(entries["residual"]).all(1)]
+
+
+def booked(entries, k):
+    """The books' entries -> what they say of target k over the measured steps, in nats; accounted: the share of the drop. None without one."""
+    entries = measured(entries)
+    if not len(entries):
+        return None
+    total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in BOOK_ENTRIES}
+    drop = total.pop("before") - total.pop("after")
+    return dict(measured_steps=len(entries), drop=drop, accounted=ratio(drop - total["residual"], drop), **total)
+
+
+def accounted(name, total):
+    if not total:
+        return f"{name}: no step was measured yet"
+    parts = ", ".join(f"{key} {ratio(total[key], total['drop']):.1%}" for key in ("data", "momentum", "decay"))
+    known = f"{total['accounted']:.1%} of the drop of {total['drop']:.4f} nats in {total['measured_steps']} measured steps"
+    return f"{name}: accounted for {known} ({parts})"
+
+
+def audited(audits, k):
+    """The audit's entries -> how close target k's values came to the truth; sum_error is of the truth's sum. None without one."""
+    if not len(audits):
+        return None
+    a = {key: audits[key][:, k].astype(float) for key in AUDIT_ENTRIES}
+    found = dict(steps=len(audits), rel_l2=float(np.median(a["rel_l2"])), sum_error=ratio(a["efficiency_gap"].sum(), a["utility"].sum()))
+    found |= {name: float(figure) for key in ("pearson", "spearman") for name, figure in ((key, a[key].mean()), (f"{key}_lowest", a[key].min()))}
+    return found | dict(loo_pearson=float(a["loo_pearson"].mean()))
+
+
+def compared(name, a):
+    spread = ", ".join(f"{key.capitalize()} {a[key]:.4f} (lowest {a[key + '_lowest']:.4f})" for key in ("pearson", "spearman"))
+    sums = f"relative L2 {a['rel_l2']:.1%} (median), sum {a['sum_error']:+.1%} of the truth"
+    return f"{name}: audit of {a['steps']} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson']:.4f}"
+
+
+def ratio(part, whole):
+    return float(part / whole) if whole else math.nan
 
 
 def prepared(meta):
@@ -55,3 +89,24 @@ def prepared(meta):
     lines.append(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
     skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
     return "\n".join([*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"])
+
+
+# --- figures of values ------------------------------------------------------------
+
+
+def spread(v):
+    """Values (n,) -> their mean and its standard error, standard deviation, percentiles, and the share of negative ones."""
+    p5, median, p95 = map(float, np.percentile(v, (5, 50, 95)))
+    sd = float(v.std(ddof=1)) if len(v) > 1 else math.nan
+    return dict(mean=float(v.mean()), standard_error=sd / len(v) ** 0.5, sd=sd, p5=p5, median=median, p95=p95, negative=float((v < 0).mean()))
+
+
+def ranks(v):
+    """Values (n,) -> their ranks from 1, the largest; equal ones share the mean of theirs."""
+    _, inverse, counts = np.unique(-v, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def pearson(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    return ratio(a @ b, math.sqrt((a @ a) * (b @ b)))

@@ -161,7 +161,7 @@ FLOORS = {
     "parallel": "ledger",
     "model": "ghost",
     "valuation": "exact ghost ledger parallel",
-    "values": "data ledger",
+    "values": "config data ledger revalue",
     "prepare_pile": "config data ledger",
     "train": "config data ledger model valuation parallel",
     "sample": "config data model",
