@@ -14,7 +14,8 @@ import jinja2
 import config
 import ledger
 from show import payload
-from values import Documents, open_run
+from show.run import open_run
+from sources.origins import Documents
 
 
 @dataclass

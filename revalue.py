@@ -28,6 +28,7 @@ import ledger
 import parallel
 import train
 from data import global_batch, open_dataset, parse_targets
+from ops.machine import check_system
 from valuation import Valuation
 
 ONE_PASS = {"sgd2": "sgd", "adamw2": "adamw"}  # for a chunk without its batch
@@ -79,10 +80,10 @@ def read(cfg):
     options = config.load(train.Config, [str(of / "config.json"), f"--out_dir={of}"])
     if options.rule == "off":
         raise ValueError(f"{of} was trained with --rule=off: train it with another --rule")
-    options.targets = cfg.targets or options.targets
-    options.data_dir = cfg.data_dir or options.data_dir
-    options.device = cfg.device or options.device
-    train.check_system(options)
+    for key in ("targets", "data_dir", "device"):
+        setattr(options, key, getattr(cfg, key) or getattr(options, key))
+    options.shard = False  # here is one process
+    check_system(options)
     newest, *older = parallel.find_checkpoints(of) or [None]
     if newest is None:
         raise ValueError(f"{of} has no checkpoint yet: train.py writes one after {min(options.checkpoint_interval, options.max_iters)} steps")
@@ -203,10 +204,10 @@ def walk(cfg, of, options, checkpoints, data, targets, folder, end):
 
 
 def query(run, text):
-    """A text (str) as the target of a walk of the run (its folder) -> the folder with its values: made once for a text and newest checkpoint."""
+    """A text (str) as the target of a walk of the run (show.run.Run) -> the folder with its values: made once for a text and newest checkpoint."""
     name = "query-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-    path = Path(run, "revalued", name + ".txt")
-    cfg = Config(run=str(run), targets=f"query={path}", name=name, overwrite=True)
+    path = run.path / "revalued" / (name + ".txt")
+    cfg = Config(run=str(run.path), targets=f"query={path}", name=name, overwrite=True, data_dir=str(run.data.path))
     _, _, checkpoints = read(cfg)
     if is_done(folder := path.with_suffix("")) and json.loads((folder / "values.json").read_text())["committed_step"] == max(checkpoints):
         return folder
@@ -216,7 +217,7 @@ def query(run, text):
 
 
 def tokens(run, chunks):
-    """What each token of these chunks (values.Run's) did to the targets, at the newest checkpoint: its step, and float64 (n, T, K) nats.
+    """What each token of these chunks (of a show.run.Run) did to the targets, at the newest checkpoint: its step, and float64 (n, T, K) nats.
 
     Position t has read token t and predicts the next. A chunk's sum is its value in a step there, <x_i, h>, before what `adamw`
     corrects for by the batch. Two-pass rules, which need one, are stood in for by the one-pass rule of their optimizer."""

@@ -12,12 +12,7 @@ SIGTERM or Ctrl-C lets the step finish, writes a checkpoint and says how to go o
 
 import math
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import time
-import timeit
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +28,9 @@ import ledger as books
 import parallel
 from data import global_batch, open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
+from ops.machine import Interrupted, check_system, describe_run, peak_flops, rng_state, set_rng_state
 from show import dashboard, tables
-from valuation import Valuation, rng_state, set_rng_state
+from valuation import Valuation
 
 
 @dataclass
@@ -167,37 +163,6 @@ def check_resumption(cfg, data, checkpoint):
         raise ValueError(f"{data.path} is not the data of {cfg.out_dir} (its hash differs): name the run's data with --data_dir=...")
 
 
-def describe_run(cfg, data):
-    """What config.json says: enough to run it again."""
-    git = subprocess.run(["git", "-C", config.ROOT, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
-    commit = git.stdout.strip() if git and git.returncode == 0 else None
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    run = dict(config=vars(cfg), command=" ".join(["python", *sys.argv]), processes=parallel.size(), git_commit=commit)
-    return run | dict(versions=versions, data_hash=data.hash)
-
-
-def check_system(cfg):
-    kind = cfg.device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device={cfg.device} is not on this machine: write --device=cpu")
-    if cfg.shard and "RANK" not in os.environ:
-        raise ValueError("--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ...")
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
-
-
-def peak_flops(device, dtype):
-    """What MFU is a share of: the data sheet's dense bf16 rate for GPUs known here, else what a large matmul reaches
-    (in float32 on a CPU: bfloat16 is slower there)."""
-    name = torch.cuda.get_device_name(device) if "cuda" in device else ""
-    for known, peak in (("H200", 989e12), ("H100", 989e12), ("A100", 312e12)):
-        if known in name:
-            return peak
-    a = torch.ones(1024, 1024, device=device, dtype=dtype if name else torch.float32)
-    return 2 * 1024**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))  # reading a number waits for the device
-
-
 def build_model(cfg, data, device):
     """Its first weights are a function of the seed."""
     torch.manual_seed(cfg.seed)
@@ -245,22 +210,6 @@ def evaluate(model, loss_of, data, cfg):
     losses = parallel.add([losses])[0].numpy()
     of = {d: np.average([x for x, b in zip(losses, batches) if b[0] == d], weights=[len(b[1]) for b in batches if b[0] == d]) for d in sizes}
     return {"val": float(np.average(list(of.values()), weights=list(sizes.values())))} | {data.domains[d]: loss for d, loss in of.items()}
-
-
-class Interrupted(list):
-    """Empty until SIGTERM or SIGINT asks the run to end after its step; a second one raises KeyboardInterrupt."""
-
-    def __init__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(self, number, frame):
-        if self:
-            raise KeyboardInterrupt
-        self.append(number)
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # --- the run -------------------------------------------------------------------
@@ -320,7 +269,7 @@ def train(cfg):
     if parallel.rank() == 0:
         for name in () if checkpoint else RUN_FILES:
             (out / name).unlink(missing_ok=True)
-        books.write_json(out / "config.json", describe_run(cfg, data))
+        books.write_json(out / "config.json", describe_run(cfg, parallel.size(), data.hash, config.ROOT))
     valuation = Valuation(
         raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
         cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed, cfg.grad_clip, cfg.compile,

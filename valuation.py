@@ -53,6 +53,7 @@ import ghost
 import ledger as books
 import parallel
 from ops.adamw import TINY, Scalars, displacement, land, land_halfway, scale_expected, scale_linear, scale_secant, secant
+from ops.machine import replaying, rng_state
 from parallel import local
 
 RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
@@ -61,25 +62,6 @@ FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
 ROWS = 2**27
 EARLY = 3
 BLOCK = 2**19  # elements worked on at a time on CPU, so that the passes over them stay in cache
-
-
-def rng_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state[0])
-    if torch.cuda.is_available() and state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
-
-
-@contextlib.contextmanager
-def replaying(state):
-    """Random numbers (dropout) as they were at state, without disturbing those to come; None: nothing to replay."""
-    with torch.random.fork_rng(enabled=state is not None):
-        if state is not None:
-            set_rng_state(state)
-        yield
 
 
 def accounted(method):

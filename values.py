@@ -14,167 +14,17 @@ Values are in nats, positive where the chunk lowered the target's loss; tables s
 --json gives all of it in full, as show/values.schema.json says; --csv the rows alone.
 """
 
-import json
 import signal
 import sys
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 import config
 import ledger
-from data import Dataset, open_dataset, tokenizer
 from show import commands, tables
+from show.run import open_run
 from sources.origins import Documents
-
-# --- a run, as its last commit left it ------------------------------------------
-
-
-@dataclass
-class Run:
-    path: Path
-    cfg: dict  # config.json's "config": train.py's options
-    info: dict  # values.json: sign, unit, rule, targets, committed_step
-    data: Dataset
-    values: np.ndarray  # float32 (n_chunks, K), nats; NaN = never used
-    visits: np.ndarray  # the ledger's committed rows, memmapped: step, chunk, loss, value (K,), grad_norm, early
-    books: np.ndarray  # one row a step
-    audit: np.ndarray  # one row an audited step; of length 0 where there was none
-
-    @property
-    def names(self):
-        return [target["name"] for target in self.info["targets"]]
-
-    @property
-    def domains(self):
-        return self.data.domains
-
-    @property
-    def width(self):
-        """Tokens of a chunk that were trained on; the row holds one more."""
-        return self.cfg["block_size"] or self.data.meta["block_size"]
-
-    @cached_property
-    def used(self):
-        """int64: the chunks that have a value, in ascending order."""
-        return np.flatnonzero(~np.isnan(self.values[:, 0]))
-
-    @cached_property
-    def tokenizer(self):
-        return tokenizer(self.data.meta["tokenizer"])
-
-    def target(self, name=""):
-        """A target's number; of the first without a name. Raises ValueError for a name that is none."""
-        if name and name not in self.names:
-            raise ValueError(f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}")
-        return self.names.index(name) if name else 0
-
-    def domain(self, name):
-        if name not in self.domains:
-            raise ValueError(f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}")
-        return self.domains.index(name)
-
-    def domain_of(self, chunk):
-        """A chunk's domain, by name. Raises ValueError for a number that is no chunk's."""
-        if not 0 <= chunk < len(self.values):
-            raise ValueError(f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}")
-        return self.domains[int(self.data.train.domain[chunk])]
-
-    def named(self, values):
-        """(K,) -> {target: value}"""
-        return dict(zip(self.names, map(float, values)))
-
-    def parts(self):
-        """The visits, some at a time."""
-        return (self.visits[start : start + 2**20] for start in range(0, len(self.visits), 2**20))
-
-    def visits_of(self, chunks):
-        """The visits of some chunks, in the order of the steps."""
-        return np.concatenate([self.visits[:0], *(part[np.isin(part["chunk"], chunks)] for part in self.parts())])
-
-    def pieces(self, chunk):
-        """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by tokens, its last one has it."""
-        tokens, texts, start = [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot := self.data.meta["eot"]], [], 0
-        while start < len(tokens) - 1:
-            ends = range(start + 1, min(start + 4, tokens.index(eot, start)) + 1)
-            tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or ["\n<|endoftext|>\n"]
-            n = next((n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1)  # 1: the chunk begins within a character
-            texts += [""] * (n - 1) + [tried[n - 1]]
-            start += n
-        return texts
-
-    def text(self, chunk, limit=None):
-        """A chunk's text, cut to limit characters; documents are parted by <|endoftext|> on a line of its own."""
-        tokens, eot = self.data.train.rows[chunk, : self.width + 1], self.data.meta["eot"]
-        parts = np.split(tokens, np.flatnonzero(tokens == eot))
-        text = "\n<|endoftext|>\n".join(self.tokenizer.decode(part[part != eot]) for part in parts)
-        return text if limit is None or len(text) <= limit else text[:limit] + "\u2026"
-
-
-def open_run(path, data_dir=""):
-    """A run's folder -> Run. data_dir: where the run's data is now, if it moved.
-
-    Raises ValueError, saying what to type, where there is no run, none of its values are written yet, or a file is damaged."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        what = "is no run's folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
-    cfg = read(path, "config", "config")["config"]
-    if cfg["rule"] == "off":
-        raise ValueError(f"{path} was trained with --rule=off: it has no values; train it with another --rule")
-    while True:
-        info = read(path, "values", "committed_step") if (path / "values.json").is_file() else dict(schema=ledger.SCHEMA, committed_step=0)
-        if info.get("schema") != ledger.SCHEMA:
-            raise ValueError(f"{path}/values.json has schema {info.get('schema')}, this code reads {ledger.SCHEMA}: run train.py again")
-        if not info["committed_step"]:
-            when = f"train.py writes them with its first checkpoint, after {min(cfg['checkpoint_interval'], cfg['max_iters'])} steps"
-            raise ValueError(f"{path} has no values yet: {when}")
-        K, rows = len(info["targets"]), info["committed_step"] * info["batch"]
-        values, visits, books = (read(path, name) for name in ("values", "ledger", "books"))
-        audit = read(path, "audit") if (path / "audit.npy").is_file() else np.zeros(0, ledger.audit_dtype(K))
-        if read(path, "values", "committed_step") == info:  # else the run committed in between
-            break
-    folder = Path(data_dir or cfg["data_dir"])
-    if not folder.is_dir():
-        raise ValueError(f"the data of {path} is not in {folder}: name the folder it is in with --data_dir=...")
-    data = open_dataset(folder)
-    if data.hash != info["data_hash"]:
-        raise ValueError(f"{data.path} is not the data of {path} (its hash differs): name the run's data with --data_dir=...")
-    n = len(data.train.rows)
-    if len(visits) and visits.dtype.names:
-        rows -= int(visits["step"][0]) * info["batch"]  # of a replay or a walk that began there
-    for name, array, fits in (
-        ("values", values, values.dtype == np.float32 and values.shape == ((n, K) if K > 1 else (n,))),
-        ("ledger", visits, visits.dtype == ledger.visit_dtype(K) and len(visits) >= rows),
-        ("books", books, books.dtype.names is not None and len(books) * info["batch"] >= rows),
-        ("audit", audit, audit.dtype == ledger.audit_dtype(K)),
-    ):
-        if not fits:
-            raise ValueError(f"{path}/{name}.npy is damaged, {array.dtype} {array.shape} does not fit values.json: {again(path)}")
-    if len(visits) > rows:  # a commit is under way, or was cut off: values.npy may be ahead of values.json
-        total, used = np.zeros((n, K)), np.zeros(n, bool)
-        ledger.add_visits(visits[:rows], total, used)
-        values = np.where(used[:, None], total, np.nan).astype(np.float32)
-    books, audit = books[: rows // info["batch"]], audit[audit["step"] < info["committed_step"]]
-    return Run(path, cfg, info, data, values.reshape(-1, K), visits[:rows], books, audit)
-
-
-def again(path):
-    return f"type: python train.py {path}/config.json --init_from=resume, which writes it again or says what is lost"
-
-
-def read(path, name, key=None):
-    """The records of <name>.npy, memmapped; with a key, what <name>.json holds: a dict that has it."""
-    try:
-        if key is None:
-            return ledger.read(path, name)
-        content = json.loads((path / f"{name}.json").read_text())
-        return content | {key: content[key]}
-    except (OSError, ValueError, EOFError, LookupError, TypeError) as e:
-        raise ValueError(f"{path}/{name}.{'json' if key else 'npy'} is missing or damaged ({e!r}): {again(path)}") from e
-
 
 # --- the commands: (run, options) -> plain dicts and lists; a float may be NaN ------
 
@@ -184,7 +34,7 @@ def summary(run):
     values, done, most, batch = run.values[run.used].astype(float), run.info["committed_step"], run.cfg["max_iters"], run.info["batch"]
     found = dict(run=str(run.path), steps=done, max_iters=most, finished=done >= most, **{key: run.info[key] for key in ("rule", "sign", "unit")})
     found |= dict(batch=batch, chunks=len(run.values), chunks_used=len(values), visits=len(run.visits))
-    found |= dict(early_steps=int(np.count_nonzero(run.visits["early"][::batch])), targets=[])
+    found |= dict(approximate=run.info.get("approximate"), early_steps=int(np.count_nonzero(run.visits["early"][::batch])), targets=[])
     for k, name in enumerate(run.names):
         trust = dict(books=tables.booked(run.books, k), audit=tables.audited(run.audit, k))
         found["targets"].append(dict(target=name, **tables.spread(values[:, k]), sum=float(values[:, k].sum()), **trust))
@@ -202,7 +52,8 @@ def top(run, n=10, target="", domain="", chars=200, bottom=False):
         row = dict(rank=rank, chunk=chunk, value=float(run.values[chunk, k]), domain=run.domain_of(chunk), visits=len(own))
         row |= dict(first_step=int(own["step"].min()), loss=float(own["loss"].mean(dtype=float)), text=run.text(chunk, chars))
         rows.append(row | dict(documents=documents.of_chunk(chunk)))
-    return dict(target=run.names[k], unit=run.info["unit"], order="bottom" if bottom else "top", chunks=rows)
+    found = dict(target=run.names[k], unit=run.info["unit"], approximate=run.info.get("approximate"))
+    return found | dict(order="bottom" if bottom else "top", chunks=rows)
 
 
 def bottom(run, n=10, target="", domain="", chars=200):
@@ -275,6 +126,8 @@ def export(run, path):
 
 def compare(run, other, n=10, chars=200):
     """The same data valued twice, on the chunks that both used: rank correlation, equal signs, means by domain, the chunks that moved most."""
+    from scipy import stats
+
     ids, names = np.intersect1d(run.used, other.used, assume_unique=True), [name for name in run.names if name in other.names]
     if run.data.hash != other.data.hash:
         raise ValueError(f"{run.path} and {other.path} were trained on different data ({run.data.path}, {other.data.path}): their chunks differ")
@@ -284,8 +137,9 @@ def compare(run, other, n=10, chars=200):
     domain = run.data.train.domain[ids]
     for name in names:
         a, b = (of.values[ids, of.target(name)].astype(float) for of in (run, other))
-        (rank_a, rank_b), figures = map(tables.ranks, (a, b)), dict(pearson=tables.pearson(a, b))
-        figures |= dict(spearman=tables.pearson(rank_a, rank_b), equal_signs=float((np.sign(a) == np.sign(b)).mean()))
+        rank_a, rank_b = stats.rankdata(-a), stats.rankdata(-b)
+        pearson, spearman = (float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() else np.nan for x, y in ((a, b), (rank_a, rank_b)))
+        figures = dict(pearson=pearson, spearman=spearman, equal_signs=float((np.sign(a) == np.sign(b)).mean()))
         found["targets"].append(dict(target=name, **figures))
         for d in np.unique(domain):
             means = dict(mean_a=float(a[domain == d].mean()), mean_b=float(b[domain == d].mean()))
@@ -317,7 +171,7 @@ def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
         raise ValueError(f"--file={file} cannot be read as UTF-8 text ({e})") from e
     import revalue  # and torch with it, which reading values needs not
 
-    return top(revalue.query(run, text), n, "", domain, chars, bottom)
+    return top(open_run(revalue.query(run, text), run.data.path), n, "", domain, chars, bottom)
 
 
 def main():

@@ -37,7 +37,7 @@ import ghost
 import parallel
 from data import Target
 from model import GPT, GPTConfig
-from train import peak_flops
+from ops.machine import peak_flops
 from valuation import Valuation
 
 SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B

@@ -159,7 +159,7 @@ def show_summary(r):
     state = "finished" if r["finished"] else "not finished, or under way"
     yield visible(f"{r['run']}: step {r['steps']:,} of {r['max_iters']:,} ({state}), rule {r['rule']}, {r['batch']} chunks a step")
     used = f"{r['chunks_used']:,} of {r['chunks']:,} chunks used, in {r['visits']:,} visits"
-    yield f"{used}; {r['early_steps']} early steps, whose values are rough"
+    yield f"{used}; {r['early_steps']} early steps, whose values are rough" + f"; approximate: {r['approximate']}" * bool(r["approximate"])
     yield f"Values of the chunks used, in 1e-6 {r['unit']} ({SIGN}); sum in {r['unit']}"
     yield ""
     head = ["target", "mean", "+-", "sd", "p5", "median", "p95", "< 0", "sum"]
@@ -175,6 +175,8 @@ def show_summary(r):
 
 def show_ranked(r):
     what = "smallest" if r["order"] == "bottom" else "largest"
+    if r["approximate"]:
+        yield f"Approximate: {r['approximate']}"
     yield visible(f"{r['target']}: the chunks with the {what} values, in 1e-6 {r['unit']} ({SIGN})")
     yield ""
     head = ["rank", "chunk", "value", "visits", "first step", "loss", "documents", "domain", "text"]

@@ -99,14 +99,3 @@ def spread(v):
     p5, median, p95 = map(float, np.percentile(v, (5, 50, 95)))
     sd = float(v.std(ddof=1)) if len(v) > 1 else math.nan
     return dict(mean=float(v.mean()), standard_error=sd / len(v) ** 0.5, sd=sd, p5=p5, median=median, p95=p95, negative=float((v < 0).mean()))
-
-
-def ranks(v):
-    """Values (n,) -> their ranks from 1, the largest; equal ones share the mean of theirs."""
-    _, inverse, counts = np.unique(-v, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def pearson(a, b):
-    a, b = a - a.mean(), b - b.mean()
-    return ratio(a @ b, math.sqrt((a @ a) * (b @ b)))

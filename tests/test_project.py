@@ -161,12 +161,12 @@ FLOORS = {
     "parallel": "ledger",
     "model": "ghost",
     "valuation": "exact ghost ledger parallel",
-    "values": "config data ledger revalue",
+    "values": "config ledger revalue",
     "prepare_pile": "config data ledger",
     "train": "config data ledger model valuation parallel",
     "sample": "config data model",
     "revalue": "config data ghost ledger parallel train valuation",
-    "report": "config ledger revalue values",
+    "report": "config ledger revalue",
     "curate": "config values",
 }
 
@@ -176,7 +176,8 @@ def test_imports_go_strictly_down():
     local = {path.stem for path in ROOT.glob("*.py")}
     assert local <= set(allowed), "give the new module a floor"
     files = {ROOT / f"{module}.py": allowed[module] for module in local}
-    files |= {path: {"ledger"} if folder == "show" else set() for folder in ("ops", "sources", "show") for path in (ROOT / folder).glob("*.py")}
+    folders = {"ops": set(), "sources": set(), "show": {"data", "ledger"}}
+    files |= {path: below for folder, below in folders.items() for path in (ROOT / folder).glob("*.py")}
     assert len(files) > len(local) + 4
     for path, below in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -193,7 +194,7 @@ def test_training_needs_none_of_the_optional_libraries():
 
 def test_the_house_stays_small():
     lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py"))
-    assert lines <= 3000
+    assert lines <= 3300
 
 
 def test_the_faster_pattern_gives_gpt2s_own_tokens():

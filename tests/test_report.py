@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,12 @@ import config
 import data
 import ledger
 import prepare_pile
+import revalue
 import train
 from report import Config, report
 from show import payload, tables
-from values import Documents, open_run
+from show.run import open_run
+from sources.origins import Documents
 
 ROOT = Path(config.__file__).parent
 HOSTILE = [
@@ -93,17 +94,6 @@ def make_run(out, data_dir, steps, B=8, targets=("first", "second"), measured=Tr
     info = dict(schema=ledger.SCHEMA, rule="adamw", batch=B, data_hash=opened.hash, committed_step=steps, targets=[dict(name=t) for t in targets])
     ledger.write_json(out / "values.json", info)
     return out
-
-
-def stand_in(run, chunks):
-    """In the place of revalue.tokens, values that one can foretell: token t of chunk i: (t - 5) (i + 1) 1e-6 nats, half of it for target 1."""
-    t, i, k = np.arange(run.width)[None, :, None], np.arange(len(chunks))[:, None, None], np.arange(len(run.names))
-    return 7, (t - 5) * (i + 1) * 1e-6 / 2.0**k
-
-
-@pytest.fixture(autouse=True)
-def revalue(monkeypatch):
-    monkeypatch.setitem(sys.modules, "revalue", types.SimpleNamespace(tokens=stand_in))
 
 
 # --- the browser ----------------------------------------------------------------
@@ -338,26 +328,39 @@ def test_the_keyboard_reaches_and_sorts(written, visit):
 def test_tokens_are_coloured_and_named(trained, written, visit, tmp_path):
     run, tab = open_run(trained), visit(written)
     content = json.loads(tab.locator("#data").text_content())
-    assert sum("tokens" in row for row in content["chunks"]) == 20 and content["token_step"] == 7
+    assert sum("tokens" in row for row in content["chunks"]) == 20 and content["token_step"] == 60
     tab.locator("#chunk-table .open").first.click()
     spans = tab.locator(".tokens span")
     chunk = int(numbers(cells(tab, "#chunk-table", 3))[0])
     assert spans.count() == run.width and chunk == content["chunks"][0]["chunk"]
     assert "".join(spans.all_text_contents()) == "".join(run.pieces(chunk)[:-1])
-    assert spans.nth(31).get_attribute("title") == "+26 \u00b7 10\u207b\u2076 nats" and spans.nth(31).get_attribute("class") == "v5"
-    assert spans.nth(0).get_attribute("title") == "\u22125 \u00b7 10\u207b\u2076 nats" and spans.nth(0).get_attribute("class") == "v-2"
-    assert "after step 7" in tab.locator(".detail:visible").inner_text()
+    _, expected = revalue.tokens(run, [chunk])  # (1, 32, 2)
+
+    def shown(span):
+        """A token's value as its title says it, as "+26 . 10^-6 nats", and its colour, from -5 to 5."""
+        figure, *power = span.get_attribute("title").removesuffix(" nats").split(" \u00b7 10")
+        power = (
+            power[0].translate(str.maketrans("\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-0123456789")) if power else "0"
+        )
+        return float(figure.replace("\u2212", "-") + "e" + power), int(span.get_attribute("class").removeprefix("v"))
+
+    for k, target in enumerate(run.names):  # an open chunk stays open and is coloured for the other target
+        tab.get_by_label("Target").select_option(target)
+        tab.get_by_role("searchbox").fill(str(chunk))
+        largest = np.abs(expected[0, :, k]).max()
+        for t in range(run.width):
+            value, level = shown(spans.nth(t))
+            assert value == pytest.approx(expected[0, t, k], rel=0.05, abs=1e-3 * largest)  # two digits, of thousandths of the largest
+            assert level == 0 or (level > 0) == (value > 0)
+    assert "after step 60" in tab.locator(".detail:visible").inner_text()
     tab.locator(".tokens").focus()
     tab.keyboard.press("ArrowRight")
-    assert "Token 1 of 32" in tab.locator("output").inner_text() and "\u22125" in tab.locator("output").inner_text()
+    assert "Token 1 of 32" in tab.locator("output").inner_text()
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("ArrowLeft")
     assert "Token 10 of 32" in tab.locator("output").inner_text()
     spans.nth(20).hover()
     assert "Token 21 of 32" in tab.locator("output").inner_text()
-    tab.get_by_label("Target").select_option("Docstrings")  # an open chunk stays open and is coloured for the other target
-    tab.get_by_role("searchbox").fill(str(chunk))
-    assert tab.locator(".tokens span").nth(31).get_attribute("title") == "+13 \u00b7 10\u207b\u2076 nats"
     tab.get_by_role("button", name=f"Whole text of chunk {chunk}").click()
     assert tab.locator(".tokens").count() == 0
     # none asked for, or no checkpoint: the page goes without
@@ -365,13 +368,10 @@ def test_tokens_are_coloured_and_named(trained, written, visit, tmp_path):
     assert visit(tmp_path / "none.html").locator(".open", has_text="coloured").count() == 0
 
 
-def test_without_a_checkpoint_the_page_goes_without_tokens(trained, tmp_path, monkeypatch, capsys):
-    def refuse(run, chunks):
-        raise ValueError(f"{run.path} has no checkpoint")
-
-    monkeypatch.setattr(sys.modules["revalue"], "tokens", refuse)
-    report(Config(run=str(trained), out=str(tmp_path / "report.html")))
-    assert "without coloured tokens" in capsys.readouterr().out and b'"tokens":{' not in (tmp_path / "report.html").read_bytes()
+def test_without_a_checkpoint_the_page_goes_without_tokens(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("ckpt*"))
+    report(Config(run=str(tmp_path / "run")))
+    assert "without coloured tokens: " in capsys.readouterr().out and b'"tokens":{' not in (tmp_path / "run" / "report.html").read_bytes()
 
 
 COLLISIONS = """() => [...document.querySelectorAll("svg")].flatMap((svg) => {
@@ -510,6 +510,7 @@ def test_ten_million_visits_of_a_million_chunks(tmp_path):
 
 
 def test_the_page_stays_small_with_long_chunks_and_many_targets(tmp_path):
-    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000, width=1024), 400, targets=[f"target {k}" for k in range(8)])
-    report(Config(run=str(run), tokens=payload.room(open_run(run))))
-    assert 0.5e6 < (run / "report.html").stat().st_size < 2e6
+    run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 3000, width=1024), 400, targets=[f"target {k}" for k in range(8)]))
+    content = payload.gather(run, Documents(run))
+    payload.add_tokens(content, run, 7, np.random.default_rng(2).normal(size=(payload.room(run), run.width, 8)))  # of no model: their size counts
+    assert 0.5e6 < len(payload.encode(content)) < 1.9e6

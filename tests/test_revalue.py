@@ -19,7 +19,7 @@ import ghost
 import ledger
 import revalue
 import train
-import values
+from show.run import open_run
 
 SCRIPT = Path(revalue.__file__)
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, batch_size=2, gradient_accumulation_steps=2, max_iters=24, warmup_iters=5, learning_rate=5e-3)
@@ -56,8 +56,8 @@ def test_a_new_target_does_not_disturb_the_old_ones(run):
     assert column(folder, "loss").tobytes() == column(run, "loss").tobytes()
     np.testing.assert_array_equal(column(folder, "value")[:, :2], column(run, "value"))
     alone = revalue.revalue(revalue.Config(run=str(run), replay=True, targets=later))
-    assert alone.name == "later" and values.open_run(alone).names == ["later"]
-    assert np.isfinite(np.load(alone / "values.npy")[values.open_run(run).used]).all()
+    assert alone.name == "later" and open_run(alone).names == ["later"]
+    assert np.isfinite(np.load(alone / "values.npy")[open_run(run).used]).all()
 
 
 def test_a_replay_from_a_checkpoint_is_the_runs_end(run, capsys):
@@ -65,7 +65,7 @@ def test_a_replay_from_a_checkpoint_is_the_runs_end(run, capsys):
     assert "48 visits: their losses are the run's to the bit" in capsys.readouterr().out
     assert column(folder, "step")[0] == 12
     assert ledger.read(folder).tobytes() == ledger.read(run)[48:].tobytes()
-    opened = values.open_run(folder)
+    opened = open_run(folder)
     assert len(opened.visits) == 48 and len(opened.books) == 12
     total, used = np.zeros((len(opened.values), 2)), np.zeros(len(opened.values), bool)
     ledger.add_visits(ledger.read(run)[48:], total, used)
@@ -124,15 +124,16 @@ def test_a_walk_is_exact_where_its_checkpoints_are(rule, python_data, tmp_path):
     assert info["method"] == "walk" and "steps 6, 12, 18, 24" in info["approximate"] and folder.name == "Licences+text"
     part = revalue.revalue(revalue.Config(run=str(tmp_path / "run"), start=10, end=15, name="part", target_batch=5))
     assert ledger.read(part).tobytes() == now[(now["step"] >= 10) & (now["step"] < 15)].tobytes()
-    assert len(values.open_run(part).visits) == 20
+    assert len(open_run(part).visits) == 20
 
 
 def test_a_query_is_made_once(run, capsys):
-    first = revalue.query(run, "def strip(text):\n    return text\n")
+    of = open_run(run)
+    first = revalue.query(of, "def strip(text):\n    return text\n")
     before = (first / "values.npy").stat().st_mtime_ns
-    assert revalue.query(run, "def strip(text):\n    return text\n") == first and (first / "values.npy").stat().st_mtime_ns == before
-    assert revalue.query(run, "other") != first
-    opened = values.open_run(first)
+    assert revalue.query(of, "def strip(text):\n    return text\n") == first and (first / "values.npy").stat().st_mtime_ns == before
+    assert revalue.query(of, "other") != first
+    opened = open_run(first)
     assert opened.names == ["query"] and len(opened.used) == 96 and opened.info["method"] == "walk"
 
 
@@ -142,7 +143,7 @@ def test_a_query_is_made_once(run, capsys):
 @pytest.mark.parametrize("head", ["whole", "chunked"])
 def test_tokens_add_up_to_their_chunk(run, head, monkeypatch):
     monkeypatch.setattr(ghost, "HEAD", head)
-    opened = values.open_run(run)
+    opened = open_run(run)
     chunks = opened.used[:5].tolist()
     step, found = revalue.tokens(opened, chunks)
     assert (step, found.shape) == (24, (5, 32, 2))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import jsonschema
@@ -24,6 +23,7 @@ import config
 import data
 import ledger
 import prepare_pile
+import revalue
 import train
 import values
 
@@ -255,42 +255,36 @@ def test_compare(folder, other, typed):
 # --- tokens and query: revalue.py computes, values.py shows -------------------------
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """revalue's two functions, with numbers that are easy to know again."""
-
-    def tokens(run, chunks):
-        return 40, np.stack([np.arange(run.width * 2, dtype=float).reshape(run.width, 2) + chunk for chunk in chunks])
-
-    def query(run, text, chunks=None):
-        info = run.info | dict(targets=[dict(name="query")])
-        visits = np.zeros(len(run.visits), ledger.visit_dtype(1))
-        for key in ("step", "chunk", "loss"):
-            visits[key] = run.visits[key]
-        return values.Run(run.path, run.cfg, info, run.data, run.values[:, :1] * len(text), visits, run.books, run.audit)
-
-    monkeypatch.setitem(sys.modules, "revalue", types.SimpleNamespace(tokens=tokens, query=query))
-
-
-def test_tokens_and_query_show_what_revalue_computes(folder, typed, refused, computed, tmp_path):
+def test_tokens_and_query_show_what_revalue_computes(folder, typed, refused, tmp_path):
     run = values.open_run(folder)
     found = json.loads(typed("tokens", folder, "--chunk", "7", "--target=code", "--json"))
     jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/tokens"})
+    step, computed = revalue.tokens(run, [7])
     assert [t["token"] for t in found["tokens"]] == run.pieces(7) and len(found["tokens"]) == 65
-    assert [t["value"] for t in found["tokens"]] == [*np.arange(1.0, 129, 2) + 7, None] and found["step"] == 40
+    assert [t["value"] for t in found["tokens"]] == [*computed[0, :, 1], None] and found["step"] == step == 60
+    assert found["sum"] == pytest.approx(computed[0, :, 1].sum())
     assert len(typed("tokens", folder, "--chunk=7").splitlines()) == 65 + 4  # no terminal: numbers
     assert "chunks 0 to" in refused("tokens", folder, "--chunk=123456") and "--chunk" in refused("tokens", folder)
-    (tmp_path / "q.txt").write_text("four")
-    for text in ("--text=four", f"--file={tmp_path / 'q.txt'}"):
-        found = json.loads(typed("query", folder, text, "--n=3", "--bottom", "--json"))
+    (tmp_path / "q.txt").write_text("to be or not to be")
+    for text in ("--text=to be or not to be", f"--file={tmp_path / 'q.txt'}"):
+        found = json.loads(typed("query", folder, text, "--n=3", "--json"))
         jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/query"})
-        assert [row["chunk"] for row in found["chunks"]] == [row["chunk"] for row in values.bottom(run, n=3)["chunks"]]
-        assert found["chunks"][0]["value"] == 4 * values.bottom(run, n=1)["chunks"][0]["value"] and found["target"] == "query"
+        of = values.open_run(revalue.query(run, "to be or not to be"))
+        best = [c["chunk"] for c in values.top(of, n=3)["chunks"]]
+        assert [row["chunk"] for row in found["chunks"]] == best and found["target"] == "query" and "nearest checkpoint" in found["approximate"]
     for wrong in ((), ("--text=a", "--file=b"), ("--file=nowhere.txt",)):
         refused("query", folder, *wrong)
 
 
-def test_tokens_are_coloured_on_a_terminal_only(folder, computed, monkeypatch, typed):
+def test_a_query_finds_the_prose_for_prose(folder):
+    """Text made of the words of one domain is helped most by that domain's chunks, by mean."""
+    run = values.open_run(folder)
+    of = values.open_run(revalue.query(run, "\u6f22\u5b57 \u304b\u306a " * 20))
+    mean = {row["domain"]: row["mean"] for row in values.domains(of)["domains"]}
+    assert max(mean, key=mean.get) == "\u6f22\u5b57", mean
+
+
+def test_tokens_are_coloured_on_a_terminal_only(folder, monkeypatch, typed):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     chunk = next(c for c, text in ((c, values.open_run(folder).text(c)) for c in range(200)) if "\x1b" in text)
     coloured = typed("tokens", folder, f"--chunk={chunk}")
