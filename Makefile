@@ -25,6 +25,7 @@ bench: .venv/run
 
 .venv/dev: requirements-dev.txt .venv/run
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	sh tests/browser.sh
 	touch $@
 
 clean:
