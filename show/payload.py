@@ -86,7 +86,7 @@ class Pass:
 
     def __init__(self, run, of, D, chosen):
         self.run, self.of, self.D, K = run, of, D, len(run.names)
-        self.first = run.info.get("first_step", 0)
+        self.first = int(run.visits["step"][0])  # not 0 of a replay or a walk that began later
         steps = run.info["committed_step"] - self.first
         self.edges = self.first + np.unique(np.linspace(0, steps, min(steps, BINS) + 1).astype(int))  # of the columns of the cumulative chart
         entries = [run.books[name] for name in BOOK_ENTRIES]
@@ -148,6 +148,7 @@ def describe(run, passed):
     found |= dict(name=short(run.path.resolve().name), data=short(run.data.path.name), tokenizer=meta["tokenizer"], size=size, width=run.width)
     found |= dict(rule=run.info["rule"], rule_is=RULES.get(run.info["rule"], ""), batch=run.info["batch"], visits=len(run.visits))
     found |= dict(step=run.info["committed_step"], first=passed.first, used=len(run.used), chunks=len(run.values), hash=run.data.hash[:12])
+    found |= dict(approximate=run.info.get("approximate"))
     return found | dict(early=len(passed.early), early_share=num(passed.early_size / np.maximum(passed.total, 1e-300)))
 
 

@@ -417,6 +417,7 @@ function head() {
       `model gave them, so \u22120.01 nats make the true next token about 1% more likely. At some steps the loss is measured before and after, ` +
       `and set beside what the values, momentum and decay say (the books); at some the values are set beside exact Shapley values (the audit).`);
   const warnings = [], warn = (...text) => warnings.push(make("p", { class: "warning" }, make("b", {}, "Caution. "), ...text));
+  if (run.approximate) warn(`These values are approximate: ${run.approximate}.`);
   R.trust.forEach((row, k) => {
     const text = () => name(R.targets[k]);
     const better = run.rule === "adamw2" ? "." : ["; ", make("code", {}, "--rule=adamw2"), " follows the optimizer's step more closely."];

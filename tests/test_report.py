@@ -377,6 +377,19 @@ def test_without_a_checkpoint_the_page_goes_without_tokens(trained, tmp_path, ca
     assert "without coloured tokens: " in capsys.readouterr().out and b'"tokens":{' not in (tmp_path / "run" / "report.html").read_bytes()
 
 
+@pytest.mark.parametrize("replay", [True, False])
+def test_values_that_came_later_have_a_report_too(trained, tmp_path, visit, replay):
+    folder = revalue.revalue(revalue.Config(run=str(trained), replay=replay, start=30, target_batch=2, name=f"later-{replay}"))
+    report(Config(run=str(folder), out=str(tmp_path / "report.html")))
+    tab = visit(tmp_path / "report.html")
+    warnings = tab.locator(".warning").all_inner_texts()
+    assert any("approximate: weights and moments are those of the nearest checkpoint" in text for text in warnings) != replay
+    content = json.loads(tab.locator("#data").text_content())
+    assert content["run"]["first"] == 30 and min(row["step"] for row in content["chunks"]) >= 30 and content["token_step"] == 60
+    total = np.nansum(open_run(folder).values, 0)
+    np.testing.assert_allclose(np.array(content["time"]["cumulative"])[:, :, -1].sum(1), total, rtol=1e-3)
+
+
 COLLISIONS = """() => [...document.querySelectorAll("svg")].flatMap((svg) => {
   const frame = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
   const over = (a, b, from, to) => Math.min(a[to], b[to]) - Math.max(a[from], b[from]);
