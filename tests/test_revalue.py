@@ -29,20 +29,31 @@ SMALL |= dict(
 TARGETS = "val:Python code,val:Docstrings"
 
 
-@pytest.fixture(scope="module", params=["adamw", "adamw2"])
-def run(request, python_data, tmp_path_factory):
+def trained(python_data, folder, rule):
     """A run with everything that random numbers and moments can do wrong."""
-    out = tmp_path_factory.mktemp("revalue") / request.param
-    train.train(train.Config(**SMALL, data_dir=str(python_data), out_dir=str(out), rule=request.param, targets=TARGETS, dropout=0.1, target_batch=2))
-    (out.parent / "later.txt").write_text("def later(text):\n    return text.strip()\n" * 3)
-    return out
+    options = SMALL | dict(rule=rule, targets=TARGETS, dropout=0.1, target_batch=2)
+    train.train(train.Config(**options, data_dir=str(python_data), out_dir=str(folder / rule)))
+    (folder / "later.txt").write_text("def later(text):\n    return text.strip()\n" * 3)
+    return folder / rule
+
+
+@pytest.fixture(scope="module")
+def run(python_data, tmp_path_factory):
+    return trained(python_data, tmp_path_factory.mktemp("revalue"), "adamw")
+
+
+@pytest.fixture(scope="module")
+def run2(python_data, tmp_path_factory):
+    return trained(python_data, tmp_path_factory.mktemp("revalue"), "adamw2")
 
 
 def column(folder, name):
     return ledger.read(folder)[name]
 
 
-def test_a_replay_is_the_run_to_the_byte(run):
+@pytest.mark.parametrize("of", ["run", "run2"])
+def test_a_replay_is_the_run_to_the_byte(request, of):
+    run = request.getfixturevalue(of)
     folder = revalue.revalue(revalue.Config(run=str(run), replay=True, name="again"))
     for name in ("values.npy", "ledger.npy", "books.npy"):
         assert (folder / name).read_bytes() == (run / name).read_bytes(), name
@@ -140,8 +151,9 @@ def test_a_query_is_made_once(run, capsys):
 # --- tokens ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["whole", "chunked"])
-def test_tokens_add_up_to_their_chunk(run, head, monkeypatch):
+@pytest.mark.parametrize("of, head", [("run", "whole"), ("run2", "chunked")])
+def test_tokens_add_up_to_their_chunk(request, of, head, monkeypatch):
+    run = request.getfixturevalue(of)
     monkeypatch.setattr(ghost, "HEAD", head)
     opened = open_run(run)
     chunks = opened.used[:5].tolist()
