@@ -100,10 +100,10 @@ def is_done(folder):
 def replay(cfg, of, options, checkpoints, data, targets, folder, end):
     """Returns None where the replay's losses are the run's to the bit, else what is approximate."""
     changed = dict(targets=options.targets, out_dir=str(folder), init_from="auto", overwrite=False, max_iters=end, eval_interval=0, audit_interval=0)
-    changed |= dict(keep_checkpoints=1, wandb_log=False, domain_momentum=False, compile=options.compile, shard=False)
+    changed |= dict(keep_checkpoints=1, wandb_log=False, tensorboard_log=False, domain_momentum=False)
     again = train.Config(**vars(options) | changed)
-    if cfg.overwrite and is_done(folder):
-        shutil.rmtree(folder)
+    if cfg.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
     if cfg.start and not (folder / "config.json").exists():
         branch(checkpoints, cfg.start, again, folder)
     train.train(again)

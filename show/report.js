@@ -373,7 +373,7 @@ function trustCard(row, k) {
   else card.append(make("p", {}, make("span", { class: "big" }, percent(known)), ` of the drop is what values, momentum and decay add up to; ` +
     `100% would be exact. Over ${plural(row.steps, "measured step")} the loss fell by ${number(row.drop)} nats.`), host,
     row.early && row.rest != null ? make("p", { class: "soft" }, `Without ${plural(row.early, "measured step")} marked early: ` +
-      `${percent(1 - row.rest)}.`) : null);
+      `${percent(1 - row.rest)}.`) : "");
   card.append(make("p", {}, !A ? ["No step was audited: ", make("code", {}, "--audit_interval=N"),
     " compares the values of some steps with exact Shapley values."]
     : `Against exact Shapley values in ${plural(A.steps, "audited step")}: Pearson ${number(A.pearson[0], 4)} (lowest ` +

@@ -377,6 +377,17 @@ def test_without_a_checkpoint_the_page_goes_without_tokens(trained, tmp_path, ca
     assert "without coloured tokens: " in capsys.readouterr().out and b'"tokens":{' not in (tmp_path / "run" / "report.html").read_bytes()
 
 
+def test_a_drop_of_early_steps_alone(tmp_path, visit):
+    """The loss fell in the early steps and rose after them: there is no share of the later drop to speak of."""
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000), 400)
+    books = np.load(run / "books.npy")
+    books["after"][0], books["after"][20:] = 1, books["before"][20:] + 0.01
+    np.save(run / "books.npy", books)
+    report(Config(run=str(run)))
+    cards = visit(run / "report.html").locator("#trust").inner_text()
+    assert "of the drop is what values" in cards and not any(word in cards for word in ("null", "undefined", "NaN", "marked early"))
+
+
 @pytest.mark.parametrize("replay", [True, False])
 def test_values_that_came_later_have_a_report_too(trained, tmp_path, visit, replay):
     folder = revalue.revalue(revalue.Config(run=str(trained), replay=replay, start=30, target_batch=2, name=f"later-{replay}"))
