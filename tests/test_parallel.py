@@ -144,7 +144,8 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(python_data, tmp_
     ranks_run(2, log, arguments(python_data, tmp_path / "1", *more, resume), arguments(python_data, tmp_path / "2", *more, resume, "--shard=True"))
     for copy in "012":
         went_on, alone = read(tmp_path / copy), read(tmp_path / "alone")
-        assert (went_on["chunk"] == alone["chunk"]).all() and distance(went_on, alone) < 1e-5
+        assert (went_on["chunk"] == alone["chunk"]).all() and distance(went_on[4:], alone[4:]) < 1e-5
+        assert np.allclose(went_on["value"][:4].sum(0), alone["value"][:4].sum(0), rtol=1e-5)  # AdamW's first step: see above
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights(tmp_path / copy).values(), weights(tmp_path / "alone").values()))
 
 

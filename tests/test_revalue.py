@@ -117,7 +117,7 @@ def test_a_replay_that_went_another_way_says_so(run, capsys):
 def test_a_walk_is_exact_where_its_checkpoints_are(rule, python_data, tmp_path):
     """With the same chunks of the target in every step of the run, as a walk has it."""
     options = dict(
-        targets=f"val:Licences,text={tmp_path}/text.txt",
+        targets=f"val:Docstrings,text={tmp_path}/text.txt",
         target_batch=5,
         target_sampling="fixed",
         data_dir=str(python_data),
@@ -132,7 +132,7 @@ def test_a_walk_is_exact_where_its_checkpoints_are(rule, python_data, tmp_path):
     assert np.abs(was["value"] - now["value"])[at].max() < 1e-5 * np.abs(was["value"][at]).max()
     assert np.abs(was["value"] - now["value"])[~at].max() > 1e-3 * np.abs(was["value"][~at]).max()  # and approximate elsewhere
     info = json.loads((folder / "values.json").read_text())
-    assert info["method"] == "walk" and "steps 6, 12, 18, 24" in info["approximate"] and folder.name == "Licences+text"
+    assert info["method"] == "walk" and "steps 6, 12, 18, 24" in info["approximate"] and folder.name == "Docstrings+text"
     part = revalue.revalue(revalue.Config(run=str(tmp_path / "run"), start=10, end=15, name="part", target_batch=5))
     assert ledger.read(part).tobytes() == now[(now["step"] >= 10) & (now["step"] < 15)].tobytes()
     assert len(open_run(part).visits) == 20
