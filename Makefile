@@ -9,7 +9,7 @@ demo: .venv/run
 	$(PY) train.py config/demo.py --overwrite
 
 test: .venv/dev
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist worksteal
 
 lint: .venv/dev
 	$(PY) -m ruff check .

@@ -172,7 +172,7 @@ def test_tokens_add_up_to_their_chunk(request, of, head, monkeypatch):
         value = sum((p.h * g).flatten(1).sum(1, dtype=torch.float64) for p, g in zip(frozen.model.parameters(), gradients))
         value = value.numpy() * book["lr"] * book["kappa"] / 4
         np.testing.assert_allclose(of_tokens.sum(0), value, rtol=1e-5, atol=1e-5 * np.abs(of_tokens).sum(0).max())
-        assert np.abs(of_tokens).min() > 0 and not np.allclose(of_tokens[0], of_tokens[1])
+        assert np.abs(of_tokens).min() > 0 and (of_tokens.std(0) > 0.1 * np.abs(of_tokens).mean(0)).all()  # each has its own
 
 
 @pytest.mark.parametrize("op", ["linear", "embedding", "layer_norm"])
