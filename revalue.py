@@ -25,9 +25,9 @@ from tqdm import tqdm
 import config
 import ghost
 import ledger
-import parallel
 import train
 from data import global_batch, open_dataset, parse_targets
+from ops.checkpoints import Checkpoints, find_checkpoints, read_checkpoint
 from ops.machine import check_system
 from valuation import Valuation
 
@@ -84,10 +84,10 @@ def read(cfg):
         setattr(options, key, getattr(cfg, key) or getattr(options, key))
     options.shard = False  # here is one process
     check_system(options)
-    newest, *older = parallel.find_checkpoints(of) or [None]
+    newest, *older = find_checkpoints(of) or [None]
     if newest is None:
         raise ValueError(f"{of} has no checkpoint yet: train.py writes one after {min(options.checkpoint_interval, options.max_iters)} steps")
-    return of, options, {int(path.stem[5:]): path for path in older} | {parallel.read_checkpoint(newest)["iter_num"]: newest}
+    return of, options, {int(path.stem[5:]): path for path in older} | {read_checkpoint(newest)["iter_num"]: newest}
 
 
 def is_done(folder):
@@ -107,7 +107,7 @@ def replay(cfg, of, options, checkpoints, data, targets, folder, end):
     if cfg.start and not (folder / "config.json").exists():
         branch(checkpoints, cfg.start, again, folder)
     train.train(again)
-    for path in parallel.find_checkpoints(folder):  # of the weights that the run has
+    for path in find_checkpoints(folder):  # of the weights that the run has
         path.unlink()
     was, now = ledger.read(of), ledger.read(folder)
     same = was[np.searchsorted(was["step"], cfg.start) :][: len(now)]
@@ -123,9 +123,9 @@ def branch(checkpoints, step, again, folder):
         raise ValueError(f"--start={step}: there are checkpoints of steps {', '.join(map(str, sorted(checkpoints)))}, and 0 needs none")
     if step % again.target_interval:
         raise ValueError(f"--start={step} lies between two gradients of the target: choose a multiple of --target_interval={again.target_interval}")
-    content = parallel.read_checkpoint(checkpoints[step])
+    content = read_checkpoint(checkpoints[step])
     content |= dict(config=vars(again), wandb_id=None, valuation={"records": {}, "grads": None, "domain_momentum": None})
-    parallel.Checkpoints(folder, 1, background=False, step=step).write(step, content)
+    Checkpoints(folder, 1, background=False, step=step).write(step, content)
     ledger.write_json(folder / "config.json", dict(config=vars(again)))
 
 
@@ -153,7 +153,7 @@ class Frozen:
 
     def restore(self, path, book):
         """The weights and moments of a checkpoint, and there the targets' gradients, for the learning rate of the book."""
-        state = parallel.read_checkpoint(path)
+        state = read_checkpoint(path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.valuation.grads = None

@@ -28,6 +28,7 @@ import ledger as books
 import parallel
 from data import global_batch, open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
+from ops.checkpoints import Checkpoints, find_checkpoints, load_optimizer, read_checkpoint
 from ops.machine import Interrupted, check_system, describe_run, peak_flops, rng_state, set_rng_state
 from show import dashboard, tables
 from valuation import Valuation
@@ -129,7 +130,7 @@ wandb_log wandb_project wandb_run_name wandb_histogram_interval tensorboard_log 
 def find_checkpoint(cfg, data):
     """Refuses what would be lost. Returns the path of the checkpoint to go on from, the newest that is whole, or None."""
     out, resume = Path(cfg.out_dir), cfg.init_from != "scratch"
-    found = parallel.find_checkpoints(out)
+    found = find_checkpoints(out)
     if cfg.init_from == "auto":
         resume = (out / "config.json").is_file()
     if not resume:
@@ -140,7 +141,7 @@ def find_checkpoint(cfg, data):
         raise ValueError(f"nothing to resume in {out}: name the run's folder with --out_dir=..., or leave out --init_from")
     for path in found:
         try:
-            checkpoint = parallel.read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
             books.check(out, checkpoint["valuation"].get("records", {}))
         except ValueError as e:
             print(f"{path} cannot be used, {e}: trying the one before it")
@@ -247,7 +248,7 @@ def train(cfg):
     optimizer = build_optimizer(cfg, raw_model)
     start, best_val_loss, wandb_id, valuation_state = 0, math.inf, None, None
     if checkpoint:
-        parallel.load_optimizer(optimizer, checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
     torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
     torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
@@ -265,7 +266,7 @@ def train(cfg):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
-    checkpoints = parallel.Checkpoints(out, cfg.keep_checkpoints, cfg.background, used, start)
+    checkpoints = Checkpoints(out, cfg.keep_checkpoints, cfg.background, used, start)
     if parallel.rank() == 0:
         for name in () if checkpoint else RUN_FILES:
             (out / name).unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from test_train import TWO, arguments, in_process, quiet_run, read_bytes, run, w
 import config
 import parallel
 from ledger import read
+from ops.checkpoints import read_checkpoint
 
 ROOT = Path(config.__file__).parent
 MORE = (TWO, "--book_interval=3", "--target_batch=3", "--lr_decay_iters=12")
@@ -206,7 +207,7 @@ def test_what_happens_on_a_cluster(python_data, tmp_path):
     size = (out / "ckpt.pt").stat().st_size
     assert 2 in ended(start(2, log, argv, limit=size // 2))
     assert f"No checkpoint of step {step // 10 * 10 + 10}; the one before it is whole" in log.read_text()
-    assert parallel.read_checkpoint(out / "ckpt.pt")["iter_num"] == step
+    assert read_checkpoint(out / "ckpt.pt")["iter_num"] == step
 
     ranks_run(2, log, argv)
     assert read_bytes(out) == read_bytes(tmp_path / "whole")

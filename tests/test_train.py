@@ -19,12 +19,12 @@ from torch._dynamo.utils import counters
 import config
 import exact
 import ghost
-import parallel
 import train as train_module
 from data import global_batch, open_dataset, parse_targets
 from experiments import rules
 from ledger import add_visits, read
 from model import GPT, GPTConfig
+from ops.checkpoints import Checkpoints
 from train import Config, train
 from valuation import Valuation
 
@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
     state = torch.load(out / "ckpt.pt", weights_only=True)
     state["model"]["transformer.ln_f.weight"][0] = 3e38  # the weights diverge: the next losses overflow
     state["config"]["max_iters"] = 9
-    parallel.Checkpoints(out, 1, False, out / "ckpt.pt", 3).write(3, state)
+    Checkpoints(out, 1, False, out / "ckpt.pt", 3).write(3, state)
     spoiled = (out / "ckpt.pt").read_bytes()
     line = refused(capsys, python_data, out, *more, "--max_iters=9", "--learning_rate=1e-3", "--lr_decay_iters=3", "--init_from=resume")
     ids = global_batch(3, 4, len(open_dataset(python_data).train.rows), 1337)
