@@ -1,14 +1,39 @@
-"""Documents in tokens -> rows of one domain each, in the arrays and tables that data.py reads."""
+"""Documents in tokens -> parts of a source -> rows of one domain each, in the arrays and tables that data.py reads."""
 
 import hashlib
+import json
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
+from ledger import sync
+
 MB = 1 << 20
 SPLITS = ("train", "val")
+COLUMNS = pa.schema(dict(split=pa.string(), domain=pa.string(), source=pa.string(), record=pa.int64(), tokens=pa.binary()))
+
+
+def write_part(path, encoded, limit):
+    """What encode() gives, up to and with the document that reaches the limit -> a file: a batch a job, and in the last one what it holds:
+    "tokens", ("documents", split, domain), ("tokens", split, domain), ("skipped", reason), ("left out", domain)."""
+    held, nothing = Counter(), [[] for _ in COLUMNS]
+    with pa.ipc.new_file(path, COLUMNS) as file:
+        for documents, skipped in encoded:
+            held.update(skipped)
+            ends = held["tokens"] + np.cumsum([len(tokens) // 2 for *_, tokens in documents])
+            documents = documents[: np.searchsorted(ends, limit) + 1]
+            for split, domain, *_, tokens in documents:
+                held.update({"tokens": len(tokens) // 2, ("tokens", split, domain): len(tokens) // 2, ("documents", split, domain): 1})
+            if len(held) > 1 << 18:  # it would grow without end
+                raise ValueError(f"--domain_key has over {1 << 16} values: name a key with fewer")
+            file.write_batch(pa.record_batch([*zip(*documents)] or nothing, schema=COLUMNS))
+            if held["tokens"] >= limit:
+                break
+        file.write_batch(pa.record_batch(nothing, schema=COLUMNS), custom_metadata={"held": json.dumps([*held.items()])})
+    sync(path)
 
 
 class Array:

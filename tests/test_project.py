@@ -176,7 +176,7 @@ def test_imports_go_strictly_down():
     local = {path.stem for path in ROOT.glob("*.py")}
     assert local <= set(allowed), "give the new module a floor"
     files = {ROOT / f"{module}.py": allowed[module] for module in local}
-    folders = {"ops": {"ledger", "parallel"}, "sources": set(), "show": {"data", "ledger"}}
+    folders = {"ops": {"ledger", "parallel"}, "sources": {"ledger"}, "show": {"data", "ledger"}}
     files |= {path: below for folder, below in folders.items() for path in (ROOT / folder).glob("*.py")}
     assert len(files) > len(local) + 4
     for path, below in files.items():
@@ -194,7 +194,7 @@ def test_training_needs_none_of_the_optional_libraries():
 
 def test_the_house_stays_small():
     lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.py"))
-    assert lines <= 3220
+    assert lines <= 3200
 
 
 def test_the_faster_pattern_gives_gpt2s_own_tokens():
