@@ -38,6 +38,7 @@ class Dataset:
     meta: dict
     train: Split
     val: Split
+    keep: np.ndarray | None = None  # int64: the chunks to train on, where not all; one that stands twice is met twice in a pass
 
     @property
     def domains(self):
@@ -48,6 +49,12 @@ class Dataset:
         """One sha256 for the whole set: what a run's values belong to."""
         return hashlib.sha256(json.dumps(self.meta["sha256"], sort_keys=True).encode()).hexdigest()
 
+    def ids(self, step, batch, seed):
+        """The ids (batch,) of step's chunks: each pass meets every chunk, or every kept one, in an order of its own."""
+        if self.keep is None:
+            return global_batch(step, batch, len(self.train.rows), seed)
+        return np.asarray(self.keep[global_batch(step, batch, len(self.keep), seed)], np.int64)
+
     def verify(self):
         """Reads the arrays' files. Raises ValueError, saying what to type, if one is not as it was written."""
         for name, written in self.meta["sha256"].items():
@@ -56,8 +63,9 @@ class Dataset:
                     raise ValueError(f"{self.path}/{name} is damaged, its sha256 is not meta.json's: type: {self.meta['command']} --overwrite")
 
 
-def open_dataset(data_dir):
-    """Opens a data folder. Raises ValueError, saying what to type, if it is missing, unfinished or does not fit its meta.json."""
+def open_dataset(data_dir, keep=""):
+    """Opens a data folder; keep: a file that says which chunks to train on (curate.py). Raises ValueError, saying what to type, where
+    the folder is missing, unfinished or does not fit its meta.json, or keep does not fit the folder."""
     path = Path(data_dir)
     again = f"type: python prepare_pile.py --data_dir={data_dir}"
     if not (path / "meta.json").is_file():
@@ -84,7 +92,24 @@ def open_dataset(data_dir):
     dataset = Dataset(path, meta, *splits)
     if sum(array.nbytes for split in splits for array in (split.rows, split.domain)) <= CHECKED:
         dataset.verify()
+    if keep:
+        dataset.keep = read_keep(Path(keep), dataset)
     return dataset
+
+
+def read_keep(path, dataset):
+    """keep.npy -> the chunks' numbers (n,), memmapped. The keep.json that curate.py writes beside it says of which data they are."""
+    try:
+        ids = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        raise ValueError(f"--keep={path} is missing or damaged ({e}): name a file that curate.py wrote") from e
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids) or not 0 <= ids.min() <= ids.max() < len(dataset.train.rows):
+        what = f"is {ids.dtype} {ids.shape}; it must hold numbers of chunks, integers from 0 to {len(dataset.train.rows) - 1}"
+        raise ValueError(f"--keep={path} {what}: name a file that curate.py wrote for {dataset.path}")
+    about = path.with_suffix(".json")
+    if about.is_file() and json.loads(about.read_text()).get("data_hash", dataset.hash) != dataset.hash:
+        raise ValueError(f"--keep={path} names chunks of other data than {dataset.path} (its hash differs): name the run's data with --data_dir=...")
+    return ids
 
 
 # --- the order of chunks ------------------------------------------------------

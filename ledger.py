@@ -5,6 +5,8 @@
     audit.npy    one record an audited step: per target how close its values came to the truth
     values.npy   float32 (n_chunks,) or (n_chunks, K): the sum of the ledger's rows, chunk by chunk; NaN = never used
     values.json  sign, unit, rule, the targets, the committed step
+    evaluations.jsonl  one line an evaluation: {"step": steps done, "loss": {"val": nats, <domain>: nats, ...}}
+    chunks.npy   int64 (n,): the chunks it was trained on, where not all
 
 A value is positive where the chunk lowered the target's loss. Every file is whole at any moment: values.npy, values.json and
 checkpoints are written under another name and renamed; ledger.npy and books.npy only grow, and their header counts the rows
@@ -103,6 +105,19 @@ def write_json(path, content):
         f.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def write_lines(path, rows):
+    """A line of JSON for each of them."""
+    with atomic(path) as f:
+        f.writelines((json.dumps(row) + "\n").encode() for row in rows)
+
+
+def write_array(path, array):
+    """A .npy."""
+    with atomic(path) as f:
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+        f.write(np.ascontiguousarray(array).data)
+
+
 class Records:
     """A .npy of records that grows by commits; opened with `rows` it forgets what lies beyond them. crc: the CRC-32 of all its rows."""
 
@@ -159,6 +174,11 @@ def check(run, counted):
         path = Path(run, name + ".npy")
         if not path.is_file() or crc32(path, start, rows * itemsize) != crc:
             raise ValueError(f"{path} is missing or damaged: it does not hold the {rows} rows that were counted")
+
+
+def crc(ids):
+    """CRC-32 of an array of integers, whatever their type; None of None."""
+    return None if ids is None else zlib.crc32(np.ascontiguousarray(ids, "<i8"))
 
 
 def crc32(path, start=0, size=None):

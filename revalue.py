@@ -26,7 +26,7 @@ import config
 import ghost
 import ledger
 import train
-from data import global_batch, open_dataset, parse_targets
+from data import open_dataset, parse_targets
 from ops.checkpoints import Checkpoints, find_checkpoints, read_checkpoint
 from ops.machine import check_system
 from valuation import Valuation
@@ -55,7 +55,7 @@ class Config:
 def revalue(cfg):
     """Values chunks of cfg.run for cfg.targets. Returns the folder that holds them. Raises ValueError and OSError, with what to type."""
     of, options, checkpoints = read(cfg)
-    data = open_dataset(options.data_dir)
+    data = open_dataset(options.data_dir, options.keep)
     targets = parse_targets(options.targets, data, options.block_size)
     folder = of / "revalued" / (cfg.name or "+".join(target.name for target in targets).replace("/", "-"))
     end = cfg.end or max(checkpoints)
@@ -82,6 +82,7 @@ def read(cfg):
         raise ValueError(f"{of} was trained with --rule=off: train it with another --rule")
     for key in ("targets", "data_dir", "device"):
         setattr(options, key, getattr(cfg, key) or getattr(options, key))
+    options.keep = options.keep and str(of / "chunks.npy")
     options.shard = False  # here is one process
     check_system(options)
     newest, *older = find_checkpoints(of) or [None]
@@ -192,7 +193,7 @@ def walk(cfg, of, options, checkpoints, data, targets, folder, end):
             if near != at:
                 frozen.restore(checkpoints[at := near], books[min(near, len(books) - 1)])
                 used.append(near)
-            frozen.value(step, books[step], global_batch(step, frozen.batch, len(data.train.rows), options.seed))
+            frozen.value(step, books[step], data.ids(step, frozen.batch, options.seed))
             if (step + 1) % 100 == 0 or step + 1 == end:
                 frozen.valuation.commit()
         options.out_dir = str(folder)

@@ -10,6 +10,7 @@ Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), l
 SIGTERM or Ctrl-C lets the step finish, writes a checkpoint and says how to go on; a second one stops at once.
 """
 
+import json
 import math
 import os
 import time
@@ -26,7 +27,7 @@ import torch
 import config
 import ledger as books
 import parallel
-from data import global_batch, open_dataset, parse_targets, tokenizer
+from data import open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
 from ops.checkpoints import Checkpoints, find_checkpoints, load_optimizer, read_checkpoint
 from ops.machine import Interrupted, check_system, describe_run, peak_flops, rng_state, set_rng_state
@@ -38,6 +39,7 @@ from valuation import Valuation
 class Config:
     # input and output
     data_dir: str = "data/pile"  # what prepare_pile.py wrote
+    keep: str = ""  # keep.npy of curate.py: train on these chunks only
     out_dir: str = ""  # where the run goes; default out/<name of the config file>
     init_from: Literal["scratch", "resume", "auto"] = "scratch"  # resume: go on from out_dir's checkpoint; auto: if there is one
     overwrite: bool = False  # start over in an out_dir that holds a run
@@ -117,11 +119,11 @@ class Config:
             raise ValueError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
 
 
-RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy", "audit.npy")  # beside config.json
+RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy", "audit.npy", "evaluations.jsonl", "chunks.npy")  # beside config.json
 
 # may differ between a run and its resumption; everything else would make the values belong to another run
 MAY_CHANGE = """
-out_dir data_dir init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval keep_checkpoints background
+out_dir data_dir keep init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval keep_checkpoints background
 wandb_log wandb_project wandb_run_name wandb_histogram_interval tensorboard_log device compile shard""".split()
 
 # --- before the first step ----------------------------------------------------
@@ -162,6 +164,8 @@ def check_resumption(cfg, data, checkpoint):
             raise ValueError(f"--{key}={getattr(cfg, key)}, but {cfg.out_dir} was run with {key}={had}: type --{key}={had}, or another --out_dir")
     if checkpoint["data_hash"] != data.hash:
         raise ValueError(f"{data.path} is not the data of {cfg.out_dir} (its hash differs): name the run's data with --data_dir=...")
+    if checkpoint.get("keep") != books.crc(data.keep):
+        raise ValueError(f"--keep={cfg.keep} does not name the chunks that {cfg.out_dir} was trained on: type --keep={was.get('keep', '')}")
 
 
 def build_model(cfg, data, device):
@@ -225,7 +229,7 @@ def train(cfg):
     check_system(cfg)
     device = parallel.start(cfg.device)
     say = print if parallel.rank() == 0 else lambda *args, **kwargs: None
-    data = open_dataset(cfg.data_dir)
+    data = open_dataset(cfg.data_dir, cfg.keep)
     if cfg.block_size > data.meta["block_size"]:
         fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
         raise ValueError(f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}")
@@ -246,10 +250,11 @@ def train(cfg):
     if cfg.shard:
         parallel.shard(raw_model, raw_model.transformer.h, len(targets))
     optimizer = build_optimizer(cfg, raw_model)
-    start, best_val_loss, wandb_id, valuation_state = 0, math.inf, None, None
+    start, best_val_loss, wandb_id, valuation_state, evaluations = 0, math.inf, None, None, []
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
+        evaluations = json.loads(checkpoint.get("evaluations", "[]"))
     torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
     torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
     model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
@@ -270,6 +275,9 @@ def train(cfg):
     if parallel.rank() == 0:
         for name in () if checkpoint else RUN_FILES:
             (out / name).unlink(missing_ok=True)
+        if cfg.keep and not checkpoint:  # whatever becomes of the file, the run knows what it was trained on
+            books.write_array(out / "chunks.npy", data.keep)
+            cfg.keep = str(out / "chunks.npy")
         books.write_json(out / "config.json", describe_run(cfg, parallel.size(), data.hash, config.ROOT))
     valuation = Valuation(
         raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
@@ -282,9 +290,24 @@ def train(cfg):
         board = dashboard.Board(cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode)
         wandb_id = board.wandb_id
     peak, ranks = parallel.size() * peak_flops(device, dtype), f" x {parallel.size()}" * (parallel.size() > 1)
-    run = f"{n_chunks:,} chunks of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
+    chunks = f"{len(data.keep):,} of {n_chunks:,} chunks" if cfg.keep else f"{n_chunks:,} chunks"
+    run = f"{chunks} of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
     say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {run}")
     say(f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}")
+
+    def validate(step):
+        """Into evaluations.jsonl: {"step": after so many steps, "loss": {"val": nats, domain: nats, ...}}."""
+        nonlocal best_val_loss
+        if not len(data.val.rows):
+            return
+        val = evaluate(raw_model, loss_of, data, cfg)
+        best_val_loss = min(best_val_loss, val["val"])
+        evaluations[:] = [*(e for e in evaluations if e["step"] < step), dict(step=step, loss=val)]
+        say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
+        if parallel.rank() == 0:
+            books.write_lines(out / "evaluations.jsonl", evaluations)
+        if board:
+            board.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
 
     def save(step):
         """Ledger and values first, then the checkpoint that counts on them."""
@@ -292,7 +315,8 @@ def train(cfg):
         weights = {name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad}
         content = dict(model=weights, optimizer=optimizer.state_dict(), model_args=vars(raw_model.config), iter_num=step)
         content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
-        content |= dict(data_hash=data.hash, tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
+        content |= dict(data_hash=data.hash, keep=books.crc(data.keep), tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
+        content |= dict(evaluations=json.dumps(evaluations))
         checkpoints.write(step, content)
 
     n = own.stop - own.start  # in as few micro-batches as batch_size allows
@@ -310,19 +334,15 @@ def train(cfg):
     history, losses, since, clock, paused = [], [], start, time.perf_counter(), 0.0
     began, interrupted = clock, Interrupted()
     for step in range(start, cfg.max_iters):
-        if cfg.eval_interval and step % cfg.eval_interval == 0 and len(data.val.rows):
+        if cfg.eval_interval and step % cfg.eval_interval == 0:
             t = time.perf_counter()
-            val = evaluate(raw_model, loss_of, data, cfg)
-            best_val_loss = min(best_val_loss, val["val"])
-            say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
-            if board:
-                board.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
+            validate(step)
             paused += time.perf_counter() - t
 
         lr = schedule(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ids = global_batch(step, B, n_chunks, cfg.seed)
+        ids = data.ids(step, B, cfg.seed)
         tokens = data.train.batch(ids, cfg.block_size)
 
         valuation.open(step, lr, tokens)  # one-pass rules: the targets' gradients -> directions
@@ -365,6 +385,8 @@ def train(cfg):
                     metrics |= board.values(recent, histogram=done % cfg.wandb_histogram_interval < done - since)
                 board.log(metrics, step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
+        if cfg.eval_interval and done == cfg.max_iters:
+            validate(done)
         if done % cfg.checkpoint_interval == 0 or last:
             save(done)
             if board and targets:
