@@ -257,6 +257,27 @@ def show_compare(r):
     yield from table(head, [[str(m["chunk"]), *row, m["target"], m["domain"], m["text"]] for m, row in zip(r["moved"], rows)])
 
 
+def show_curated(r):
+    """Of curate.py: what keep.json holds."""
+    cfg, out = r["config"], visible(r["config"]["out"] or r["run"])
+    which = "at random, " if cfg["random"] else f"those with the {'largest' if cfg['invert'] else 'smallest'} {cfg['score']} for {cfg['target']}, "
+    which += ("by domain, " if cfg["per_domain"] else "") + f"a {cfg['by']} each"
+    if not cfg["drop_fraction"]:
+        which += ": as many as are negative" + f" beyond {cfg['confidence']:g} standard errors" * bool(cfg["confidence"])
+    yield visible(f"{r['run']}: {r['units_dropped']:,} of {r['units_scored']:,} dropped, {which}")
+    yield f"{r['units_negative']:,} of them have a negative score; {r['chunks_unused']:,} of {r['chunks']:,} chunks were never used"
+    yield f"kept: {r['chunks_kept']:,} chunks, {r['tokens_kept']:,} tokens, {r['chunks_kept'] / r['chunks']:.1%}; values are sums in nats ({SIGN})"
+    yield ""
+    rows = []
+    for d in sorted(r["domains"], key=lambda d: d["kept"] / d["chunks"]):
+        counts = [f"{d['chunks']:,}", f"{d['used']:,}", f"{d['kept']:,}", f"{d['kept'] / d['chunks']:.1%}"]
+        rows.append([d["domain"], *counts, f"{d['value']:+.4f}", f"{d['value_kept']:+.4f}"])
+    yield from table(["domain", "chunks", "used", "kept", "share kept", "value", "value kept"], rows)
+    yield ""
+    yield f"-> {out}/keep.npy, keep.json, dropped.npy" + visible(f", {cfg['export']}" * bool(cfg["export"]))
+    yield f"next: python train.py <config file> --keep={out}/keep.npy --out_dir=out/curated"
+
+
 def show_tokens(r):
     yield visible(f"chunk {r['chunk']}, {r['domain']}: what each token did for {r['target']} at step {r['step']}, in 1e-6 {r['unit']} ({SIGN})")
     yield f"sum: {micro(r['sum'])}"

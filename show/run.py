@@ -67,8 +67,9 @@ class Run:
         return dict(zip(self.names, map(float, values)))
 
     def parts(self):
-        """The visits, some at a time."""
-        return (self.visits[start : start + 2**20] for start in range(0, len(self.visits), 2**20))
+        """The visits, some whole steps at a time."""
+        size = -(-(2**20) // self.info["batch"]) * self.info["batch"]
+        return (self.visits[start : start + size] for start in range(0, len(self.visits), size))
 
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""

@@ -1,6 +1,14 @@
 """Where a chunk's text comes from: train_docs.parquet, read in both directions (prepare_pile.py says how documents lie in chunks)."""
 
+import contextlib
+import itertools
+import json
+from pathlib import Path
+
 import numpy as np
+from tqdm import tqdm
+
+from ledger import atomic
 
 
 class Documents:
@@ -56,6 +64,28 @@ class Documents:
             raise ValueError(f"document {doc} is not in {self.path}: {why}. `values.py chunk` says which documents lie in a chunk")
         return rows[0]
 
+    def pieces(self):
+        """Documents by row group -> (columns {name: (n,)}, document, chunk, begin, end): four int64 (m,), one entry for every chunk a document
+        lies in, begin and end in the row's tokens, its <eot> counted; ascending in document (the row of the columns) and place."""
+        (_, W), domains, streams = self.run.data.train.rows.shape, np.array(self.run.domains), {}
+        for i in range(len(self.first)):
+            columns = self.group(i)
+            n, start, stream_of = columns["n_tokens"].astype(np.int64) + 1, columns["first_token"].astype(np.int64), columns["domain"]
+            parts = []
+            for name in np.unique(stream_of.astype(str)) if len(n) else ():
+                if name not in streams:
+                    streams[name] = self.stream(int(np.flatnonzero(domains == name)[0]))
+                own = np.flatnonzero(stream_of == name)
+                first = np.searchsorted(streams[name], columns["first_chunk"][own])
+                last = np.minimum(first + (start[own] + n[own] - 1) // W, len(streams[name]) - 1)  # the end of the last one may fill no chunk
+                count = last - first + 1
+                document, nth = np.repeat(own, count), np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+                begin = start[document] - nth * W
+                where = streams[name][np.repeat(first, count) + nth]
+                parts.append(np.stack([document, where, begin.clip(0), (begin + n[document]).clip(max=W)]))
+            found = np.concatenate(parts, 1) if parts else np.zeros((4, 0), np.int64)
+            yield columns, *found[:, np.argsort(found[0], kind="stable")]
+
     def by_chunk(self, chunks):
         """int64, ascending -> [(some of them (n,), bounds (n + 1,), docs)]: the i-th chunk's documents are docs[bounds[i] : bounds[i + 1]]."""
         import pyarrow as pa
@@ -77,3 +107,54 @@ class Documents:
             begin -= place.take(begin, mode="clip") != start  # where none begins with the chunk, one goes on into it
             bounds = np.append(0, np.cumsum(end - begin))
             yield some, bounds, doc[np.arange(bounds[-1]) + np.repeat(begin - bounds[:-1], end - begin)]
+
+
+# --- texts for other trainers ---------------------------------------------------
+
+
+def stretches(documents, stays, kept):
+    """A record for every stretch of a document whose chunks are kept, bool (n_chunks,); or, where stays is given, bool (D,), for every document
+    that stays, whole. As in the Pile: {text, meta: {pile_set_name, ...}}; part counts a document's stretches, token is where it begins."""
+    run, seen = documents.run, 0
+    eot, decode = run.data.meta["eot"], run.tokenizer.decode
+    for columns, document, chunk, begin, end in documents.pieces():
+        fine = kept[chunk] if stays is None else stays[seen + document]
+        first = np.append(True, (document[1:] != document[:-1]) | ~fine[:-1])[: len(fine)] & fine  # of a stretch
+        starts = np.flatnonzero(first)
+        ends = [start + int(np.argmin(np.append(same, False))) for start, same in ((s, fine[s:t]) for s, t in zip(starts, [*starts[1:], len(fine)]))]
+        last, part = -1, 0
+        for start, stop in zip(starts.tolist(), ends):
+            row = int(document[start])
+            part, last = (part + 1 if row == last else 0), row
+            tokens = np.concatenate([run.data.train.rows[chunk[i], begin[i] : end[i]] for i in range(start, stop)])
+            about = dict(pile_set_name=str(columns["domain"][row]), doc=int(columns["doc"][row]), source=str(columns["source"][row]))
+            yield dict(text=decode(tokens[tokens != eot]), meta=about | dict(record=int(columns["record"][row]), part=part))
+        seen += len(columns["doc"])
+
+
+def check_export(path):
+    """Raises ValueError where write_texts cannot write."""
+    path = Path(path)
+    if not path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")) or not path.parent.is_dir():
+        raise ValueError(f"--export={path}: write the name of a .jsonl.zst, .jsonl or .parquet file, in a folder that exists")
+
+
+def write_texts(path, documents, stays, kept):
+    """stretches() -> a .jsonl, .jsonl.zst or .parquet file, columns text and meta, for other trainers and prepare_pile.py."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    records = (r for r in tqdm(stretches(documents, stays, kept), desc="export", unit="text", delay=1, disable=None) if r["text"])
+    meta = pa.struct(dict(pile_set_name=pa.string(), doc=pa.int64(), source=pa.string(), record=pa.int64(), part=pa.int32()))
+    with atomic(path) as f:
+        if str(path).endswith(".parquet"):
+            schema = pa.schema(dict(text=pa.large_string(), meta=meta))
+            with pq.ParquetWriter(str(f.name), schema) as file:
+                while batch := list(itertools.islice(records, 1024)):
+                    file.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            return
+        zipped = zstandard.ZstdCompressor().stream_writer(f, closefd=False)
+        with zipped if str(path).endswith(".zst") else contextlib.nullcontext(f) as out:
+            for record in records:
+                out.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

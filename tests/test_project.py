@@ -167,7 +167,7 @@ FLOORS = {
     "sample": "config data model",
     "revalue": "config data ghost ledger parallel train valuation",
     "report": "config ledger revalue",
-    "curate": "config values",
+    "curate": "config ledger",
 }
 
 
