@@ -79,15 +79,15 @@ def chunk_scores(run, k, score):
 
 
 def document_scores(run, moments):
-    """The same of documents (D,), each visit of a chunk by the document's part of its tokens; the documents' domains (D,); and where they lie:
-    int64 (m,) of document, chunk, tokens."""
-    found, domains, lie, number = [], [], [], {name: d for d, name in enumerate(run.domains)}
+    """The same of documents (D,), each visit of a chunk by the document's part of its tokens; the documents' numbers and domains (D,); and
+    where they lie: int64 (m,) of document (0 to D - 1), chunk, tokens."""
+    found, about, lie, number = [], [], [], {name: d for d, name in enumerate(run.domains)}
     for columns, document, chunk, begin, end in Documents(run).pieces():
         part = (end - begin) / run.data.train.rows.shape[1]
         found.append([np.bincount(document, of[chunk] * part**power, len(columns["doc"])) for power, of in enumerate(moments)])
-        lie.append([document + sum(map(len, domains)), chunk, end - begin])
-        domains.append([number[name] for name in columns["domain"]])
-    return np.concatenate(found, 1), np.concatenate(domains), np.concatenate(lie, 1)
+        lie.append([document + sum(len(doc) for doc, _ in about), chunk, end - begin])
+        about.append([columns["doc"], [number[name] for name in columns["domain"]]])
+    return np.concatenate(found, 1), *np.concatenate(about, 1), np.concatenate(lie, 1)
 
 
 def score_and_error(count, total, squares, summed):
@@ -124,9 +124,9 @@ def curate(cfg):
     out, k, domain = Path(cfg.out or cfg.run), run.target(cfg.target), np.asarray(run.data.train.domain)
     if (out / "keep.npy").exists() and not cfg.overwrite:
         raise ValueError(f"{out}/keep.npy is there already: --overwrite replaces it, --out=... puts this one elsewhere")
-    moments, of_domain, lie = chunk_scores(run, k, cfg.score), domain, None
+    moments, numbers, of_domain, lie = chunk_scores(run, k, cfg.score), np.arange(len(domain)), domain, None
     if cfg.by == "document":
-        moments, of_domain, lie = document_scores(run, moments)
+        moments, numbers, of_domain, lie = document_scores(run, moments)
     scored = np.flatnonzero(moments[0])
     score, error = score_and_error(*(of[scored] for of in moments), summed=cfg.score == "value")
     chosen = choose(cfg, score, error, of_domain[scored])
@@ -144,7 +144,7 @@ def curate(cfg):
     if cfg.export:
         write_texts(cfg.export, Documents(run), stays if lie is not None else None, kept)
     dropped = np.zeros(len(chosen), [(cfg.by, "<i8"), ("score", "<f8"), ("standard_error", "<f8")])
-    for name, column in zip(dropped.dtype.names, (scored, score, error)):
+    for name, column in zip(dropped.dtype.names, (numbers[scored], score, error)):
         dropped[name] = column[chosen]
     out.mkdir(parents=True, exist_ok=True)
     ledger.write_array(out / "dropped.npy", dropped)
