@@ -154,7 +154,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, w_low, hw, hb, rows = ctx.saved_tensors
-        gx, gb, each = gy @ w_low, None, None
+        gx, gb, each = gy @ w_low if ctx.needs_input_grad[0] else None, None, None
         if not ctx.needs_input_grad[1]:
             return gx, None, None, None, None, linear_values(gy, x, hw, hb), None, None, None
         x, gy = x.reshape(len(x), -1, x.shape[-1]), gy.reshape(len(gy), -1, gy.shape[-1])
@@ -175,13 +175,14 @@ def linear_values(gy, x, hw, hb):
 
 
 def linear(x, weight, bias, ledger):
-    """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>."""
+    """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>. A weight of
+    more dimensions (O, ...) stands for the matrix it flattens to (ops/net.py: convolutions)."""
     if isinstance(ledger, Tape):
         return ledger.watch(F.linear(x, weight, bias), lambda gy, x: linear_values(gy, x, weight.h, getattr(bias, "h", None)), x)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     each, rows = getattr(weight, "each", None), getattr(weight, "rows", None)
-    return _Linear.apply(x, weight, bias, weight.h, getattr(bias, "h", None), ledger, each, rows, FORM)
+    return _Linear.apply(x, weight.flatten(1), bias, weight.h.flatten(2), getattr(bias, "h", None), ledger, each, rows, FORM)
 
 
 # --- the head: mean cross-entropy of softmax(x W^T), a chunk at a time ---------
@@ -279,6 +280,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         idx, h, rows = ctx.saved_tensors
+        gy, idx = gy.reshape(len(idx), -1, gy.shape[-1]), idx.reshape(len(idx), -1)
         gw, each = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False) if ctx.needs_input_grad[1] else None, None
         if ctx.needs_input_grad[4]:
             place = torch.searchsorted(rows, idx.contiguous()).clamp(max=len(rows) - 1)  # (B, T)
@@ -295,7 +297,7 @@ def embedding_values(gy, idx, h):
 
 
 def embedding(idx, weight, ledger):
-    """F.embedding for idx (B, T), with the values as in `linear`."""
+    """F.embedding for idx (B, ...), with the values as in `linear`."""
     if isinstance(ledger, Tape):
         return ledger.watch(F.embedding(idx, weight), lambda gy, idx: embedding_values(gy, idx, weight.h), idx)
     return _Embedding.apply(idx, weight, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
@@ -318,18 +320,23 @@ class _LayerNorm(torch.autograd.Function):
         gw_BC = layer_norm_grad(gy, x, mean, rstd)
         values, gb = gw_BC @ hw.t(), None
         if b is not None:
-            gb_BC = gy.flatten(1, -2).sum(1)
+            gb_BC = over_tokens(gy)
             gb, values = gb_BC.sum(0), values + gb_BC @ hb.t()
         return gx, gw_BC.sum(0), gb, None, None, values, gw_BC if ctx.needs_input_grad[6] else None, None
 
 
 def layer_norm_grad(gy, x, mean, rstd):
     """The weight's gradient of each chunk, (B, C)."""
-    return torch.sub(x, mean).mul_(rstd).mul_(gy).flatten(1, -2).sum(1)
+    return over_tokens(torch.sub(x, mean).mul_(rstd).mul_(gy))
+
+
+def over_tokens(x):
+    """(B, ..., C) -> (B, C)"""
+    return x.reshape(len(x), -1, x.shape[-1]).sum(1)
 
 
 def layer_norm(x, weight, bias, eps, ledger):
-    """F.layer_norm over the last dimension of x (B, T, C), with the values as in `linear`. Runs in the weight's dtype.
+    """F.layer_norm over the last dimension of x (B, ..., C), with the values as in `linear`. Runs in the weight's dtype.
     The gradient of weight.each (B, C), if there is one, gains the weight gradient of each chunk."""
     if isinstance(ledger, Tape):
         x = x.to(weight.dtype)
@@ -337,7 +344,7 @@ def layer_norm(x, weight, bias, eps, ledger):
 
         def values(gy, x, mean, rstd):
             of_weight = layer_norm_grad(gy, x, mean, rstd) @ weight.h.t()
-            return of_weight if bias is None else of_weight + gy.flatten(1, -2).sum(1) @ bias.h.t()
+            return of_weight if bias is None else of_weight + over_tokens(gy) @ bias.h.t()
 
         return ledger.watch(y, values, x, mean, rstd)
     return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, getattr(bias, "h", None), ledger, getattr(weight, "each", None), eps)

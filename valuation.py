@@ -36,7 +36,7 @@ lr and kappa multiply the values, not the direction. Books, of measured steps an
     before - after = data + momentum + decay + residual,  data = sum_i value_i, momentum = lr <g_k, D(0)>, decay = lr wd <g_k, w>
 with g_k halfway between w and w_empty in the last two. A measured step costs the targets' pass once more, and two forwards.
 
-Works on any nn.Module made of ghost.py's ops. Shape suffixes: B chunks of the global batch, b of a micro-batch, K targets.
+Works on any nn.Module made of ghost.py's ops; ops/net.py makes one. Shape suffixes: B chunks of the global batch, b of a micro-batch, K targets.
 """
 
 import contextlib
@@ -97,14 +97,14 @@ class Valuation:
         target_batch=1, target_sampling="redraw", target_interval=1, micro_batch=0, seed=0, grad_clip=0.0, compile=False,
         book_interval=1, audit_interval=0, audit_permutations=200, domains=None, info=None, step=0, state=None,
     ):  # fmt: skip
-        """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean token loss on a batch of a target, a scalar tensor. targets: objects with
-        name, ids, len() and batch(picks) -> X, Y (data.Target). batch: B. run: the folder written to, or None. A target's gradient comes from
-        target_batch of its chunks, in slices of micro_batch (0: at once), every target_interval steps (0: where .grads is None). compile: the model
-        is compiled, so two-pass rules always repeat forward and backward, and compile the sweeps too. The books are measured every book_interval
-        steps (0: never), the step audited every audit_interval (0: never; by every subset up to 12 chunks, else by audit_permutations), clipping
-        by grad_clip. domains: per chunk of the training data its domain, if momentum is to be credited to domains. info: more entries for
-        values.json. step, state: where to go on
-        (state_dict's), reading the ledger back up to there.
+        """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean loss on a batch of a target, a scalar tensor. targets: objects with name,
+        ids, len() and batch(picks) -> arrays X, Y (n, ...), of -1 or NaN where there is no label (data.Target, ops/net.Examples). batch: B. run:
+        the folder written to, or None. A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every
+        target_interval steps (0: where .grads is None). compile: the model is compiled, so two-pass rules always repeat forward and backward, and
+        compile the sweeps too. The books are measured every book_interval steps (0: never), the step audited every audit_interval (0: never; by
+        every subset up to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain, if
+        momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on (state_dict's), reading the ledger
+        back up to there.
         """
         assert rule in RULES
         self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
@@ -155,7 +155,7 @@ class Valuation:
 
     def describe(self, k):
         target = self.targets[k]
-        entry = dict(name=target.name, chunks=len(target), source="text" if target.ids is None else "val.npy")
+        entry = dict(name=target.name, chunks=len(target), source=getattr(target, "source", "text" if target.ids is None else "val.npy"))
         if self.sampling == "fixed":
             picks = self.picks(k, 0)
             return entry | dict(ids=(picks if target.ids is None else target.ids[picks]).tolist())
@@ -163,16 +163,16 @@ class Valuation:
         return entry | dict(drawn=f"where step % {self.interval} == 0: {how} of the target's chunks, in order of their ids")
 
     def target_batches(self, k):
-        """This rank's part of the chunks that speak for target k at this step, in slices, each with its share of all their tokens.
+        """This rank's part of the chunks that speak for target k at this step, in slices, each with its share of all their labels.
         Every rank has as many slices, for sharded models compute in step: where chunks are wanting, some of share 0."""
         X, Y = self.targets[k].batch(self.picks(k, self.step - self.step % max(1, self.interval)))
-        tokens, padding = (Y >= 0).sum(), ((0, -len(X) % parallel.size()), (0, 0))
-        X, Y = np.pad(X, padding), np.pad(Y, padding, constant_values=-1)
-        part, size = parallel.mine(len(X)), self.micro_batch or len(X)
-        for i in range(part.start, part.stop, size):
-            x, y = (a[i : min(i + size, part.stop)] for a in (X, Y))
-            share = (y >= 0).sum() / tokens
-            yield x, y if share else x, share
+        labels = (Y >= 0 if Y.dtype.kind in "iu" else Y == Y).reshape(len(Y), -1).sum(1)  # of each chunk: -1 or NaN is none
+        part = parallel.mine(len(X) + -len(X) % parallel.size())
+        for i in range(part.start, part.stop, size := self.micro_batch or len(X)):
+            own = slice(i, min(i + size, part.stop))
+            share = labels[own].sum() / labels.sum()
+            own = own if share else [labels.argmax()]
+            yield X[own], Y[own], share
 
     @contextlib.contextmanager
     def evaluating(self):
@@ -201,7 +201,9 @@ class Valuation:
         return total, grads
 
     def take_grads(self):
-        """The parameters' .grad, which they lose."""
+        """The parameters' .grad, which they lose. Raises ValueError if one has none."""
+        if unused := [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]:
+            raise ValueError(f"the loss does not depend on {', '.join(unused)}: freeze it with requires_grad_(False)")
         grads = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -484,7 +486,8 @@ class Valuation:
             these = these.to(part.Y.device)
             with replaying(part.rng):
                 # dropout's masks belong to the whole micro-batch
-                X, Y = (part.X, part.Y.masked_fill(~these[:, None], -1)) if self.dropout else (part.X[these], part.Y[these])
+                nothing, others = np.nan if part.Y.is_floating_point() else -1, ~these.view(-1, *[1] * (part.Y.dim() - 1))
+                X, Y = (part.X, part.Y.masked_fill(others, nothing)) if self.dropout else (part.X[these], part.Y[these])
                 loss = self.loss(X, Y)
                 grads = torch.autograd.grad(loss * (these.sum() / self.batch), self.params)
             torch._foreach_add_(total, grads)

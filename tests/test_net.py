@@ -1,0 +1,294 @@
+"""ops/net.py: the values of models that know nothing of the ledger are those of the rules' definitions, in float64 to 1e-10."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import exact
+import ghost
+from experiments import any_model, rules
+from ops.net import Examples, Net
+from valuation import RULES, Valuation, host, settle
+
+B, CLASSES = 5, 4
+
+
+class Reader(nn.Module):
+    """Embeddings of words and places, a LayerNorm, a layer used twice, and a head tied to the words."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.word, self.place, self.norm, self.twice = nn.Embedding(9, 6), nn.Embedding(7, 6), nn.LayerNorm(6), nn.Linear(6, 6, bias=bias)
+
+    def forward(self, X):
+        x = self.norm(self.word(X) + self.place(torch.arange(X.shape[1]).expand(X.shape)))
+        x = x + self.twice(torch.tanh(self.twice(x)))
+        return F.linear(x.mean(1), self.word.weight)[:, :CLASSES]
+
+
+def mlp(bias=True):
+    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.LayerNorm(8, bias=bias), nn.GELU(), nn.Linear(8, CLASSES, bias=bias))
+
+
+def cnn(bias=True):
+    conv = functools.partial(nn.Conv2d, bias=bias)
+    last = conv(5, 3, 3, padding="same", padding_mode="reflect", bias=bias)
+    layers = [conv(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)), nn.ReLU(), conv(4, 5, 2, padding="same", dilation=2), nn.Tanh(), last]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 4 * 6, CLASSES, bias=bias))
+
+
+def images(n, seed):
+    return torch.randn(n, 2, 7, 7, generator=torch.Generator().manual_seed(seed)).double()
+
+
+MODELS = {
+    "mlp": (mlp, lambda n, seed: torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)).double()),
+    "mlp of tokens": (lambda bias: nn.Sequential(mlp(bias), nn.Flatten(), nn.Linear(12, CLASSES)), lambda n, seed: images(n, seed)[:, 0, :3, :6]),
+    "reader": (Reader, lambda n, seed: torch.randint(9, (n, 7), generator=torch.Generator().manual_seed(seed))),
+    "cnn": (cnn, images),
+}  # fmt: skip
+
+
+def labels(n, seed, loss):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, CLASSES, generator=generator).double() if loss is F.mse_loss else torch.randint(CLASSES, (n,), generator=generator)
+
+
+def build(name, loss=F.cross_entropy, bias=True):
+    torch.manual_seed(0)
+    return Net(MODELS[name][0](bias), loss).double()
+
+
+def relative(a, b):
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(autouse=True)
+def auto_form():
+    yield
+    ghost.FORM = "auto"
+
+
+# --- one backward ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loss", [F.cross_entropy, functools.partial(F.cross_entropy, label_smoothing=0.1), F.mse_loss])
+@pytest.mark.parametrize("K, bias, form", [(1, True, "running"), (3, False, "matmul"), (3, True, "tape")])
+def test_values_are_each_examples_gradient_along_the_direction(name, loss, K, bias, form):
+    net, X, Y = build(name, loss, bias), MODELS[name][1](B, 1), labels(B, 2, loss)
+    plain, mean = net(X, Y)
+    assert torch.equal(plain, net.model(X)) and net.chunk_loss is None
+    mean.backward()
+    grads = [p.grad for p in net.parameters()]
+    x = exact.chunk_gradients(net, X, Y)
+    for p in net.parameters():
+        p.grad, p.h = None, torch.randn(K, *p.shape).double()
+    ghost.FORM, ledger = form if form != "tape" else "auto", ghost.Tape() if form == "tape" else torch.zeros(B, K).double().requires_grad_()
+    outputs, valued = net(X, Y, ledger)
+    valued.backward()
+    values = ledger.values() if form == "tape" else ledger.grad
+    truth = torch.stack([torch.stack([exact.dot(x_i, [p.h[k] for p in net.parameters()]) for k in range(K)]) for x_i in x])
+    assert relative(values, truth) < 1e-10 and relative(outputs, plain) < 1e-12 and abs((valued - mean).item()) < 1e-12
+    assert max(relative(p.grad, g) for p, g in zip(net.parameters(), grads)) < 1e-10
+    assert relative(net.chunk_loss, torch.stack([net(X[i : i + 1], Y[i : i + 1])[1] for i in range(B)])) < 1e-12
+
+
+def test_labels_that_are_none_do_not_count():
+    """-1 among integers, NaN among floats; an example's loss is the mean over its own, and one without any counts for nothing."""
+    torch.manual_seed(0)
+    X, Y = torch.randn(3, 6).double(), torch.randn(3, CLASSES).double()
+    Y[0, 1:] = np.nan
+    Y[2] = np.nan
+    net = Net(mlp().double(), F.mse_loss)
+    outputs, loss = net(X, Y)
+    assert loss.item() == pytest.approx(((outputs[0, 0] - Y[0, 0]) ** 2 + F.mse_loss(outputs[1], Y[1])).item() / 2)
+    net = Net(mlp().double(), F.cross_entropy)
+    assert net(X, torch.tensor([1, -1, 2]))[1].item() == pytest.approx(net(X[[0, 2]], torch.tensor([1, 2]))[1].item())
+    sure = F.one_hot(torch.tensor([1, 0, 2]), CLASSES).double()  # class probabilities: one loss for an example's four labels
+    assert net(X, sure)[1].item() == pytest.approx(net(X, torch.tensor([1, 0, 2]))[1].item())
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.model.parameters() if p.grad is not None)
+
+
+def test_a_net_is_copied_saved_and_left_as_it_was():
+    net, X, Y = build("cnn"), MODELS["cnn"][1](B, 1), labels(B, 2, F.cross_entropy)
+    model, keys = net.model, list(net.model.state_dict())
+    for p in net.parameters():
+        p.h = torch.ones(1, *p.shape).double()
+    ledger = torch.zeros(B, 1).double().requires_grad_()
+    net(X, Y, ledger)[1].backward()
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(X, Y)[1], net(X, Y)[1]) and list(net.state_dict()) == ["model." + key for key in keys]
+    assert type(model[0]) is nn.Conv2d and list(model.state_dict()) == keys
+    twin.load_state_dict(net.state_dict())
+    for p in twin.parameters():
+        p.h = torch.ones(1, *p.shape).double()
+    other = torch.zeros(B, 1).double().requires_grad_()
+    twin(X, Y, other)[1].backward()
+    assert torch.equal(other.grad, ledger.grad)
+
+
+# --- whole steps -----------------------------------------------------------------
+
+
+def take_step(net, optimizer, valuation, step, X, Y, lr, clip=0.0, micro_steps=1):
+    valuation.open(step, lr)
+    for ids in np.split(np.arange(B), [2] if micro_steps == 2 else []):
+        (net(X[ids], Y[ids], valuation.ledger(ids, X[ids], Y[ids]))[1] * len(ids) / B).backward()
+    kappa = 1.0
+    if clip:
+        kappa = (clip / (torch.nn.utils.clip_grad_norm_(net.parameters(), clip) + 1e-6)).clamp(max=1.0)
+    valuation.before_step(kappa)
+    optimizer.step()
+    optimizer.zero_grad()
+    valuation.close()
+    closed = valuation.pending[-1]
+    return torch.from_numpy(settle(host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa))[0])
+
+
+def account(net, loss, name, rule, K=1, run=None, wd=0.1, **options):
+    adamw = rule.startswith("adamw")
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2, (0.9, 0.95), weight_decay=wd) if adamw else torch.optim.SGD(net.parameters(), 1e-2)
+    targets = [Examples(f"target {k}", MODELS[name][1](6, 20 + k).numpy(), labels(6, 30 + k, loss).numpy()) for k in range(K)]
+    return optimizer, targets, Valuation(net, optimizer, lambda *batch: net(*batch)[1], targets, rule, B, B, run, target_batch=6, **options)
+
+
+def target_loss(target):
+    return exact.batch_loss(torch.from_numpy(target.X), torch.from_numpy(target.Y))
+
+
+@pytest.mark.parametrize("rule", RULES[1:])
+@pytest.mark.parametrize("name, loss, K", [("mlp", F.mse_loss, 3), ("reader", F.cross_entropy, 1), ("cnn", F.cross_entropy, 1)])
+def test_a_runs_values_equal_the_rules_definitions(name, loss, K, rule):
+    """First steps and later, clipping off and on, one micro-batch and two, the target at once and in slices."""
+    net = build(name, loss)
+    optimizer, targets, valuation = account(net, loss, name, rule, K, micro_batch=4 * (name == "mlp"))
+    for step, (clip, micro_steps) in enumerate([(0.0, 1), (0.05, 2), (0.05, 1)]):
+        X, Y = MODELS[name][1](B, 50 + step), labels(B, 60 + step, loss)
+        x, losses = exact.chunk_gradients(net, X, Y), [target_loss(target) for target in targets]
+        known = [p.dim() == 1 and n.endswith("weight") for n, p in net.named_parameters()] if rule == "adamw" else [False]
+        known = [torch.ones(len(p), dtype=torch.bool) if keep else None for keep, p in zip(known, net.parameters())] if any(known) else None
+        truth = rules.rule_values(net, optimizer, x, losses, rule, 1e-2, clip, known=known)
+        values = take_step(net, optimizer, valuation, step, X, Y, 1e-2, clip, micro_steps)
+        assert relative(values, truth) < 1e-10, step
+
+
+@pytest.mark.parametrize("name, loss", [("cnn", F.cross_entropy), ("mlp", F.mse_loss)])
+def test_adamw2_is_close_to_the_exact_shapley_values(tmp_path, name, loss):
+    """Of the step AdamW took, by all subsets; the audit finds the same truth, and the files hold the values."""
+    net = build(name, loss)
+    optimizer, targets, valuation = account(net, loss, name, "adamw2", run=tmp_path, audit_interval=12)
+    for step in range(12):
+        X, Y = MODELS[name][1](B, 50 + step), labels(B, 60 + step, loss)
+        if step == 11:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3
+            game = exact.Step(net, optimizer, exact.chunk_gradients(net, X, Y), [target_loss(targets[0])])
+            truth = exact.shapley(game, B)[:, 0]
+        values = take_step(net, optimizer, valuation, step, X, Y, 1e-3 if step == 11 else 1e-2)
+    figures = exact.agreement(values[:, 0].numpy(), truth)
+    assert figures["pearson"] > 0.999 and figures["rel_l2"] < 0.1
+    assert values.sum() == pytest.approx(truth.sum(), rel=0.02)
+    valuation.commit()
+    audit, books = (np.load(tmp_path / f"{name}.npy") for name in ("audit", "books"))
+    assert audit["pearson"][0, 0] == pytest.approx(figures["pearson"], rel=1e-4)
+    assert abs(books["residual"][-1]) < 0.02 * abs(books["before"] - books["after"])[-1]
+    assert np.isfinite(np.load(tmp_path / "values.npy")).all()
+
+
+@pytest.mark.parametrize("name, loss", [("mlp", F.mse_loss), ("mlp", F.cross_entropy)])
+def test_with_dropout_an_examples_gradient_is_that_of_the_steps_own_masks(name, loss):
+    """gradient_of, which audits and momentum by domain rest on: the others' labels are struck out, whole rows or single numbers."""
+    net = build(name, loss)
+    net.model = nn.Sequential(net.model[:3], nn.Dropout(0.5), net.model[3])
+    _, _, valuation = account(net, loss, name, "adamw2")
+    X, Y = MODELS[name][1](B, 50), labels(B, 60, loss)
+    valuation.open(0, 1e-2)
+    net(X, Y, valuation.ledger(np.arange(B), X, Y))[1].backward()
+    parts = [valuation.gradient_of(np.arange(B) == i) for i in range(B)]
+    assert max(relative(sum(part), p.grad) for part, p in zip(zip(*parts), net.parameters())) < 1e-7
+
+
+# --- what is refused ---------------------------------------------------------------
+
+
+class With(nn.Module):
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, X):
+        return self.function(self, X)
+
+
+def frozen(layer):
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+WORDS, ROWS, IMAGES = torch.zeros(B, B, dtype=torch.int64), torch.randn(B, B), torch.randn(B, 2, 4, 4)
+REFUSED = {
+    "1.weight, 1.bias.*mixes examples: take nn.LayerNorm": (nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3)), ROWS),
+    "batch norm .*mixes": (nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3, affine=False)), ROWS),
+    "^weight: nn.Conv2d with groups": (nn.Conv2d(2, 4, 2, groups=2), IMAGES),
+    "0.weight: nn.LayerNorm over several": (nn.Sequential(nn.LayerNorm([2, 4, 4])), IMAGES),
+    "weight: nn.Embedding with padding_idx": (nn.Embedding(3, 4, padding_idx=0), WORDS),
+    "with padding_idx, max_norm": (nn.Embedding(3, 4, max_norm=1.0), WORDS),
+    "max_norm, scale_grad_by_freq or sparse": (nn.Embedding(3, 4, sparse=True), WORDS),
+    "in_proj_weight meets multi_head_attention": (With(lambda m, X: m.a(X, X, X)[0], a=nn.MultiheadAttention(4, 2)), torch.randn(B, 3, 4)),
+    "lstm.weight_ih_l0 meets lstm": (With(lambda m, X: m.lstm(X)[0], lstm=nn.LSTM(4, 2)), torch.randn(B, 3, 4)),
+    "scale meets mul": (With(lambda m, X: X * m.scale, scale=nn.Parameter(torch.ones(B))), ROWS),
+    "layer.weight meets __get__": (With(lambda m, X: X @ m.layer.weight.T, layer=nn.Linear(B, 3)), ROWS),
+    "0.bias: the rest of its layer is frozen": (nn.Sequential(frozen(nn.Linear(B, 3)), nn.Linear(3, 2)), ROWS),
+    "place.weight: its indices .*expand": (With(lambda m, X: X @ m.place(torch.arange(B)), place=nn.Embedding(B, B)), ROWS),
+    r"grid.weight meets a tensor \(3, 2\) in a batch of 5": (With(lambda m, X: m.grid(torch.ones(3, 2)).sum() * X, grid=nn.Linear(2, 4)), ROWS),
+    "^weight: nn.Conv2d of one image": (nn.Conv2d(B, 4, 2), torch.randn(B, 4, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("tape", [False, True])
+def test_what_would_give_wrong_values_is_refused(message, tape):
+    model, X = REFUSED[message]
+    net = Net(model, lambda outputs, Y, reduction: outputs.flatten(1).mean(1))
+    for p in net.parameters():
+        if p.requires_grad:
+            p.h = torch.ones(1, *p.shape)
+    with pytest.raises(ValueError, match=message):
+        net(X, torch.zeros(len(X)), ghost.Tape() if tape else torch.zeros(len(X), 1, requires_grad=True))
+
+
+def test_frozen_layers_of_any_kind_are_let_through():
+    """Batch norm in eval(), attention, a lone weight: what is frozen needs no values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6).eval(), nn.Bilinear(6, 6, 8), nn.Linear(8, CLASSES)).double()
+    model = With(lambda m, X: m.s[2](m.s[1](m.s[0](X), X)), s=model)
+    for layer in model.s[:2]:
+        layer.requires_grad_(False)
+    net, ledger = Net(model, F.cross_entropy), torch.zeros(B, 1).double().requires_grad_()
+    for p in model.s[2].parameters():
+        p.h = torch.ones(1, *p.shape).double()
+    net(torch.randn(B, 6).double(), torch.zeros(B).long(), ledger)[1].backward()
+    assert float(ledger.grad.sum()) == pytest.approx(float(sum(p.grad.sum() for p in model.s[2].parameters())))
+
+
+def test_an_unused_parameter_is_named():
+    net = Net(With(lambda m, X: m.used(X), used=nn.Linear(6, CLASSES), unused=nn.Linear(2, 2)), F.cross_entropy).double()
+    valuation = account(net, F.cross_entropy, "mlp", "adamw")[2]
+    with pytest.raises(ValueError, match=r"model.unused.weight, model.unused.bias: freeze"):
+        valuation.open(0, 1e-3)
+
+
+def test_the_example_runs(tmp_path, capsys):
+    any_model.main(any_model.Config(steps=4, out=str(tmp_path)))
+    said = capsys.readouterr().out
+    assert "lowest: " in said and "accounted for" in said and np.isfinite(np.load(tmp_path / "values.npy")).sum() == 80
