@@ -177,18 +177,21 @@ def size_table(rows, targets, stretches):
 
 
 def domain_table(rows, target, stretches):
-    """Every domain's lift by stretch with its sign, sorted by the last one; and the domains whose certain sign is not always the same."""
+    """Every domain's lift by stretch with its sign, sorted by the last one; the domains that are certain of both signs; the means in nats."""
     names = {r["domain"] for r in cell(rows, target=target)}
     mean = {d: {s: np.mean([r["lift"] for r in cell(rows, target=target, domain=d, stretch=s)] or math.nan) for s, _ in stretches} for d in names}
-    lines, changing = [], []
+    lines, changing, means = [], [], []
     for d in sorted(names, key=lambda d: -mean[d][stretches[-1][0]]):
         found = [cell(rows, target=target, domain=d, stretch=s) for s, _ in stretches]
         signs = "".join(sign(f) if f else " " for f in found)
-        lines.append([f"**{d}**" if d == target else d, *(shown([r["lift"] for r in f], 2) if f else "" for f in found), f"`{signs}`"])
+        title = f"**{d}**" if d == target else d
+        lines.append([title, *(shown([r["lift"] for r in f], 2) if f else "" for f in found), f"`{signs}`"])
+        means.append([title, *(shown([1e6 * r["mean"] for r in f], 2) if f else "" for f in found)])
         if "+" in signs and "-" in signs:
             changing.append(f"{d} `{signs}`")
-    head = ["domain", *(f"{a}-{b - 1}" for _, (a, b) in stretches), "sign"]
-    return [*markdown(head, lines), "", f"Certain of both signs: {', '.join(changing) or 'none'}."]
+    steps = [f"{a}-{b - 1}" for _, (a, b) in stretches]
+    changed = f"Certain of both signs: {', '.join(changing) or 'none'}."
+    return [*markdown(["lift", *steps, "sign"], lines), "", changed, "", *markdown(["mean value per token, 1e-6 nats", *steps], means)]
 
 
 def report(rows, out):
@@ -206,18 +209,18 @@ def report(rows, out):
         *size_table(rows, targets, stretches),
     ]
     for target in targets:
-        lines += ["", f"## {target}: lift by domain", "", *domain_table(rows, target, stretches)]
+        lines += ["", f"## {target}: domain by domain", "", *domain_table(rows, target, stretches)]
     lines += ["", f"Sign: + or - where all seeds agree and the steps of all seeds are {CERTAIN} standard errors from 0, else 0."]
     figure(rows, targets, stretches, out / "stages.png")
     finish(out, lines)
 
 
 def figure(rows, targets, stretches, path):
-    """Above the lifts, named: the own domain, the whole batch, and those that end highest or change most; below the magnitudes."""
+    """The lifts, the mean values in nats, and the magnitudes. Named: the own domain, the whole batch, those that end highest and lowest."""
     plt = pyplot()
-    fig, axes = plt.subplots(2, len(targets), figsize=(5 * len(targets), 8), sharex=True, sharey="row", squeeze=False)
+    fig, axes = plt.subplots(3, len(targets), figsize=(5 * len(targets), 12), sharex=True, sharey="row", squeeze=False)
     middles = [math.sqrt(a * b) for _, (a, b) in stretches]
-    for (above, below), target in zip(axes.T, targets):
+    for (above, middle, below), target in zip(axes.T, targets):
         names = [
             d for d in {r["domain"] for r in cell(rows, target=target)} if all(cell(rows, target=target, domain=d, stretch=s) for s, _ in stretches)
         ]
@@ -231,14 +234,21 @@ def figure(rows, targets, stretches, path):
             mean, error = curve[d].T
             above.plot(middles, mean, color=colour, lw=2.2 if d in (target, "all") else 1.2, ls="--" if d == "all" else "-", marker=".", label=d)
             above.fill_between(middles, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
-        above.axhline(0, color="0.5", lw=0.8)
+            nats = np.array([mean_se([1e6 * r["mean"] for r in cell(rows, target=target, domain=d, stretch=s)]) for s, _ in stretches])
+            middle.errorbar(middles, *nats.T, color=colour, lw=2.2 if d in (target, "all") else 1.2, ls="--" if d == "all" else "-", marker=".")
+        for ax in (above, middle):
+            ax.axhline(0, color="0.5", lw=0.8)
+        middle.set_yscale("symlog", linthresh=1)
+        middle.set_ylabel("mean value per token, 1e-6 nats (linear within 1)")
         above.set(title=f"target: {target}", xscale="log", ylabel="lift: value / mean |value| of its step")
-        above.legend(fontsize=7)
+        above.legend(fontsize=7, ncols=2, framealpha=0.6)
         for d in (target, "all"):
             size = np.array([mean_se([1e6 * r["median_size"] for r in cell(rows, target=target, domain=d, stretch=s)]) for s, _ in stretches])
             below.errorbar(middles, *size.T, color=colours[d], ls="--" if d == "all" else "-", marker=".", label=d)
         below.set(yscale="log", xlabel="step", ylabel="median |value| per token, 1e-6 nats")
         below.legend(fontsize=7)
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(low, high + 0.35 * (high - low))  # room for the legend
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
     fig.tight_layout()
