@@ -50,7 +50,7 @@ class Config:
     target_chunks: int = 64  # of each domain in a target, about as many from each of its documents
     # the runs
     rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw2"
-    steps: int = 300
+    steps: int = 240
     batch_size: int = 16
     target_batch: int = 8
     tokenizer: Literal["byte", "gpt2"] = "byte"
