@@ -8,8 +8,8 @@ a paraphrase in other words and another order, or only a text on a similar topic
     python experiments/paraphrase.py --part=report --out=...                 tables and figure again, from rows.jsonl
 
 Place in the paper: Wang et al., arXiv 2406.11011, section 5 and its appendix: sources found under paraphrase, and ranked far above BM25's rank where
-a text shares only its topic. paraphrase.json beside this file holds sets of five texts, written for it: a source and the four texts above. Each source
-is planted as one chunk, a domain of its own, among the chunks of --source, and every run values all chunks for all texts at once, one pass over them.
+a text shares only its topic. paraphrase.json beside this file holds sets of five texts, written for it: a source and the four texts above. Each source is
+planted as one chunk, a domain of its own, among the chunks of --source, and every run values all chunks for all texts at once, in one pass over them.
 Ranks (1 = best) of the sources among all chunks by: the run's values, summed as the paper does; the same as shares of their step's values, and as
 z-scores within their step, for values shrink while a model learns; TracIn at the last checkpoint, <g_chunk, g_text>; the influence function there,
 <g_chunk, (G + damping I)^-1 g_text> with the Gauss-Newton matrix of some chunks, by conjugate gradients; BM25 (k1 1.5, b .75) on words.
@@ -35,7 +35,7 @@ import config
 import prepare_pile
 import train
 from data import open_dataset, parse_targets
-from experiments.common import begin, finish, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import begin, finish, markdown, prepare, pyplot, read_rows, shown, side_by_side
 from ops.checkpoints import read_checkpoint
 from show.run import open_run
 from sources.documents import open_source, records
@@ -123,7 +123,7 @@ def read_sets(cfg):
 
 
 def plant(cfg, sets):
-    """The chunks -> cfg.data/chunks, and the texts -> cfg.data/texts. Returns {set: its source's chunk}."""
+    """The chunks -> cfg.data/chunks, and the texts -> cfg.data/texts. Raises ValueError where the chunks there are of other texts."""
     folder = Path(cfg.data)
     (folder / "texts").mkdir(parents=True, exist_ok=True)
     tokens = cfg.chunks * (cfg.block_size + 1)
@@ -139,14 +139,19 @@ def plant(cfg, sets):
                 if (written := written + len(text)) > 8 * tokens:  # more than enough: a token is some 4 characters
                     break
     options = dict(tokenizer=(name := vocabulary(cfg)), block_size=cfg.block_size, val_fraction=0.0, limit_tokens=tokens, workers=1)
-    data, tok, found = prepare(folder / "chunks", folder / "corpus.jsonl", **options), tokenizer(name), {}
+    find_sources(prepare(folder / "chunks", folder / "corpus.jsonl", **options), tokenizer(name), sets)
+    for i, (name, kind) in enumerate(product(sets, KINDS)):
+        (folder / f"texts/{i}.txt").write_text(sets[name][kind])
+
+
+def find_sources(data, tok, sets):
+    """{set: its source's chunk}, read back."""
+    found = {}
     for name, texts in sets.items():
         planted = np.flatnonzero(data.train.domain == data.domains.index(f"planted: {name}")) if f"planted: {name}" in data.domains else []
         if len(planted) != 1 or tok.decode(data.train.rows[planted[0], :-1]) != texts["source"]:
             raise ValueError(f"{data.path} was made of other texts: remove it, or write another --data")
         found[name] = int(planted[0])
-    for i, (name, kind) in enumerate(product(sets, KINDS)):
-        (folder / f"texts/{i}.txt").write_text(sets[name][kind])
     return found
 
 
@@ -247,19 +252,17 @@ def rank(scores, chunk):
 def judge(cfg, seed):
     """One run: a row for every set, kind and method."""
     sets = read_sets(cfg)
-    planted, data = plant(cfg, sets), open_dataset(f"{cfg.data}/chunks")
-    asked = list(product(sets, KINDS))
+    tok, data = tokenizer(vocabulary(cfg)), open_dataset(f"{cfg.data}/chunks")
+    planted, asked = find_sources(data, tok, sets), list(product(sets, KINDS))
     spec = ",".join(f"{i}={cfg.data}/texts/{i}.txt" for i in range(len(asked)))
     run, scores = run_values(cfg, data, spec, seed)
     of_gradients, residuals = gradient_scores(cfg, run, data, parse_targets(spec, data, cfg.block_size))
-    scores |= of_gradients | {"BM25": bm25_scores(data, tokenizer(vocabulary(cfg)), [sets[name][kind] for name, kind in asked])}
+    scores |= of_gradients | {"BM25": bm25_scores(data, tok, [sets[name][kind] for name, kind in asked])}
     rows, about = [], dict(seed=seed, rule=cfg.rule, chunks=len(data.train.rows), steps=run.info["committed_step"], batch=cfg.batch_size)
     for k, (name, kind) in enumerate(asked):
         visit = run.visits_of([planted[name]])[0]
-        batch = run.visits[run.visits["step"] == visit["step"]]["value"].reshape(-1, len(asked))[:, k]
-        about |= dict(
-            set=name, kind=kind, chunk=planted[name], step=int(visit["step"]), in_step=int((batch > visit["value"].reshape(-1)[k]).sum()) + 1
-        )
+        batch, own = run.visits[run.visits["step"] == visit["step"]]["value"].reshape(-1, len(asked))[:, k], visit["value"].reshape(-1)[k]
+        about |= dict(set=name, kind=kind, chunk=planted[name], step=int(visit["step"]), in_step=1 + int((batch > own).sum()))
         about |= dict(loss=float(run.visits["loss"][-10 * cfg.batch_size :].mean()), residual=residuals[k])
         rows += [dict(about, method=method, rank=rank(s[:, k], planted[name]), score=float(s[planted[name], k])) for method, s in scores.items()]
     return rows
@@ -293,7 +296,7 @@ def tables(rows):
     B, of = rows[0]["batch"], select(rows, method="in-run")
     lines += [
         "",
-        f"In-run: rank of the source among the {B} chunks of its own step (no matter how far the run was): mean, and how often it is first.",
+        f"In-run: rank of the source among the {B} chunks of its own step: mean, and how often it is first.",
         "",
     ]
     first = [[r["in_step"] for r in select(of, kind=kind)] for kind in KINDS]
