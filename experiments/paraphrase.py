@@ -8,8 +8,8 @@ a paraphrase in other words and another order, or only a text on a similar topic
     python experiments/paraphrase.py --part=report --out=...                 tables and figure again, from rows.jsonl
 
 Place in the paper: Wang et al., arXiv 2406.11011, section 5 and its appendix: sources found under paraphrase, and ranked far above BM25's rank where
-a text shares only its topic. paraphrase.json beside this file holds sets of five texts, written for it: a source and the four texts above. Each source is
-planted as one chunk, a domain of its own, among the chunks of --source, and every run values all chunks for all texts at once, in one pass over them.
+a text shares only its topic. paraphrase.json beside this file holds sets of five texts, written for it: a source and the four texts above. Each
+source is planted as one chunk, a domain of its own, among the chunks of --source; a run is one pass over them and values all for all texts at once.
 Ranks (1 = best) of the sources among all chunks by: the run's values, summed as the paper does; the same as shares of their step's values, and as
 z-scores within their step, for values shrink while a model learns; TracIn at the last checkpoint, <g_chunk, g_text>; the influence function there,
 <g_chunk, (G + damping I)^-1 g_text> with the Gauss-Newton matrix of some chunks, by conjugate gradients; BM25 (k1 1.5, b .75) on words.
