@@ -30,6 +30,7 @@ import numpy as np
 import config
 import data
 import prepare_pile
+import sources.documents
 
 
 @dataclass
@@ -100,10 +101,10 @@ def stages(cfg, folder):
     names, read = prepare_pile.open_source(options)
     seconds = {}
     seconds["read"], documents = timed(lambda: [document for name in names for document in read(name)])
-    prepare_pile.CFG, prepare_pile.TOKENIZER = options, NoTokenizer
-    seconds["parse"], _ = timed(lambda: [prepare_pile.encode([document]) for document in documents])
-    prepare_pile.TOKENIZER = data.tokenizer(cfg.tokenizer)
-    total, encoded = timed(lambda: [prepare_pile.encode([document]) for document in documents])
+    sources.documents.CFG, sources.documents.TOKENIZER = options, NoTokenizer
+    seconds["parse"], _ = timed(lambda: [sources.documents.encode([document]) for document in documents])
+    sources.documents.TOKENIZER = data.tokenizer(cfg.tokenizer)
+    total, encoded = timed(lambda: [sources.documents.encode([document]) for document in documents])
     seconds["tokenize"] = total - seconds["parse"]
     part = Path(folder, "part.arrow")
     seconds["write"], _ = timed(prepare_pile.write_part, part, encoded, float("inf"))

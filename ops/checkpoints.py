@@ -2,9 +2,11 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
+import ledger
 from ledger import atomic, claim, crc32
 from parallel import full, is_sharded, on_rank_0, rank
 
@@ -94,3 +96,50 @@ class Checkpoints:
         self.step = step
         for path in find_checkpoints(self.run)[self.keep :]:
             path.unlink()
+
+
+# --- which to go on from ----------------------------------------------------------
+
+# may differ between a run and its resumption; everything else would make the values belong to another run
+MAY_CHANGE = """
+out_dir data_dir keep init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval keep_checkpoints background
+wandb_log wandb_project wandb_run_name wandb_histogram_interval tensorboard_log device compile shard""".split()
+
+
+def find_checkpoint(cfg, data):
+    """Refuses what would be lost. Returns the path of the checkpoint to go on from, the newest that is whole, or None."""
+    out, resume = Path(cfg.out_dir), cfg.init_from != "scratch"
+    found = find_checkpoints(out)
+    if cfg.init_from == "auto":
+        resume = (out / "config.json").is_file()
+    if not resume:
+        if (found or (out / "values.npy").exists()) and not cfg.overwrite:
+            raise ValueError(f"{out} already holds a run: --init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere")
+        return None
+    if not (out / "config.json").is_file():
+        raise ValueError(f"nothing to resume in {out}: name the run's folder with --out_dir=..., or leave out --init_from")
+    for path in found:
+        try:
+            checkpoint = read_checkpoint(path)
+            ledger.check(out, checkpoint["valuation"].get("records", {}))
+        except ValueError as e:
+            print(f"{path} cannot be used, {e}: trying the one before it")
+            continue
+        check_resumption(cfg, data, checkpoint)
+        return path
+    if found:
+        raise ValueError(f"no checkpoint in {out} is whole: --overwrite starts over")
+    print(f"{out} has no checkpoint yet: starting at step 0")
+
+
+def check_resumption(cfg, data, checkpoint):
+    """Raises ValueError where this configuration would go on with another run's values."""
+    was, product = checkpoint["config"], lambda had: had["batch_size"] * had["gradient_accumulation_steps"]
+    free = [*MAY_CHANGE, *("batch_size gradient_accumulation_steps".split() if product(was) == product(vars(cfg)) else ())]
+    for key, had in was.items():
+        if getattr(cfg, key) != had and key not in free:
+            raise ValueError(f"--{key}={getattr(cfg, key)}, but {cfg.out_dir} was run with {key}={had}: type --{key}={had}, or another --out_dir")
+    if checkpoint["data_hash"] != data.hash:
+        raise ValueError(f"{data.path} is not the data of {cfg.out_dir} (its hash differs): name the run's data with --data_dir=...")
+    if checkpoint.get("keep") != ledger.crc(data.keep):
+        raise ValueError(f"--keep={cfg.keep} does not name the chunks that {cfg.out_dir} was trained on: type --keep={was.get('keep', '')}")

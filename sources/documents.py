@@ -14,13 +14,17 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 from tqdm import tqdm
+
+from sources.tokenizers import tokenizer
 
 MB = 1 << 20
 TXT = 64 << 10  # a .txt is one document; one longer than this is several, cut at ends of lines
@@ -134,7 +138,46 @@ def installed_text():
     return iter(sorted(found, key=lambda document: hashlib.blake2b("/".join(document[0].split("/")[-3:]).encode(errors="replace")).digest()))
 
 
-# --- in a worker ----------------------------------------------------------------
+def jobs(documents):
+    """Documents -> lists of them, of 128 KB of text or more."""
+    job, size = [], 0
+    for document in documents:
+        job.append(document)
+        size += sum(map(len, document[3])) if isinstance(document[3], list) else len(document[3] or "")
+        if size >= MB >> 3:
+            yield job
+            job, size = [], 0
+    yield job
+
+
+# --- in a worker: a job -> documents in tokens ------------------------------------
+
+
+def worker(cfg):
+    global CFG, TOKENIZER
+    CFG, TOKENIZER = cfg, tokenizer(cfg.tokenizer)
+    return encode
+
+
+def encode(job):
+    """A list of documents -> rows of a part, and what was counted: [(split, domain, source, record, tokens as bytes, with <eot>)], Counter."""
+    wanted, documents, held = CFG.wanted(), [], Counter()
+    for source, record, domain, text in records(job, CFG, held):
+        try:
+            text, domain = (x.decode() if isinstance(x, bytes) else x for x in (text, domain))
+            domain = Path(source).name.removesuffix("".join(suffixes(source))) if domain in (None, "") else str(domain)
+            if wanted and domain not in wanted:
+                held["left out", domain] += 1
+            elif not isinstance(text, str) or not text or text.isspace():
+                held["skipped", "empty" if isinstance(text, str) else "no_text"] += 1
+            else:
+                utf8, _ = text.encode(), domain.encode()
+                hashed = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "big") / 2**64
+                split, source = "val" if hashed < CFG.val_fraction else "train", source.encode(errors="replace").decode()
+                documents.append((split, domain, source, record, np.append(TOKENIZER.encode(text), np.uint16(TOKENIZER.eot)).tobytes()))
+        except ValueError as e:
+            held["skipped", {UnicodeDecodeError: "not_utf8", UnicodeEncodeError: "lone_surrogate"}.get(type(e), "not_tokenized")] += 1
+    return documents, held
 
 
 def records(job, cfg, held):
