@@ -1,7 +1,7 @@
 # Each target makes .venv and installs what it needs by itself. `make demo` first.
 PY = .venv/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench experiments-quick clean
 .DELETE_ON_ERROR:
 
 demo: .venv/run
@@ -18,6 +18,11 @@ lint: .venv/dev
 bench: .venv/run
 	$(PY) bench/overhead.py
 
+# each of them tiny, on the text of this installation: whether they still work, not what they find
+experiments-quick: .venv/experiments
+	$(PY) experiments/any_model.py
+	set -e; for name in curation stages domains paraphrase mislabeled; do $(PY) experiments/$$name.py --quick; done
+
 .venv/run: requirements.txt
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
@@ -26,6 +31,10 @@ bench: .venv/run
 .venv/dev: requirements-dev.txt .venv/run
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	sh tests/browser.sh
+	touch $@
+
+.venv/experiments: requirements-experiments.txt .venv/dev
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-experiments.txt
 	touch $@
 
 clean:

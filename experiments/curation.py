@@ -74,8 +74,8 @@ class Config:
 
     def __post_init__(self):
         if self.quick:
-            self.tokens, self.value_iters, self.iters, self.seeds, self.fractions, self.eval_interval = 60_000, 30, 40, "1,2", ".2", 10
-            self.eval_chunks, self.n_embd, self.target_batch = 2, 32, 4
+            self.tokens, self.value_iters, self.iters, self.seeds, self.fractions, self.eval_interval = 60_000, 20, 20, "1,2", ".2", 5
+            self.eval_chunks, self.n_embd, self.target_batch, self.data, self.out = 2, 32, 4, f"{self.data}-quick", f"{self.out}-quick"
 
 
 # --- the text -----------------------------------------------------------------------

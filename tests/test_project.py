@@ -120,7 +120,8 @@ def test_a_run_stands_in_the_config_files_place():
         "bench/overhead.py",
         "bench/kernels.py",
         "bench/scale.py",
-        "experiments/fidelity.py",
+        "curate.py",
+        *(f"experiments/{name}.py" for name in ("any_model", "curation", "domains", "fidelity", "paraphrase", "stages")),
     ],
 )
 def test_help_lists_every_key(script):
