@@ -51,6 +51,7 @@ class Config:
     out: str = "out/curation"
     conditions: str = "clean,junk"
     fractions: str = ".1,.25"  # of the documents
+    arms: str = ""  # comma-separated: only these, named as in the tables; empty: all
     seeds: str = "1,2,3"
     tokens: int = 480_000  # of the training set
     junk: float = 0.2  # its share of planted junk
@@ -70,7 +71,7 @@ class Config:
     eval_chunks: int = 12  # of each domain
     workers: int = 0  # runs side by side; 0: a core each
     quick: bool = False
-    part: Literal["all", "report"] = "all"  # report: only the tables and the figure
+    part: Literal["all", "retrain", "report"] = "all"  # retrain: the value runs are there; report: only the tables and the figure
 
     def __post_init__(self):
         if self.quick:
@@ -159,7 +160,8 @@ def arms(cfg, condition):
             if name in ("share", "loss") or text == cfg.fractions.split(",")[-1]:
                 found[f"{fraction} by {name}"] = common | options, f"{fraction} at random"
         found[f"{fraction} at random"] = common | dict(random=True), None
-    return found | ({"the junk itself": ("oracle", None)} if condition == "junk" else {})
+    found |= {"the junk itself": ("oracle", None)} if condition == "junk" else {}
+    return {name: arm for name, arm in found.items() if not cfg.arms or name in cfg.arms.split(",")}
 
 
 def is_junk(data):
@@ -238,46 +240,33 @@ def reached(curve, loss):
 
 
 def tables(cfg, rows, scores):
-    lines, seeds = [], sorted({r["seed"] for r in rows})
+    lines = []
     for condition in dict.fromkeys(r["condition"] for r in rows):
         of = {(r["arm"], r["seed"]): r for r in rows if r["condition"] == condition}
-        final = {arm: np.array([at(of[arm, s]["curve"], cfg.iters) for s in seeds]) for arm in arms(cfg, condition)}
-        longer = np.array([at(of["all", s]["curve"], cfg.iters + cfg.value_iters) for s in seeds])
-        table = [
-            ["all", "", shown(final["all"], 4), *[""] * 5],
-            ["all, equal tokens", "", shown(longer, 4), shown(longer - final["all"], 4), *[""] * 4],
-        ]
-        for arm, (_, control) in list(arms(cfg, condition).items())[1:]:
-            runs = [of[arm, s] for s in seeds]
-            saved = np.array([1 - reached(r["curve"], at(of["all", r["seed"]]["curve"], cfg.iters)) / cfg.iters for r in runs])
-            figures = [f"{np.mean([1 - r['kept'] for r in runs]):.1%}", shown(final[arm], 4), shown(final[arm] - final["all"], 4)]
-            figures += [shown(final[arm] - final[control], 4) if control else "", f"{np.isfinite(saved).sum()} of {len(saved)}"]
+        named = {arm: control for arm, (_, control) in arms(cfg, condition).items() if any(name == arm for name, _ in of)}
+        seeds = {arm: sorted(seed for name, seed in of if name == arm) for arm in named}
+        final = {key: at(r["curve"], cfg.iters) for key, r in of.items()}
+        less = lambda a, b: [final[a, s] - final[b, s] for s in seeds[a] if (b, s) in final]  # noqa: E731, B023
+        longer = [at(of["all", s]["curve"], cfg.iters + cfg.value_iters) for s in seeds["all"]]
+        gained = shown([x - final["all", s] for x, s in zip(longer, seeds["all"])], 4)
+        table = [["all", len(seeds["all"]), "", shown([final["all", s] for s in seeds["all"]], 4), *[""] * 5]]
+        table += [["all, equal tokens", len(seeds["all"]), "", shown(longer, 4), gained, *[""] * 4]]
+        for arm, control in list(named.items())[1:]:
+            runs = [of[arm, s] for s in seeds[arm]]
+            saved = np.array([1 - reached(r["curve"], final.get(("all", r["seed"]), np.nan)) / cfg.iters for r in runs])
+            figures = [len(runs), f"{np.mean([1 - r['kept'] for r in runs]):.1%}", shown([final[arm, s] for s in seeds[arm]], 4)]
+            figures.append(shown(less(arm, "all"), 4))
+            figures += [shown(less(arm, control), 4) if control in named else "", f"{np.isfinite(saved).sum()} of {len(saved)}"]
             figures += [shown(saved[np.isfinite(saved)], 2) if np.isfinite(saved).any() else ""]
             table.append([arm, *figures, shown([at(r["curve"], cfg.iters * r["kept"]) for r in runs], 4)])
-        head = [
-            "dropped",
-            "of the chunks",
-            "test loss",
-            "less: all",
-            "less: as many at random",
-            "seeds that reach the loss with all",
-            "iterations they save",
-        ]
-        lines += [
-            f"### {condition}: {len(seeds)} seeds, nats a token",
-            "",
-            *markdown([*head, "test loss after as many passes as with all"], table),
-            "",
-        ]
+        head = ["dropped", "seeds", "of the chunks", "test loss", "less: all", "less: as many at random", "reach the loss with all"]
+        head += ["iterations they save"]
+        lines += [f"### {condition}: nats a token", "", *markdown([*head, "test loss after as many passes as with all"], table), ""]
         if condition == "junk":
-            kinds = [key for key in of["all", seeds[0]] if key.startswith("dropped: ")]
-            table = [[arm, *(f"{np.mean([of[arm, s][kind] for s in seeds]):.0%}" for kind in kinds)] for arm in arms(cfg, condition) if arm != "all"]
-            lines += [
-                "### What each arm dropped, of the chunks",
-                "",
-                *markdown(["arm", *(kind.removeprefix("dropped: ") for kind in kinds)], table),
-                "",
-            ]
+            kinds = [key for key in next(iter(of.values())) if key.startswith("dropped: ")]
+            table = [[arm, *(f"{np.mean([of[arm, s][kind] for s in seeds[arm]]):.0%}" for kind in kinds)] for arm in named if arm != "all"]
+            head = ["arm", *(kind.removeprefix("dropped: ") for kind in kinds)]
+            lines += ["### What each arm dropped, of the chunks", "", *markdown(head, table), ""]
     kinds, table = [kind for kind in (*JUNK, "any", "negative, text", "negative, junk") if any(r.get(kind) is not None for r in scores)], []
     for key in sorted({(r["condition"], r["unit"], r["score"]) for r in scores}):
         same = [r for r in scores if (r["condition"], r["unit"], r["score"]) == key]
@@ -312,7 +301,7 @@ def figure(cfg, rows, path):
 
 def main(cfg):
     out = Path(cfg.out)
-    if cfg.part == "all":
+    if cfg.part != "report":
         begin(cfg)
         folder, conditions, seeds = Path(cfg.data), cfg.conditions.split(","), [int(s) for s in cfg.seeds.split(",")]
         if not (folder / "target.txt").is_file():
@@ -320,7 +309,8 @@ def main(cfg):
         for condition in conditions:
             prepare(folder / condition, folder / f"{condition}.jsonl", tokenizer=cfg.tokenizer, block_size=cfg.block_size, val_fraction=0.1)
         jobs = [(cfg, condition, seed) for seed in seeds for condition in conditions]
-        side_by_side(value, jobs, out / "values.jsonl", cfg.workers)
+        if cfg.part == "all":
+            side_by_side(value, jobs, out / "values.jsonl", cfg.workers)
         jobs = [(*job, arm, options) for job in jobs for arm, (options, _) in arms(cfg, job[1]).items()]
         side_by_side(retrain, jobs, out / "rows.jsonl", cfg.workers)
     rows, scores = read_rows(out / "rows.jsonl"), read_rows(out / "values.jsonl")
