@@ -10,14 +10,15 @@ Claim: values computed in the training run itself find wrong labels as well as m
 loses little. Place: the classification table of "Data Shapley in One Training Run" (CIFAR-10 and a pretrained ResNet18 there; a small model
 from scratch here, by AdamW 1e-3, decay 1e-4, batch 64, 50 epochs, label smoothing .1). A tenth of the labels is wrong, another class at random.
 
-AUROC: of a wrong label standing below a right one. Accuracy: on test images, after training anew on the best 20 to 80 %. Cost: CPU seconds on one
-thread beyond the one training that every method may use (its checkpoints, its last model). In-run values are summed over the run; "ranks" sums each
-value's rank among those of its step. The target of each step is the whole clean validation set, which KNN-Shapley, TracIn, influence functions and
-the retraining methods look at too. TracIn and influence functions come from dattri (pip install -r requirements-experiments.txt); KNN-Shapley is
-written out here, for dattri's, which gives the same, loops in Python. Retraining Shapley: permutations cut into blocks whose examples share the
-block's gain; empirical influence: random halves with and without the example; both train --retrainings models for a tenth of the epochs, many at
-once, and look at the validation loss.
-Writes rows.jsonl, table.md, mislabeled.png. Five seeds (images, flips, weights).
+AUROC: of a wrong label standing below a right one. Accuracy: on test images, after training anew, with the same options, on the best 20 to 80 %.
+Cost: CPU seconds on one thread beyond the one training that every method may use (its checkpoints, its last model); the tables have it twice, of
+all epochs, as the paper, and stopped where the validation loss was lowest. Each method is also judged by the ranks of its values among the images
+of the same label, for a label that the target asks for lifts all of its images. In-run values are summed over the run. Their target at each step is
+the whole clean validation set, which KNN-Shapley, TracIn, influence functions and the retraining methods look at too. TracIn and influence
+functions come from dattri (pip install -r requirements-experiments.txt); KNN-Shapley is written out here, for dattri's, which gives the same, loops
+in Python. Retraining Shapley: permutations cut into blocks whose examples share the block's gain; empirical influence: random halves with and
+without the example; both train --retrainings models for a tenth of the epochs, many at once, and look at the validation loss.
+Writes rows.jsonl, table.md, mislabeled.png. Four seeds (images, flips, weights).
 """
 
 import contextlib
@@ -49,10 +50,11 @@ PACKAGE = "/usr/share/datasets/fashion-mnist"
 FRACTIONS = (20, 40, 60, 80)
 DAMPING = 1.0  # of the Hessian: of .01, .03, .1, .3 and 1 the only one where conjugate gradients met no negative curvature and converged
 RULES = ("sgd", "adamw", "adamw2")
-METHODS = ("random", *(f"in-run {rule}" for rule in RULES), *(f"in-run {rule}, ranks" for rule in RULES), "KNN-Shapley, pixels",
-           "KNN-Shapley, features", "TracIn, 10 checkpoints", "TracIn, last checkpoint", "influence, all weights (CG)", "influence, last layer",
-           "retraining Shapley", "empirical influence", "training loss, last", "training loss, mean of the run",
-           "loss of a model of the validation set", "oracle")  # fmt: skip
+STOPPED, RAW, BY_LABEL = ", stopped", "the values as they are", "their ranks among the images of the same label"
+OF_A_TRAINING = (*(f"in-run {rule}" for rule in RULES), "KNN-Shapley, features",
+                 "TracIn, 10 checkpoints", "TracIn, last checkpoint", "influence, all weights (CG)", "influence, last layer",
+                 "training loss, last", "training loss, mean of the run")  # fmt: skip
+OF_NONE = ("KNN-Shapley, pixels", "retraining Shapley", "empirical influence", "loss of a model of the validation set")
 THEIRS = {"random": (None, 0.350, 0.461, 0.525, 0.559), "retraining Shapley": (0.582, 0.317, 0.468, 0.527, 0.570),
           "empirical influence": (0.552, 0.342, 0.466, 0.530, 0.568), "KNN-Shapley, features": (0.760, 0.354, 0.478, 0.525, 0.563),
           "influence": (0.654, 0.320, 0.450, 0.530, 0.580), "in-run, 1st order": (0.678, 0.344, 0.472, 0.541, 0.580),
@@ -64,7 +66,7 @@ class Config:
     data: str = PACKAGE  # folder with Fashion-MNIST's four files, or digits
     source: str = ""  # nothing: this experiment reads no text
     out: str = "out/mislabeled"
-    seeds: str = "1,2,3,4,5"  # each draws images and wrong labels, and initialises the model
+    seeds: str = "1,2,3,4"  # each draws images and wrong labels, and initialises the model
     model: Literal["mlp", "cnn"] = "mlp"
     hidden: int = 64  # units of the mlp's layer, channels of the cnn's second
     train: int = 1000  # images to be valued
@@ -76,7 +78,7 @@ class Config:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     smoothing: float = 0.1  # of labels, in training and target
-    retrainings: int = 400  # of each retraining method
+    retrainings: int = 200  # of each retraining method
     blocks: int = 20  # of a permutation of retraining Shapley
     workers: int = 1
     quick: bool = False  # tiny, on digits
@@ -151,13 +153,13 @@ def loss_of(cfg):
     return partial(F.cross_entropy, label_smoothing=cfg.smoothing)
 
 
-def train(cfg, X, Y, val, seed, rule="off", run=None):
-    """One training -> the model, ten checkpoints, CPU seconds. With a rule, the run's files are in run."""
+def train(cfg, X, Y, val, seed, steps=0, rule="off", run=None):
+    """One training, of cfg.epochs or of so many steps -> the model, ten checkpoints, CPU seconds. With a rule, the run's files are in run."""
     net = Net(build(cfg, X.shape[-1], seed), loss_of(cfg))
     optimizer = torch.optim.AdamW(net.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay)
     options = dict(target_batch=cfg.val, target_sampling="fixed", book_interval=10)
     valuation = Valuation(net, optimizer, lambda *batch: net(*batch)[1], [Examples("validation", *val)], rule, cfg.batch, len(X), run, **options)
-    steps, checkpoints, began = cfg.epochs * len(X) // cfg.batch, [], time.process_time()
+    steps, checkpoints, began = steps or cfg.epochs * len(X) // cfg.batch, [], time.process_time()
     for step in range(steps):
         ids = global_batch(step, cfg.batch, len(X), seed)
         x, y = torch.from_numpy(X[ids]), torch.from_numpy(Y[ids])
@@ -287,18 +289,26 @@ def summed(visits, n, weights):
     return values
 
 
-def in_run_variants(cfg, visits, n):
+def in_run_variants(cfg, visits, labels):
     """Other sums of the same ledger: name -> values. Of every step's values also the rank among them, and the share of their absolute sum."""
-    v, B, per_epoch = visits["value"][:, 0].astype(float), cfg.batch, n
-    steps, epoch = v.reshape(-1, B), np.arange(len(v)) // per_epoch
+    v, B, n = visits["value"][:, 0].astype(float), cfg.batch, len(labels)
+    steps, epoch = v.reshape(-1, B), np.arange(len(v)) // n
     ranks = (steps.argsort(1).argsort(1) / (B - 1) - 0.5).ravel()
     share = (steps / abs(steps).sum(1, keepdims=True)).ravel()
     found = {"all epochs": v}
     for last in (1, 2, 5, 10, 20):
         found[f"epochs 1 to {last}"] = v * (epoch < last)
     found[f"the later half, epochs {cfg.epochs // 2 + 1} to {cfg.epochs}"] = v * (epoch >= cfg.epochs // 2)
-    found |= {"ranks within the step": ranks, "shares of the step": share, "ranks, epochs 1 to 10": ranks * (epoch < 10)}
+    found |= {"ranks within the step": ranks, "shares of the step": share, "signs": np.sign(v), "ranks, epochs 1 to 10": ranks * (epoch < 10)}
     return {name: summed(visits, n, weights) for name, weights in found.items()}
+
+
+def among_its_label(values, labels):
+    """Each image's rank among those of its (given) label, from 0 to 1: a label that the target asks for lifts all of its images alike."""
+    ranks = np.zeros(len(values))
+    for label in np.unique(labels):
+        ranks[labels == label] = values[labels == label].argsort().argsort() / (labels == label).sum()
+    return ranks
 
 
 def accuracies(cfg, data, values, seed):
@@ -315,58 +325,71 @@ def accuracies(cfg, data, values, seed):
     return found
 
 
-def one_seed(cfg, seed):
-    """A row a method, with kind "method"; and rows of in-run variants and of the AUROC epoch by epoch."""
-    torch.set_num_threads(1)
-    data, n = draw(cfg, seed), cfg.train
-    model, checkpoints, plain = train(cfg, data.X, data.Y, data.val, seed)
-    values, seconds, rows, books = {}, {}, [], {}
+def of_training(cfg, data, seed, steps=0):
+    """What one training, and what it leaves, says of its images: method -> values and seconds; rows of the in-run sums; the validation loss's low."""
+    n, found, rows = cfg.train, {}, []
+    model, checkpoints, plain = train(cfg, data.X, data.Y, data.val, seed, steps)
 
-    def timed(name, work, extra=0.0):
+    def timed(name, work):
         began = time.process_time()
         with contextlib.redirect_stderr(io.StringIO()):  # dattri's progress bars
-            values[name] = np.asarray(work(), float)
-        seconds[name] = time.process_time() - began + extra
+            values = np.asarray(work(), float)
+        found[name] = dict(values=values, seconds=time.process_time() - began)
 
-    timed("random", lambda: np.random.default_rng(seed + 10**6).random(n))
     for rule in RULES:
         with tempfile.TemporaryDirectory() as run:
-            valued_model, _, took = train(cfg, data.X, data.Y, data.val, seed, rule, Path(run))
+            valued_model, _, took = train(cfg, data.X, data.Y, data.val, seed, steps, rule, Path(run))
             visits, book = np.load(Path(run, "ledger.npy")), np.load(Path(run, "books.npy"))
-        values[f"in-run {rule}"], seconds[f"in-run {rule}"] = summed(visits, n, visits["value"][:, 0].astype(float)), took - plain
         measured = book[np.isfinite(book["residual"][:, 0])]
         drop = float((measured["before"] - measured["after"]).sum())
-        books[f"in-run {rule}"] = dict(data=float(measured["data"].sum() / drop), accounted=1 - float(measured["residual"].sum() / drop))
-        values[f"in-run {rule}, ranks"] = (variants := in_run_variants(cfg, visits, n))["ranks within the step"]
-        seconds[f"in-run {rule}, ranks"] = took - plain
+        books = dict(data=float(measured["data"].sum() / drop), accounted=1 - float(measured["residual"].sum() / drop))
+        variants = in_run_variants(cfg, visits, data.Y)
+        found[f"in-run {rule}"] = dict(values=variants["all epochs"], seconds=took - plain, **books)
         rows += [dict(kind="variant", name=name, rule=rule, auroc=auroc(v, data.wrong)) for name, v in variants.items()]
-        for epoch in range(1, cfg.epochs + 1):
+        for epoch in range(1, len(visits) // n + 1):
             some = visits[: epoch * n]
             rows.append(dict(kind="epoch", rule=rule, epoch=epoch, auroc=auroc(summed(some, n, some["value"][:, 0].astype(float)), data.wrong)))
-    moved = max(float((a - b).norm() / a.norm()) for a, b in zip(model.state_dict().values(), valued_model.state_dict().values()))
-    flat, flat_val = data.X.reshape(n, -1), data.val[0].reshape(cfg.val, -1)
     with torch.no_grad():
         features = [model[:-1](torch.from_numpy(x)).numpy() for x in (data.X, data.val[0])]
-    timed("KNN-Shapley, pixels", lambda: knn_shapley(flat, data.Y, flat_val, data.val[1]))
-    timed("KNN-Shapley, features", lambda: knn_shapley(features[0], data.Y, features[1], data.val[1]))
     library("dattri.algorithm")  # its import is nobody's cost
+    timed("KNN-Shapley, features", lambda: knn_shapley(features[0], data.Y, features[1], data.val[1]))
     timed("TracIn, 10 checkpoints", lambda: tracin(cfg, data, model, checkpoints))
     timed("TracIn, last checkpoint", lambda: tracin(cfg, data, model, checkpoints[-1:]))
     timed("influence, all weights (CG)", lambda: influence(cfg, data, model, checkpoints[-1], max_iter=20, regularization=DAMPING))
     last = [name for name, _ in model.named_parameters()][-2:]  # weight and bias
     timed("influence, last layer", lambda: influence(cfg, data, model, checkpoints[-1], layer_name=last, regularization=0.01))
-    timed("retraining Shapley", lambda: retraining_shapley(cfg, data, seed))
-    timed("empirical influence", lambda: empirical_influence(cfg, data, seed))
     timed("training loss, last", lambda: -example_losses(model, data.X, data.Y))
-    values["training loss, mean of the run"], seconds["training loss, mean of the run"] = -summed(visits, n, visits["loss"].astype(float)), 0.0
-    timed("loss of a model of the validation set", lambda: -example_losses(train(cfg, *data.val, data.val, seed)[0], data.X, data.Y))
-    values["oracle"] = np.where(data.wrong, -1, np.random.default_rng(seed + 2 * 10**6).random(n))
-    accuracy = accuracies(cfg, data, values, seed)
+    found["training loss, mean of the run"] = dict(values=-summed(visits, n, visits["loss"].astype(float)), seconds=0.0)
     with torch.no_grad():
-        whole = float((model(torch.from_numpy(data.test[0])).argmax(1).numpy() == data.test[1]).mean())
-    for name, v in values.items():
-        entry = dict(kind="method", name=name, auroc=auroc(v, data.wrong), seconds=seconds.get(name, 0.0), accuracy=accuracy[name])
-        rows.append(entry | dict(train_seconds=plain, all=whole, moved=moved) | books.get(name, {}))
+        accuracy = float((model(torch.from_numpy(data.test[0])).argmax(1).numpy() == data.test[1]).mean())
+    moved = max(float((a - b).norm() / a.norm()) for a, b in zip(model.state_dict().values(), valued_model.state_dict().values()))
+    about = dict(all=accuracy, train_seconds=plain, steps=len(visits) // cfg.batch, moved=moved)
+    low = int(measured["step"][measured["before"][:, 0].argmin()])  # steps taken until then
+    return {name: of | about for name, of in found.items()}, rows, max(low, n // cfg.batch)
+
+
+def one_seed(cfg, seed):
+    """A row a method, with kind "method"; and rows of in-run variants and of the AUROC epoch by epoch."""
+    torch.set_num_threads(1)
+    data, n, rng = draw(cfg, seed), cfg.train, np.random.default_rng(seed + 10**6)
+    found, rows, low = of_training(cfg, data, seed)
+    early, _, _ = of_training(cfg, data, seed, low)
+    found |= {name + STOPPED: of for name, of in early.items()}
+    flat, flat_val = data.X.reshape(n, -1), data.val[0].reshape(cfg.val, -1)
+    for name, work in {
+        "KNN-Shapley, pixels": lambda: knn_shapley(flat, data.Y, flat_val, data.val[1]),
+        "retraining Shapley": lambda: retraining_shapley(cfg, data, seed),
+        "empirical influence": lambda: empirical_influence(cfg, data, seed),
+        "loss of a model of the validation set": lambda: -example_losses(train(cfg, *data.val, data.val, seed)[0], data.X, data.Y),
+    }.items():
+        began = time.process_time()
+        found[name] = dict(values=work(), seconds=time.process_time() - began)
+    found["random"] = dict(values=rng.random(n))
+    found["oracle"] = dict(values=np.where(data.wrong, -1, rng.random(n)))
+    values = {(name, how): v for name, of in found.items() for how, v in ((RAW, of["values"]), (BY_LABEL, among_its_label(of.pop("values"), data.Y)))}
+    accuracy = accuracies(cfg, data, values, seed)
+    for (name, how), v in values.items():
+        rows.append(dict(kind="method", name=name, how=how, auroc=auroc(v, data.wrong), accuracy=accuracy[name, how], **found[name]))
     return [dict(seed=seed, **row) for row in rows]
 
 
@@ -374,40 +397,49 @@ def one_seed(cfg, seed):
 
 
 def tables(cfg, rows):
-    methods = {name: [row for row in rows if row["kind"] == "method" and row["name"] == name] for name in METHODS}
-    first = methods["random"]
-    data = "digits" if cfg.data == "digits" else "Fashion-MNIST"
-    lines = [f"### {data}, {cfg.model}: {cfg.train} images, {cfg.wrong:.0%} wrong labels, {len(first)} seeds (mean ± standard error)", ""]
-    lines += [f"Training on all of them: accuracy {shown([row['all'] for row in first])}, {shown([row['train_seconds'] for row in first], 1)} CPU "
-              "seconds. Cost: CPU seconds beyond that.", ""]  # fmt: skip
+    methods, of_rule = {}, [f"in-run {rule}" for rule in RULES]
+    for row in rows:
+        if row["kind"] == "method":
+            methods.setdefault((row["name"], row["how"]), []).append(row)
+    data, seeds = "digits" if cfg.data == "digits" else "Fashion-MNIST", len(methods["random", RAW])
+    lines = [f"{data}, {cfg.model}: {cfg.train} images, {cfg.wrong:.0%} wrong labels, {seeds} seeds; mean ± standard error. Cost: CPU seconds", ""]
+    lines[0] += " beyond the training that a method looks at."
     head = ["method", "AUROC of wrong labels", *(f"accuracy, best {fraction} %" for fraction in FRACTIONS), "cost, s"]
-    table = []
-    for name, of in methods.items():
-        cells = [shown([row["auroc"] for row in of]) if name not in ("random", "oracle") else "-"]
-        cells += [shown([row["accuracy"][str(fraction)] for row in of]) for fraction in FRACTIONS]
-        table.append([name, *cells, "-" if name in ("random", "oracle") else shown([row["seconds"] for row in of], 1)])
-    lines += markdown(head, table)
-    lines += ["", "### The best in-run rule less each method, seed by seed (positive: in-run is better)", ""]
-    best = max((f"in-run {rule}" for rule in RULES), key=lambda name: mean_se([row["auroc"] for row in methods[name]])[0])
-    paired = []
-    for name, of in methods.items():
-        if name not in ("random", "oracle", best):
-            pairs = list(zip(methods[best], of))
-            cells = [shown([a["accuracy"][str(f)] - b["accuracy"][str(f)] for a, b in pairs]) for f in FRACTIONS]
-            paired.append([name, shown([a["auroc"] - b["auroc"] for a, b in pairs]), *cells])
-    lines += markdown([f"{best} less", *head[1:-1]], paired)
-    lines += ["", "### Other sums of the same ledger: AUROC", ""]
+
+    def line(name, how):
+        of = methods[name, how]
+        cells = [shown([row["auroc"] for row in of]), *(shown([row["accuracy"][str(fraction)] for row in of]) for fraction in FRACTIONS)]
+        return [name, *(["-", *cells[1:], "-"] if name in ("random", "oracle") else [*cells, shown([row["seconds"] for row in of], 1)])]
+
+    for how in (RAW, BY_LABEL):
+        for end, title in (("", f"a training of {cfg.epochs} epochs"), (STOPPED, "a training that stops where the validation loss is lowest")):
+            of = methods["in-run adamw2" + end, how]
+            lines += [f"### By {how}: {title}", ""]
+            lines += [f"{shown([row['steps'] for row in of], 0)} steps, accuracy {shown([row['all'] for row in of])}, "
+                      f"{shown([row['train_seconds'] for row in of], 1)} CPU seconds.", ""]  # fmt: skip
+            lines += [*markdown(head, [line(name + end, how) for name in OF_A_TRAINING]), ""]
+        lines += [f"### By {how}: without that training", "", *markdown(head, [line(name, how) for name in (*OF_NONE, "random", "oracle")]), ""]
+    lines += ["### AUROC of the best in-run rule less each other's, seed by seed (positive: in-run is better)", ""]
+    columns = {(how, end): max(of_rule, key=lambda name: mean_se([row["auroc"] for row in methods[name + end, how]])[0]) for how in (RAW, BY_LABEL)
+               for end in ("", STOPPED)}  # fmt: skip
+
+    def less(name, how, end):
+        other, mine = methods[name + end * (name in OF_A_TRAINING), how], methods[columns[how, end] + end, how]
+        return shown([a["auroc"] - b["auroc"] for a, b in zip(mine, other)]) if mine is not other else "-"
+
+    titles = [f"{rule}{end}, {'by label' if how == BY_LABEL else 'as it is'}" for (how, end), rule in columns.items()]
+    lines += markdown(["less", *titles], [[name, *(less(name, *column) for column in columns)] for name in (*OF_A_TRAINING, *OF_NONE)])
+    lines += ["", f"### Other sums of the same ledger of {cfg.epochs} epochs: AUROC", ""]
     variants = [row for row in rows if row["kind"] == "variant"]
-    names = list(dict.fromkeys(row["name"] for row in variants))
     pick = lambda name, rule: [row["auroc"] for row in variants if (row["name"], row["rule"]) == (name, rule)]  # noqa: E731
+    names = dict.fromkeys(row["name"] for row in variants)
     lines += markdown(["sum of", *RULES], [[name, *(shown(pick(name, rule)) for rule in RULES)] for name in names])
     lines += ["", "### The books: share of the measured drop of the validation loss", ""]
-    of = {rule: methods[f"in-run {rule}"] for rule in RULES}
-    lines += markdown(
-        ["rule", "data", "accounted for"], [[r, *(shown([row[key] for row in of[r]], 2) for key in ("data", "accounted"))] for r in RULES]
-    )
-    moved = f"{max(row['moved'] for row in first):.0e}"
-    lines += ["", f"Weights of the `adamw2` run against the plain one: relative difference {moved} at most.", ""]
+    booked = {name + end: methods[name + end, RAW] for end in ("", STOPPED) for name in of_rule}
+    figures = lambda of: [shown([row[key] for row in of], 2) for key in ("data", "accounted")]  # noqa: E731
+    lines += markdown(["rule", "data", "accounted for"], [[name, *figures(of)] for name, of in booked.items()])
+    moved = max(row["moved"] for row in methods["in-run adamw2", RAW])
+    lines += ["", f"Weights of the `adamw2` run against the plain one: relative difference {moved:.0e} at most.", ""]
     lines += ["### Theirs (CIFAR-10, pretrained ResNet18, 1000 images, 3 runs; arXiv 2406.11011), not ours", ""]
     return lines + markdown(head[:-1], [[name, *("-" if x is None else f"{x:.3f}" for x in theirs)] for name, theirs in THEIRS.items()])
 
@@ -415,24 +447,23 @@ def tables(cfg, rows):
 def figure(cfg, rows, path):
     """Left: what AUROC costs. Right: the in-run AUROC after each epoch."""
     plt = pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    for name in METHODS:
-        of = [row for row in rows if row["kind"] == "method" and row["name"] == name]
-        if name in ("random", "oracle"):
-            continue
-        (y, error), x = mean_se([row["auroc"] for row in of]), max(0.01, float(np.median([row["seconds"] for row in of])))
-        left.errorbar(x, y, error, fmt="s" if name.startswith("in-run") else "o", color="C3" if name.startswith("in-run") else "C0", capsize=2)
-        left.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    left.set(xscale="log", xlabel="CPU seconds beyond one training", ylabel="AUROC of wrong labels")
-    left.axhline(0.5, color="grey", lw=0.5)
+    fig, axes = plt.subplots(1, 3, figsize=(16, 4.4), width_ratios=(1.2, 1.2, 1))
+    for ax, end, title in zip(axes, ("", STOPPED), (f"{cfg.epochs} epochs", "stopped at the lowest validation loss")):
+        for name in (*OF_A_TRAINING, *OF_NONE):
+            of = [row for row in rows if row["kind"] == "method" and (row["name"], row["how"]) == (name + end * (name in OF_A_TRAINING), RAW)]
+            (y, error), x = mean_se([row["auroc"] for row in of]), max(0.01, float(np.median([row["seconds"] for row in of])))
+            mine = name.startswith("in-run")
+            ax.errorbar(x, y, error, fmt="s" if mine else "o", color="C3" if mine else "C0", capsize=2)
+            ax.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        ax.set(xscale="log", xlabel="CPU seconds beyond the training", ylabel="AUROC of wrong labels", title=title, ylim=(0.45, 1.0))
     for rule in RULES:
         of = [row for row in rows if row["kind"] == "epoch" and row["rule"] == rule]
         epochs = sorted({row["epoch"] for row in of})
         means, errors = np.array([mean_se([row["auroc"] for row in of if row["epoch"] == e]) for e in epochs]).T
-        right.plot(epochs, means, label=f"in-run {rule}")
-        right.fill_between(epochs, means - errors, means + errors, alpha=0.2)
-    right.set(xlabel="epochs summed", ylabel="AUROC of wrong labels")
-    right.legend()
+        axes[2].plot(epochs, means, label=f"in-run {rule}")
+        axes[2].fill_between(epochs, means - errors, means + errors, alpha=0.2)
+    axes[2].set(xlabel="epochs summed", title="the sum so far", ylim=(0.45, 1.0))
+    axes[2].legend()
     fig.tight_layout()
     fig.savefig(path, dpi=110)
 
