@@ -10,9 +10,10 @@ a paraphrase in other words and another order, or only a text on a similar topic
 Place in the paper: Wang et al., arXiv 2406.11011, section 5 and its appendix: sources found under paraphrase, and ranked far above BM25's rank where
 a text shares only its topic. paraphrase.json beside this file holds sets of five texts, written for it: a source and the four texts above. Each
 source is planted as one chunk, a domain of its own, among the chunks of --source; a run is one pass over them and values all for all texts at once.
-Ranks (1 = best) of the sources among all chunks by: the run's values, summed as the paper does; the same as shares of their step's values, and as
-z-scores within their step, for values shrink while a model learns; TracIn at the last checkpoint, <g_chunk, g_text>; the influence function there,
-<g_chunk, (G + damping I)^-1 g_text> with the Gauss-Newton matrix of some chunks, by conjugate gradients; BM25 (k1 1.5, b .75) on words.
+Ranks (1 = best) of the sources among all chunks by: the run's values, summed as the paper does; the same without the steps that the ledger marks
+as early; as shares of their step's values, and as z-scores within their step, for values shrink while a model learns; TracIn at the last checkpoint,
+<g_chunk, g_text>; the influence function there, <g_chunk, (G + damping I)^-1 g_text> with the Gauss-Newton matrix G of some chunks, by conjugate
+gradients; BM25 (k1 1.5, b .75) on words. Control: the other sets' sources for the same text, which share its register and not its topic.
 Seeds move the first weights and the order, and with it the step in which a source is met; the chunks are the same.
 """
 
@@ -42,8 +43,8 @@ from sources.documents import open_source, records
 from sources.tokenizers import TOKENIZERS, GPT2Tokenizer, tokenizer
 
 KINDS = ("partial exact", "paraphrase", "significant paraphrase", "similar topic")
-METHODS = ("in-run", "in-run, share of step", "in-run, z in step", "TracIn", "influence function", "BM25")
-TINY = dict(source="python", seeds="1", sets=2, chunks=160, vocab=1024, block_size=224, n_layer=2, n_head=1, n_embd=32, curvature_chunks=2)
+METHODS = ("in-run", "in-run, early steps out", "in-run, share of step", "in-run, z in step", "TracIn", "influence function", "BM25")
+TINY = dict(source="python", seeds="1,2", sets=2, chunks=160, vocab=1024, block_size=224, n_layer=2, n_head=1, n_embd=32, curvature_chunks=2)
 CUT = 2000  # characters of a document that go into the corpus: more documents for the same chunks
 
 
@@ -158,25 +159,29 @@ def find_sources(data, tok, sets):
 # --- scores: (chunks, texts), larger = more of a source ----------------------------
 
 
-def run_values(cfg, data, targets, seed):
-    """Trains and values. Returns the run, and its three scores."""
+def train_and_value(cfg, data, targets, seed):
+    """Returns the run."""
     n, B = len(data.train.rows), cfg.batch_size
     options = {key: getattr(cfg, key) for key in "rule block_size n_layer n_head n_embd learning_rate device dtype".split()}
     options |= dict(data_dir=str(data.path), out_dir=f"{cfg.data}/runs/{seed}", seed=seed, init_from="auto", targets=targets)
     options |= dict(batch_size=B // cfg.micro_batches, gradient_accumulation_steps=cfg.micro_batches, max_iters=(steps := -(-n * cfg.epochs // B)))
     options |= dict(warmup_iters=steps // 20, min_lr=cfg.learning_rate / 10, eval_interval=0, book_interval=steps, keep_checkpoints=1)
     train.train(train.Config(**options))
-    run = open_run(options["out_dir"])
+    return open_run(options["out_dir"])
+
+
+def value_scores(cfg, run):
+    """{method: scores} of the run's values: their sums, those without the steps that the ledger marks as early, and normalised within each step."""
+    B, n = cfg.batch_size, len(run.values)
     visits = run.visits[: n * cfg.epochs]  # without those of one more pass that fill up the last step
-    raw = visits["value"].reshape(len(visits), -1).astype(float)
+    raw, scores = visits["value"].reshape(len(visits), -1).astype(float), []
     steps = np.split(raw, range(B, len(raw), B))
     share = np.concatenate([v / abs(v).sum(0) for v in steps])
-    z = np.concatenate([(v - v.mean(0)) / v.std(0) for v in steps if len(v) > 1] + [np.zeros_like(v) for v in steps if len(v) == 1])
-    scores = []
-    for v in (raw, share, z):
+    z = np.concatenate([(v - v.mean(0)) / np.maximum(v.std(0), 1e-30) for v in steps])
+    for v in (raw, raw * ~visits["early"].astype(bool)[:, None], share, z):
         scores.append(np.zeros((n, raw.shape[1])))
         np.add.at(scores[-1], visits["chunk"], v)
-    return run, dict(zip(METHODS[:3], scores))
+    return dict(zip(METHODS[:4], scores))
 
 
 def gradient_scores(cfg, run, data, targets):
@@ -201,7 +206,7 @@ def gradient_scores(cfg, run, data, targets):
         model(*tensors(*data.train.batch(ids, cfg.block_size)), ledger)[1].backward()
         scores.append(ledger.grad.double().cpu().numpy() * len(ids))
         model.zero_grad(set_to_none=True)
-    return dict(zip(METHODS[3:5], np.split(np.concatenate(scores), 2, 1))), residuals
+    return dict(zip(METHODS[4:6], np.split(np.concatenate(scores), 2, 1))), residuals
 
 
 def flat(tensors):
@@ -255,7 +260,8 @@ def judge(cfg, seed):
     tok, data = tokenizer(vocabulary(cfg)), open_dataset(f"{cfg.data}/chunks")
     planted, asked = find_sources(data, tok, sets), list(product(sets, KINDS))
     spec = ",".join(f"{i}={cfg.data}/texts/{i}.txt" for i in range(len(asked)))
-    run, scores = run_values(cfg, data, spec, seed)
+    run = train_and_value(cfg, data, spec, seed)
+    scores = value_scores(cfg, run)
     of_gradients, residuals = gradient_scores(cfg, run, data, parse_targets(spec, data, cfg.block_size))
     scores |= of_gradients | {"BM25": bm25_scores(data, tok, [sets[name][kind] for name, kind in asked])}
     rows, about = [], dict(seed=seed, rule=cfg.rule, chunks=len(data.train.rows), steps=run.info["committed_step"], batch=cfg.batch_size)
@@ -264,7 +270,9 @@ def judge(cfg, seed):
         batch, own = run.visits[run.visits["step"] == visit["step"]]["value"].reshape(-1, len(asked))[:, k], visit["value"].reshape(-1)[k]
         about |= dict(set=name, kind=kind, chunk=planted[name], step=int(visit["step"]), in_step=1 + int((batch > own).sum()))
         about |= dict(loss=float(run.visits["loss"][-10 * cfg.batch_size :].mean()), residual=residuals[k])
-        rows += [dict(about, method=method, rank=rank(s[:, k], planted[name]), score=float(s[planted[name], k])) for method, s in scores.items()]
+        for method, s in scores.items():
+            ranks = {other: rank(s[:, k], chunk) for other, chunk in planted.items()}
+            rows.append(dict(about, method=method, rank=ranks.pop(name), others=[*ranks.values()], score=float(s[planted[name], k])))
     return rows
 
 
@@ -293,6 +301,8 @@ def tables(rows):
     lines += markdown(random, [])[:1]
     lines += ["", "The same in percent of the chunks ranked before the source, median over all (highest).", ""]
     lines += table(lambda of: "{:.2f} ({:.2f})".format(*(100 * (f([r["rank"] for r in of]) - 1) / n for f in (np.median, max))))
+    lines += ["", "Control: the other sets' sources for the same texts, median rank over all.", ""]
+    lines += table(lambda of: f"{np.median([r['others'] for r in of]):g}")
     B, of = rows[0]["batch"], select(rows, method="in-run")
     lines += [
         "",
@@ -301,10 +311,12 @@ def tables(rows):
     ]
     first = [[r["in_step"] for r in select(of, kind=kind)] for kind in KINDS]
     lines += markdown(["", *KINDS], [[f"of {B}", *(f"{np.mean(x):.2f} ({np.mean(np.array(x) == 1):.0%})" for x in first)]])
-    lines += ["", "In-run, summed: median rank by when the source was met, thirds of the run.", ""]
-    thirds = [[r for r in of if int(3 * r["step"] / r["steps"]) == third] for third in range(3)]
-    cells = [[name, *(cell([r["rank"] for r in select(t, kind=k)]) for k in KINDS)] for name, t in zip(("first", "second", "last"), thirds)]
-    return [*lines, *markdown(["third", *KINDS], cells)]
+    lines += ["", "In-run: median rank by when the source was met, in thirds of the run.", ""]
+    cells = []
+    for method, (third, name) in product(METHODS[:4], enumerate(("first", "second", "last"))):
+        met = [r for r in select(rows, method=method) if int(3 * r["step"] / r["steps"]) == third]
+        cells.append([f"{method}, {name} third", *(cell([r["rank"] for r in select(met, kind=k)]) for k in KINDS)])
+    return [*lines, *markdown(["score and third", *KINDS], cells)]
 
 
 def cell(ranks):
