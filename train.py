@@ -159,7 +159,8 @@ def evaluate(model, loss_of, data, cfg):
     sizes = {d: n for d, n in enumerate(np.bincount(data.val.domain, minlength=len(data.domains))) if n}
     batches = []
     for d in sizes:
-        ids = np.flatnonzero(data.val.domain == d)[: cfg.eval_chunks]
+        ids = np.flatnonzero(data.val.domain == d)
+        ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]  # the first ones would be of one document
         batches += [(d, b) for b in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size))]
     losses, n, ranks = torch.zeros(len(batches)), len(batches), parallel.size()
     model.eval()
@@ -196,8 +197,7 @@ def train(cfg):
     used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data))
     checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
     device_type, dtype = device.split(":")[0], getattr(torch, cfg.dtype)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # model and optimizer
     raw_model = build_model(cfg, data, device)
