@@ -303,6 +303,8 @@ def tables(rows):
     lines += table(lambda of: "{:.2f} ({:.2f})".format(*(100 * (f([r["rank"] for r in of]) - 1) / n for f in (np.median, max))))
     lines += ["", "Control: the other sets' sources for the same texts, median rank over all.", ""]
     lines += table(lambda of: f"{np.median([r['others'] for r in of]):g}")
+    lines += ["", f"How often the source stands before all {sets - 1} of them; by chance {1 / sets:.0%}.", ""]
+    lines += table(lambda of: f"{np.mean([r['rank'] < min(r['others'], default=np.inf) for r in of]):.0%}")
     B, of = rows[0]["batch"], select(rows, method="in-run")
     lines += [
         "",
@@ -315,12 +317,10 @@ def tables(rows):
     cells = []
     for method, (third, name) in product(METHODS[:4], enumerate(("first", "second", "last"))):
         met = [r for r in select(rows, method=method) if int(3 * r["step"] / r["steps"]) == third]
-        cells.append([f"{method}, {name} third", *(cell([r["rank"] for r in select(met, kind=k)]) for k in KINDS)])
-    return [*lines, *markdown(["score and third", *KINDS], cells)]
-
-
-def cell(ranks):
-    return f"{np.median(ranks):g} of {len(ranks)}" if ranks else "-"
+        if met:
+            runs = len(met) // len(KINDS)
+            cells.append([f"{method}, {name} third", runs, *(f"{np.median([r['rank'] for r in select(met, kind=k)]):g}" for k in KINDS)])
+    return [*lines, *markdown(["score, source met in the", "sets x seeds", *KINDS], cells)]
 
 
 def figure(rows, path):
