@@ -18,7 +18,10 @@ the whole clean validation set, which KNN-Shapley, TracIn, influence functions a
 functions come from dattri (pip install -r requirements-experiments.txt); KNN-Shapley is written out here, for dattri's, which gives the same, loops
 in Python. Retraining Shapley: permutations cut into blocks whose examples share the block's gain; empirical influence: random halves with and
 without the example; both train --retrainings models for a tenth of the epochs, many at once, and look at the validation loss.
-Writes rows.jsonl, table.md, mislabeled.png. Four seeds (images, flips, weights).
+Expected (results/2026-11-23_mislabeled, four seeds): in-run AUROC .75, as TracIn and last-layer influence at the price of several trainings, far
+above retraining (.52, .67), behind KNN-Shapley (.88 to .95) and the mean training loss of the run (.97), which cost next to nothing; .85 (`sgd`)
+and .81 (`adamw2`) where the training stops at its lowest validation loss. Keeping 80 % by value: accuracy .755 where all images give .730.
+Writes rows.jsonl, table.md, mislabeled.png. Four seeds (images, flips, weights). A core: 10 minutes (--workers=2: 5), --quick 30 seconds.
 """
 
 import contextlib
@@ -447,24 +450,24 @@ def tables(cfg, rows):
 def figure(cfg, rows, path):
     """Left: what AUROC costs. Right: the in-run AUROC after each epoch."""
     plt = pyplot()
-    fig, axes = plt.subplots(1, 3, figsize=(16, 4.4), width_ratios=(1.2, 1.2, 1))
+    fig, axes = plt.subplots(1, 3, figsize=(16, 5.4), width_ratios=(1.2, 1.2, 1))
     for ax, end, title in zip(axes, ("", STOPPED), (f"{cfg.epochs} epochs", "stopped at the lowest validation loss")):
-        for name in (*OF_A_TRAINING, *OF_NONE):
+        for i, name in enumerate((*OF_A_TRAINING, *OF_NONE)):
             of = [row for row in rows if row["kind"] == "method" and (row["name"], row["how"]) == (name + end * (name in OF_A_TRAINING), RAW)]
             (y, error), x = mean_se([row["auroc"] for row in of]), max(0.01, float(np.median([row["seconds"] for row in of])))
-            mine = name.startswith("in-run")
-            ax.errorbar(x, y, error, fmt="s" if mine else "o", color="C3" if mine else "C0", capsize=2)
-            ax.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+            ax.errorbar(x, y, error, fmt="s" if name.startswith("in-run") else "o^"[i % 2], color=f"C{i % 10}", capsize=2, label=name)
         ax.set(xscale="log", xlabel="CPU seconds beyond the training", ylabel="AUROC of wrong labels", title=title, ylim=(0.45, 1.0))
-    for rule in RULES:
+        ax.grid(alpha=0.3)
+    for i, rule in enumerate(RULES):
         of = [row for row in rows if row["kind"] == "epoch" and row["rule"] == rule]
         epochs = sorted({row["epoch"] for row in of})
         means, errors = np.array([mean_se([row["auroc"] for row in of if row["epoch"] == e]) for e in epochs]).T
-        axes[2].plot(epochs, means, label=f"in-run {rule}")
-        axes[2].fill_between(epochs, means - errors, means + errors, alpha=0.2)
-    axes[2].set(xlabel="epochs summed", title="the sum so far", ylim=(0.45, 1.0))
-    axes[2].legend()
-    fig.tight_layout()
+        axes[2].plot(epochs, means, color=f"C{i}")
+        axes[2].fill_between(epochs, means - errors, means + errors, color=f"C{i}", alpha=0.2)
+    axes[2].set(xlabel="epochs summed", title="the in-run sum so far", ylim=(0.45, 1.0))
+    axes[2].grid(alpha=0.3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
+    fig.tight_layout(rect=(0, 0.14, 1, 1))
     fig.savefig(path, dpi=110)
 
 

@@ -121,7 +121,7 @@ def test_a_run_stands_in_the_config_files_place():
         "bench/kernels.py",
         "bench/scale.py",
         "curate.py",
-        *(f"experiments/{name}.py" for name in ("any_model", "curation", "domains", "fidelity", "paraphrase", "stages")),
+        *(f"experiments/{name}.py" for name in ("any_model", "curation", "domains", "fidelity", "mislabeled", "paraphrase", "stages")),
     ],
 )
 def test_help_lists_every_key(script):
