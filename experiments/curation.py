@@ -14,6 +14,9 @@ and at random. Twice: on clean text, and with a fifth of planted junk: shuffled 
 target is held-out clean documents, the test others. Every arm trains for the same number of iterations; that of all chunks then goes on for as many
 as the value run took (`equal tokens`: the value run is not free). The learning rate is constant after a warm-up, so that every point of a curve may
 be compared. Test losses are the mean of the last three evaluations.
+
+Two cores: 75 minutes for everything (89 runs of about 40 s of one core, 6 value runs of 3 minutes). Expected: with junk, a quarter of the documents by
+share .03 nats below as many at random; AUROC by document .96 and .97 for shuffled tokens and base64; on clean text nothing beyond two standard errors.
 """
 
 import base64
