@@ -15,8 +15,9 @@ target is held-out clean documents, the test others. Every arm trains for the sa
 as the value run took (`equal tokens`: the value run is not free). The learning rate is constant after a warm-up, so that every point of a curve may
 be compared. Test losses are the mean of the last three evaluations.
 
-Two cores: 75 minutes for everything (89 runs of about 40 s of one core, 6 value runs of 3 minutes). Expected: with junk, a quarter of the documents by
-share .03 nats below as many at random; AUROC by document .96 and .97 for shuffled tokens and base64; on clean text nothing beyond two standard errors.
+Two cores: 75 minutes for everything (81 runs of about 40 s of one core, 6 value runs of 3 minutes). Expected: with junk, a quarter of the documents
+by share .03 nats below as many at random; AUROC by document .96 and .97 for shuffled tokens and base64; on clean text nothing beyond two standard
+errors.
 """
 
 import base64
