@@ -89,7 +89,8 @@ class Config:
 
     def __post_init__(self):
         if self.quick:
-            self.data, self.seeds, self.train, self.val, self.epochs, self.retrainings = "digits", "1,2", 300, 200, 10, 40
+            self.data, self.seeds, self.workers = "digits", "1,2", 2
+            self.train, self.val, self.epochs, self.retrainings = 300, 200, 10, 40
 
 
 # --- images ---------------------------------------------------------------------
