@@ -2,10 +2,10 @@
 A run's values -> keep.npy: the chunks to train on next, and what was dropped, and why.
 
     python curate.py out/gpt2_inrun                                        drops every chunk whose value is negative
-    python curate.py out/gpt2_inrun --drop_fraction=.16 --per_domain       the 16 % of each domain with the smallest values
-    python curate.py out/gpt2_inrun --confidence=2                         only what is negative beyond two standard errors of its visits
-    python curate.py out/gpt2_inrun --by=document --export=kept.jsonl.zst  whole documents, and the text of those kept for other trainers
-    python curate.py out/gpt2_inrun --random --out=out/random              a control: as many at random (--invert: those with the largest values)
+    python curate.py out/gpt2_inrun --random --out=out/random              its control: as many at random (--invert: those with the largest values)
+    python curate.py out/gpt2_inrun --out=out/b --drop_fraction=.16 --per_domain       the 16 % of each domain with the smallest values
+    python curate.py out/gpt2_inrun --out=out/c --confidence=2             only what is negative beyond two standard errors of its visits
+    python curate.py out/gpt2_inrun --out=out/d --by=document --export=kept.jsonl.zst  whole documents; the text of those kept for other trainers
     python train.py config/gpt2_curated.py                                 trains on out/gpt2_inrun/keep.npy
 
 Leaves keep.npy (int64, numbers of chunks, ascending), keep.json (how it was made, and counts by domain) and dropped.npy (chunk, score,
