@@ -68,7 +68,7 @@ def weight_grad(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor, form: str) -> tupl
     Returns gw_OI = sum_b gy_b^T x_b and v_BK = <gy_b^T x_b, h_k>, both of the direction's dtype.
     """
     (K, O, I), B = h_KOI.shape, len(x_BTI)
-    form, tiling = choose(gy_BTO, x_BTI, h_KOI) if form == "auto" else (form, kernel.TILINGS[0])
+    form, tiling = choose(gy_BTO, x_BTI, h_KOI) if form == "auto" else (form, None)
     assert form in ("running", "fused", "matmul"), form
     if form == "fused":
         return kernel.fused(gy_BTO, x_BTI, h_KOI, tiling)
@@ -114,7 +114,7 @@ def choose(gy_BTO, x_BTI, h_KOI):
     if key not in CHOSEN:
         forms = {("matmul", None): lambda: weight_grad(gy_BTO, x_BTI, h_KOI, "matmul")}
         truth = forms["matmul", None]()[0]
-        for tiling in kernel.TILINGS if kernel.triton and h_KOI.dtype == torch.float32 else ():
+        for tiling in kernel.tilings(gy_BTO, x_BTI, h_KOI) if kernel.triton and h_KOI.dtype == torch.float32 else ():
             with contextlib.suppress(kernel.triton.OutOfResources, kernel.triton.CompilationError):  # not on this GPU; FORM = "fused" says why
                 fused = partial(kernel.fused, gy_BTO, x_BTI, h_KOI, tiling)
                 if torch.linalg.norm(fused()[0] - truth) < 1e-2 * torch.linalg.norm(truth):

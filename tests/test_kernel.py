@@ -1,4 +1,9 @@
-"""The fused kernel against float64: on a GPU natively, elsewhere in Triton's interpreter (conftest.py switches it on)."""
+"""The fused kernel against float64: on a GPU natively, elsewhere in Triton's interpreter (conftest.py switches it on); and what becomes of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,10 +39,65 @@ def test_the_kernel_is_right_for_any_shape(B, T, O, I, K, dtype):
 
 
 @pytest.mark.parametrize("tiling", kernel.TILINGS)
-def test_every_tiling_is_right(tiling):
-    gy, x, h, gradient, values = problem(2, 70, 140, 270, 2, torch.bfloat16)
-    gw, v = kernel.fused(gy, x, h, tiling)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_every_tiling_is_right(tiling, splits):
+    """Rows of whole 16 bytes, as the copy engine wants; edges inside tiles; chunks that end within a range, and ranges within a chunk."""
+    gy, x, h, gradient, values = problem(2, 70, 136, 264, 2, torch.bfloat16)
+    gw, v = kernel.fused(gy, x, h, tiling, splits)
     assert relative(gw, gradient) < 1e-6 and relative(v, values) < 1e-5
+
+
+@pytest.mark.parametrize("splits", [2, 5, 8])
+@pytest.mark.parametrize("B, T", [(1, 1), (5, 40), (3, 130)])
+def test_any_range_of_tokens_is_a_blocks(B, T, splits):
+    """More ranges than steps (some are empty), as many as chunks, several within a chunk: each chunk's value is the sum of its parts."""
+    gy, x, h, gradient, values = problem(B, T, 24, 40, 1, torch.float32)
+    for tiling in (kernel.TILINGS[0], kernel.TILINGS[-1]):
+        gw, v = kernel.fused(gy, x, h, tiling, splits)
+        assert relative(gw, gradient) < 1e-6 and relative(v, values) < 1e-5
+
+
+def test_rows_that_the_copy_engine_cannot_take():
+    """Whose length or place is no multiple of 16 bytes, or that do not follow each other: tilings without it, or copied first."""
+    even, odd = problem(2, 9, 24, 40, 1, torch.bfloat16), problem(2, 9, 24, 39, 1, torch.bfloat16)
+    assert kernel.tilings(*even[:3]) == list(kernel.TILINGS)
+    x = torch.cat([torch.zeros(1, device=DEVICE), even[1].flatten().float()]).bfloat16()[1:].view(2, 9, 40)  # begins 2 bytes later
+    for operands in (odd[:3], (even[0], x, even[2]), (even[0], even[1].mT.contiguous().mT, even[2])):
+        found = kernel.tilings(*operands)
+        assert found and not any(tiling.tma for tiling in found)
+    for operands in (odd, (even[0], x, *even[2:]), (even[0], even[1].mT.contiguous().mT, *even[2:])):
+        gw, v = kernel.fused(*operands[:3])
+        assert relative(gw, operands[3]) < 1e-6 and relative(v, operands[4]) < 1e-5
+
+
+def test_small_weights_are_split_over_tokens_until_a_gpu_is_busy():
+    """GPT-2 small's 768 x 768 and its head in tiles of 128, 16 chunks of 1,024 tokens, 132 processors; and where adding up costs more."""
+    assert [kernel.best_splits(tiles, 16384, 132) for tiles in (36, 144, 2358)] == [3, 4, 1]
+    assert kernel.best_splits(36, 256, 132) == 1
+
+
+@pytest.fixture(scope="module")
+def assembled():
+    """For an architecture and dtype, what bench/assemble.py says of every tiling: in a process of its own, without the interpreter."""
+    script = Path(__file__).resolve().parents[1] / "bench" / "assemble.py"
+
+    def run(*argv):
+        printed = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, check=True).stdout
+        return json.loads(printed.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize("arch, K, products", [("90", 1, "HGMMA."), ("90", 3, "HGMMA."), ("80", 1, "HMMA.")])
+def test_compiled_for_a_gpu_nothing_is_spilled(assembled, arch, K, products):
+    """By NVIDIA's own assembler, in bfloat16: no register goes to memory, tensor cores multiply, and every tiling fits a multiprocessor. (Without
+    the copy engine and with three targets a few do: addresses take the registers.)"""
+    rows = assembled(f"--arch={arch}", f"--K={K}")["rows"]
+    assert len(rows) == sum(arch == "90" or not tiling.tma for tiling in kernel.TILINGS)
+    for row in rows:
+        assert row["blocks"] >= 1 and row["products"] and all(name.startswith(products) for name in row["products"]), row
+        assert row["stack"] == 0 or (K > 1 and not row["tma"]), row
+    assert arch == "80" or rows[0]["blocks"] == 2  # while one meets the directions, the other multiplies
 
 
 def test_auto_takes_the_running_form_but_for_tiny_chunks():
