@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 import ghost
+from ops import head
 
 # --- layers that take the ledger; without one they are PyTorch's own ----------
 
@@ -133,7 +134,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, ledger=None):
         """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger (B, K) zeros that require
         grad, or None. Returns logits (B, T, vocab_size), or (B, 1, vocab_size) without targets, or None where the head works
-        chunk by chunk (ghost.HEAD), and the mean token loss in nats.
+        chunk by chunk (ops/head.py), and the mean token loss in nats.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -150,8 +151,8 @@ class GPT(nn.Module):
 
         if targets is None:  # inference-time mini-optimization: only forward the lm_head on the very last position
             return self.lm_head(x[:, [-1], :]), None
-        if ghost.chunked(x, self.lm_head.weight, ledger):  # the logits, the largest tensor of the step, never exist whole
-            loss, self.chunk_loss = ghost.head_loss(x, self.lm_head.weight, targets, ledger)
+        if head.chunked(x, self.lm_head.weight, ledger):  # the logits, the largest tensor of the step, never exist whole
+            loss, self.chunk_loss = head.loss(x, self.lm_head.weight, targets, ledger)
             return None, loss
         logits = self.lm_head(x, ledger)
         flat = logits.view(-1, logits.size(-1)), targets.reshape(-1)

@@ -100,11 +100,10 @@ class Valuation:
         """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean loss on a batch of a target, a scalar tensor. targets: objects with name,
         ids, len() and batch(picks) -> arrays X, Y (n, ...), of -1 or NaN where there is no label (data.Target, ops/net.Examples). batch: B. run:
         the folder written to, or None. A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every
-        target_interval steps (0: where .grads is None). compile: the model is compiled, so two-pass rules always repeat forward and backward, and
-        compile the sweeps too. The books are measured every book_interval steps (0: never), the step audited every audit_interval (0: never; by
-        every subset up to 12 chunks, else by audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain, if
-        momentum is to be credited to domains. info: more entries for values.json. step, state: where to go on (state_dict's), reading the ledger
-        back up to there.
+        target_interval steps (0: where .grads is None). compile: the model is compiled, and so are the sweeps. The books are measured every
+        book_interval steps (0: never), the step audited every audit_interval (0: never; by every subset up to 12 chunks, else by
+        audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain, if momentum is to be credited to domains.
+        info: more entries for values.json. step, state: where to go on (state_dict's), reading the ledger back up to there.
         """
         assert rule in RULES
         self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
@@ -114,7 +113,7 @@ class Valuation:
         self.on = rule != "off"
         self.records, self.total, self.used = {}, None, None
         self.t, self.seconds = None, 0.0  # the optimizer's step; spent in open, before_step and close
-        self.micro, self.pending = [], []  # micro-batches of this step, closed steps
+        self.micro, self.pending, self.ops = [], [], {}  # micro-batches of this step, closed steps, a tape's ops by the shape of X
         if not self.on:
             return
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -419,7 +418,7 @@ class Valuation:
             return None
         self._collect()
         if self.rule in TWO_PASS:
-            ledger = None if self.compile or self.sharded or len(ids) * parallel.size() < self.batch else ghost.Tape()
+            ledger = None if self.sharded or len(ids) * parallel.size() < self.batch else self.tape(X, Y)
         else:
             ledger = self.zeros(len(ids), len(self.targets))
             for p, g in self.kept.items():
@@ -428,6 +427,14 @@ class Valuation:
         part.each, part.added, part.products, part.squares = {}, 0.0, 0.0, 0.0  # of the kept weights
         self.micro.append(part)
         return ledger
+
+    def tape(self, X, Y):
+        """For a forward of X, Y. A compiled one's needs the ops, which a tape has seen in eager when the first batch of such a shape comes."""
+        if self.compile and X.shape not in self.ops:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaying(rng_state()):
+                self.loss(X, Y, tape := ghost.Tape())
+            self.ops[X.shape] = tape.ops
+        return ghost.Tape(self.ops.get(X.shape, ()))
 
     def zeros(self, *shape):
         p = self.params[0]

@@ -33,6 +33,7 @@ import torch
 
 import config
 import ghost
+from ops import head
 
 MARGIN = 4.0
 HEADS = ("whole", "chunked")
@@ -103,7 +104,7 @@ def heads(cfg, words, chunks):
     import torch.nn.functional as F
 
     rows = []
-    print(f"\n{'in x words':14}{'B x T':>10}{'plain ms':>10}{'error':>18}" + "".join(f"{head:>10}" for head in HEADS))
+    print(f"\n{'in x words':14}{'B x T':>10}{'plain ms':>10}{'error':>18}" + "".join(f"{form:>10}" for form in HEADS))
     for (inputs, outputs), (B, T) in itertools.product(words, chunks):
         torch.manual_seed(0)
         x, w = torch.randn(B, T, inputs, device=cfg.device), torch.randn(outputs, inputs, device=cfg.device) * 0.02
@@ -120,14 +121,14 @@ def heads(cfg, words, chunks):
             return torch.autograd.grad(loss, (x, w, ledger))
 
         def chunked(x=x, w=w, y=y, ledger=ledger):
-            return torch.autograd.grad(ghost.head_loss(x, w, y, ledger)[0], (x, w, ledger))
+            return torch.autograd.grad(head.loss(x, w, y, ledger)[0], (x, w, ledger))
 
         apart = max(error(a, b.double()) for a, b in zip(chunked(), whole()))
         assert apart < (2e-2 if x.dtype == torch.bfloat16 else 1e-4), f"the two heads differ by {apart:.1e}"
         seconds = fastest(dict(plain=plain, whole=whole, chunked=chunked), cfg.rounds, cfg.device)
         row = dict(head=f"{inputs}x{outputs}", B=B, T=T, plain_ms=1e3 * seconds["plain"], error=apart)
-        rows.append(row | {head: seconds[head] / seconds["plain"] for head in HEADS})
-        over = "".join(f"{rows[-1][head]:10.2f}" for head in HEADS)
+        rows.append(row | {form: seconds[form] / seconds["plain"] for form in HEADS})
+        over = "".join(f"{rows[-1][form]:10.2f}" for form in HEADS)
         print(f"{row['head']:14}{f'{B} x {T}':>10}{row['plain_ms']:10.2f}{apart:18.1e}{over}", flush=True)
     return rows
 

@@ -103,7 +103,7 @@ class Bench:
 
     def loss(self, X, Y, ledger=None, model=None):
         with self.ctx:
-            return (model or self.model)(X, Y, ledger)[1]
+            return (self.model if model is None else model)(X, Y, ledger)[1]
 
     def valuation_loss(self, X, Y, ledger=None):
         return self.loss(torch.as_tensor(X).to(self.device), torch.as_tensor(Y).to(self.device), ledger)

@@ -119,6 +119,7 @@ def test_a_run_stands_in_the_config_files_place():
         "revalue.py",
         "bench/overhead.py",
         "bench/kernels.py",
+        "bench/assemble.py",
         "bench/scale.py",
         "curate.py",
         *(f"experiments/{name}.py" for name in ("any_model", "curation", "domains", "fidelity", "mislabeled", "paraphrase", "stages")),
@@ -136,14 +137,19 @@ def test_help_lists_every_key(script):
 
 
 @pytest.mark.parametrize(
-    "command", ["kernels.py --layers=16x24,7x5 --chunks=3x7,1x2 --heads=16x40 --K=2", "overhead.py --shapes=tiny --memory=False"]
+    "command, rows",
+    [
+        ("kernels.py --layers=16x24,7x5 --chunks=3x7,1x2 --heads=16x40 --K=2", 5),
+        ("overhead.py --shapes=tiny --memory=False", 7),
+        ("overhead.py --shapes=tiny --memory=False --compile --rules=adamw2", 3),
+    ],
 )
-def test_benchmarks_end_with_one_line_of_json(command):
+def test_benchmarks_end_with_one_line_of_json(command, rows):
     command = [sys.executable, *f"{ROOT}/bench/{command} --rounds=1 --device=cpu --dtype=float32".split(" ")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["torch"] and len(found["rows"]) == (5 if "kernels" in command[1] else 7)
+    assert found["torch"] and len(found["rows"]) == rows
 
 
 def test_main_tells_users_errors_from_bugs(capsys):

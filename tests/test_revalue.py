@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import config
 import ghost
 import ledger
+import ops.head
 import revalue
 import train
 from show.run import open_run
@@ -154,7 +155,7 @@ def test_a_query_is_made_once(run, capsys):
 @pytest.mark.parametrize("of, head", [("run", "whole"), ("run2", "chunked")])
 def test_tokens_add_up_to_their_chunk(request, of, head, monkeypatch):
     run = request.getfixturevalue(of)
-    monkeypatch.setattr(ghost, "HEAD", head)
+    monkeypatch.setattr(ops.head, "FORM", head)
     opened = open_run(run)
     chunks = opened.used[:5].tolist()
     step, found = revalue.tokens(opened, chunks)

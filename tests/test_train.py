@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 import config
 import exact
 import ghost
+import ops.head
 import train as train_module
 from data import global_batch, open_dataset, parse_targets
 from experiments import rules
@@ -472,8 +473,8 @@ def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
 @pytest.mark.parametrize("rule, head", [("adamw", "chunked"), ("adamw", "whole"), ("adamw2", "chunked")])
 def test_compiled_values_equal_eager_ones(python_data, tmp_path, monkeypatch, rule, head):
     """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently.
-    After three steps nothing is compiled again, and a graph break is an error (fullgraph)."""
-    monkeypatch.setattr(ghost, "HEAD", head)
+    After three steps nothing is compiled again, a graph break is an error (fullgraph), and two-pass rules read their tape, as in eager."""
+    monkeypatch.setattr(ops.head, "FORM", head)
     torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
     graphs, schedule = [], train_module.schedule
     monkeypatch.setattr(train_module, "schedule", lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or schedule(*args))
@@ -481,8 +482,11 @@ def test_compiled_values_equal_eager_ones(python_data, tmp_path, monkeypatch, ru
     more += ("--eval_interval=0", "--dtype=float64", TWO)
     run(python_data, tmp_path / "eager", *more)
     graphs.clear()
+    read_tape, reads = ghost.Tape.values, []
+    monkeypatch.setattr(ghost.Tape, "values", lambda tape: reads.append(len(tape.ops)) or read_tape(tape))
     run(python_data, tmp_path / "compiled", *more, "--compile")
     assert len(graphs) == 8 and 0 < graphs[3] == graphs[-1]
+    assert len(reads) == (8 if rule == "adamw2" else 0) and len(set(reads)) <= 1  # two passes, but forward and backward once
     eager, compiled = read(tmp_path / "eager"), read(tmp_path / "compiled")
     assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(eager["value"])  # of what float32 on disk holds
     assert not any(key.startswith("_orig_mod") for key in weights(tmp_path / "compiled"))

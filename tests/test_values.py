@@ -12,6 +12,7 @@ import ghost
 from data import Target
 from experiments import rules
 from model import GPT, GPTConfig
+from ops import head
 from valuation import Valuation, host, settle
 
 T, B, VOCAB = 12, 4, 61
@@ -82,7 +83,7 @@ FORMS = ["running chunked", "running whole", "matmul whole"]  # of the contracti
 @pytest.fixture(autouse=True)
 def auto_form():
     yield
-    ghost.FORM = ghost.HEAD = "auto"
+    ghost.FORM = head.FORM = "auto"
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
@@ -91,7 +92,7 @@ def auto_form():
 @pytest.mark.parametrize("K", [1, 3])
 def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
     """First step and later, clip off and on, tied and untied, bias on and off, 1, 2 and 4 micro-steps."""
-    ghost.FORM, ghost.HEAD = form.split()
+    ghost.FORM, head.FORM = form.split()
     for i, (tie, bias) in enumerate(itertools.product([True, False], [True, False])):
         (run_dir := tmp_path / str(i)).mkdir()
         run = Run(run_dir, dtype, rule, K, tie, bias)
@@ -118,7 +119,7 @@ def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tie, bias", [*itertools.product([True, False], [True, False])])
 def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias):
-    ghost.FORM, ghost.HEAD = form.split()
+    ghost.FORM, head.FORM = form.split()
     torch.manual_seed(0)
     model = GPT(GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)).double()
     for p in model.parameters():
@@ -129,7 +130,7 @@ def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias)
     plain = torch.autograd.grad(loss, list(model.parameters()))
     ghost_logits, ghost_loss = model(X, Y, torch.zeros(B, 2, dtype=torch.float64, requires_grad=True))
     valued = torch.autograd.grad(ghost_loss, list(model.parameters()))
-    assert ghost_logits is None if ghost.HEAD == "chunked" else torch.equal(logits, ghost_logits)
+    assert ghost_logits is None if head.FORM == "chunked" else torch.equal(logits, ghost_logits)
     assert abs(loss.item() - ghost_loss.item()) < 1e-14
     assert max(relative(v, p) for v, p in zip(valued, plain)) < 1e-12
     each = torch.stack([model(X[i : i + 1], Y[i : i + 1])[1] for i in range(B)])
@@ -140,7 +141,7 @@ def test_the_chunked_head_refuses_a_word_that_is_none():
     x, w = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
     w.h = torch.randn(1, 5, 4)
     with pytest.raises(IndexError, match="out of bounds"):
-        ghost.head_loss(x, w, torch.tensor([[0, 1, 2], [3, -1, 4]]), torch.zeros(2, 1, requires_grad=True))
+        head.loss(x, w, torch.tensor([[0, 1, 2], [3, -1, 4]]), torch.zeros(2, 1, requires_grad=True))
 
 
 def test_tiles_of_a_large_weight_add_up(monkeypatch):
@@ -216,7 +217,7 @@ def test_micro_batched_targets_have_the_gradient_of_the_whole(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_values_stay_close(tmp_path, form):
     """Under autocast the operands have 8 bits; the values keep the float64 truth to a few per cent, in both forms."""
-    ghost.FORM, ghost.HEAD = form.split()
+    ghost.FORM, head.FORM = form.split()
     run = Run(tmp_path, torch.float32, autocast=True)
     for step in range(3):
         values, _, truth = run.step(step)
@@ -369,7 +370,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
 def test_two_pass_rules_leave_the_backward_alone(tmp_path):
     """With a tape the ops are PyTorch's own: the weights of a two-pass run are those of a run without valuation, to the bit
     (but for the chunked head, which adds up in another order: test_weight_gradients_... bounds that)."""
-    ghost.HEAD, weights = "whole", []
+    head.FORM, weights = "whole", []
     for rule in ("off", "adamw2", "sgd2"):
         (run_dir := tmp_path / rule).mkdir()
         run = Run(run_dir, torch.float32, rule)
