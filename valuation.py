@@ -41,7 +41,7 @@ Works on any nn.Module made of ghost.py's ops; ops/net.py makes one. Shape suffi
 
 import contextlib
 import time
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +52,7 @@ import exact
 import ghost
 import ledger as books
 import parallel
-from ops.adamw import TINY, Scalars, displacement, land, land_halfway, scale_expected, scale_linear, scale_secant, secant
+from ops.adamw import TINY, Scalars, displacement, land, land_halfway, scale_expected, scale_linear, scale_secant, secant, subtract
 from ops.machine import replaying, rng_state
 from parallel import local
 
@@ -75,6 +75,17 @@ def accounted(method):
             self.seconds += time.perf_counter() - began
 
     return timed
+
+
+@cache
+def compiled(work):
+    """work(*scalars, *tensors) for all of jobs, as one graph: a call costs the host as much as ten small operations do."""
+    return torch.compile(lambda jobs: [work(*scalars, *row) for scalars, rows in jobs for row in rows], fullgraph=True, dynamic=False)
+
+
+def join(tensors):
+    """Side by side along their last dimension; one stays as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
 def host(x):
@@ -220,24 +231,33 @@ class Valuation:
 
     # --- directions -----------------------------------------------------------
 
-    def adamw(self, p):
-        """The moments of p before the coming step, and its Scalars."""
-        group, state = self.groups[p], self.optimizer.state.get(p)
+    def scalars(self, group):
+        """Of AdamW's coming step; None where the optimizer is SGD."""
+        if "betas" not in group:
+            return None
         (beta1, beta2), t = group["betas"], self.t
         one, two = 1 - beta1**t, 1 - beta2**t
         mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
         a, b, c, d = beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two
-        q = Scalars(a, b, c, d, a * d, mean, square, group["eps"])
-        return (*((local(state[key]) if state else torch.zeros_like(local(p.data))) for key in ("exp_avg", "exp_avg_sq")), q)
+        return Scalars(a, b, c, d, a * d, mean, square, group["eps"])
+
+    def moments(self, p):
+        """AdamW's, before the coming step."""
+        state = self.optimizer.state.get(p)
+        return [local(state[key]) if state else torch.zeros_like(local(p.data)) for key in ("exp_avg", "exp_avg_sq")]
+
+    def by_group(self):
+        """The optimizer's groups, each with its Scalars and those of its parameters that train."""
+        return [(group, self.scalars(group), [p for p in group["params"] if p in self.seen]) for group in self.optimizer.param_groups]
 
     def over_ranks(self, x):
         """The sum of what each rank found in its slices; where none are sliced, x."""
         return parallel.add([x])[0] if self.sharded else x
 
     def rows_of(self, x, rows, dim=0):
-        """These rows of a tensor laid out as the parameters are: on every rank."""
+        """These rows (...: all) of a tensor laid out as the parameters are: on every rank."""
         if not self.sharded:
-            return x.index_select(dim, rows)
+            return x if rows is ... else x.index_select(dim, rows)
         here, inside = self.here(rows, n := x.shape[dim])
         return parallel.add([x.index_select(dim, here.clamp(0, n - 1)) * inside.view(-1, *[1] * (x.dim() - dim - 1))])[0]
 
@@ -247,31 +267,44 @@ class Valuation:
         return here, (here >= 0) & (here < n)
 
     @torch.no_grad()
-    def landing(self, p, part=1.0, taken=None):
-        """Where momentum and decay alone take p, w_empty, or part of the way there; with taken = kappa g, w_mid."""
-        w = local(p.data)
-        if self.rule == "sgd2" and taken is not None:
-            return torch.add(w, taken, alpha=-self.lr / 2)
-        shrink = 1 - part * self.lr * self.groups[p]["weight_decay"]
-        if "betas" not in self.groups[p]:  # SGD, without momentum
-            return w * shrink
-        spent, (m, v, q) = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None, self.adamw(p)
-        place = p.h[0] if spent else torch.empty_like(w)  # the old direction's room, where nobody needs that any more
-        if taken is None:
-            self.sweep(land, (shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5), place, w, m, v)
-        else:
-            self.sweep(land_halfway, (q, shrink, -part * self.lr / 2), place, w, m, v, taken)
-        return place
+    def landings(self, part=1.0, batch=None):
+        """Where momentum and decay alone take each parameter, w_empty, or part of the way there; with batch, kappa g, w_mid."""
+        taken, places, jobs = dict(zip(self.params, batch or ())), {}, []
+        for group, q, params in self.by_group():
+            shrink = 1 - part * self.lr * group["weight_decay"]
+            for p in params:  # the old direction's room, where nobody needs that any more
+                spent = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None
+                places[p] = p.h[0] if spent else torch.empty_like(local(p.data))
+                if self.rule == "sgd2" and batch:
+                    torch.add(local(p.data), taken[p], alpha=-self.lr / 2, out=places[p])
+                elif not q:  # SGD, without momentum
+                    torch.mul(local(p.data), shrink, out=places[p])
+            if q and not batch:
+                scalars = shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5
+                jobs.append((scalars, [(places[p], local(p.data), *self.moments(p)) for p in params]))
+            elif q and self.rule != "sgd2":
+                jobs.append(((q, shrink, -part * self.lr / 2), [(places[p], local(p.data), *self.moments(p), taken[p]) for p in params]))
+        self.sweep(land_halfway if batch else land, jobs)
+        return [places[p] for p in self.params]
 
-    def sweep(self, work, scalars, *tensors):
-        """work(*scalars, *pieces) over equally shaped tensors, and what it returned: one compiled kernel, or cache-sized pieces on CPU."""
-        flat = [t.view(-1) for t in tensors]
-        if self.compile:
+    def sweep(self, work, jobs, compile=None):
+        """work(*scalars, *tensors) for each (scalars, [tensors of a parameter, ...]) of jobs; a list of what it returned. All in one compiled call,
+        whose kernels read and write everything once, or on CPU by cache-sized pieces. Tensors of a parameter are equally shaped or numbers."""
+        if self.compile if compile is None else compile:
             tensor = partial(torch.tensor, dtype=torch.float64)  # on the host, and in no operation but with a larger tensor
-            scalars = [Scalars(*map(tensor, x)) if isinstance(x, Scalars) else tensor(x) if isinstance(x, float) else x for x in scalars]
-            return [torch.compile(work, fullgraph=True, dynamic=True)(*scalars, *flat)]
-        size = BLOCK if flat[0].device.type == "cpu" else max(1, len(flat[0]))
-        return [work(*scalars, *pieces) for pieces in zip(*(t.split(size) for t in flat))]
+            scalars = [
+                [Scalars(*map(tensor, x)) if isinstance(x, Scalars) else tensor(x) if isinstance(x, float) else x for x in of] for of, _ in jobs
+            ]
+            return compiled(work)([(of, [[x.view(-1) if x.dim() else x for x in row] for row in rows]) for of, (_, rows) in zip(scalars, jobs)])
+        found = []
+        for scalars, rows in jobs:
+            for row in rows:
+                flat = [x.view(-1) if x.dim() else x for x in row]
+                n = max(map(torch.numel, flat))
+                size = BLOCK if flat[-1].device.type == "cpu" else max(1, n)
+                for i in range(0, n, size):
+                    found.append(work(*scalars, *(x[i : i + size] if x.dim() else x for x in flat)))
+        return found
 
     @contextlib.contextmanager
     def weights_at(self, places):
@@ -295,10 +328,10 @@ class Valuation:
         batch: what the optimizer will take, kappa g, a tensor a parameter, for two-pass rules."""
         if self.grads is None or (self.interval and self.step % self.interval == 0):
             if self.rule in TWO_PASS:
-                with self.weights_at([self.landing(p, taken=g) for p, g in zip(self.params, batch)]):
+                with self.weights_at(self.landings(batch=batch)):
                     self.target_gradients()
             elif self.rule == "adamw" and self.t > 1:
-                with self.weights_at([self.landing(p) for p in self.params]):
+                with self.weights_at(self.landings()):
                     self.target_gradients()
             else:
                 self.book["before"] = self.target_gradients()
@@ -312,63 +345,80 @@ class Valuation:
     @torch.no_grad()
     def directions_of_one(self):
         """The targets' gradients in .h -> directions, before lr and kappa."""
-        first = self.t == 1
-        for p, g in zip(self.params, self.grads) if self.rule != "sgd" else ():
-            kept = self.rows_of(g, rows, 1) if (rows := self.rows.get(p)) is not None else None
-            m, v, q = self.adamw(p)
-            for v_k, h in ((h_k.square(), [h_k]) for h_k in p.h) if first else [(v, p.h)]:
-                mean = self.over_ranks(v_k.mean()) / (parallel.size() if self.sharded else 1)
-                floor = FLOORS["adamw_linear" if first else self.rule] * mean + TINY  # a weight that never had a gradient: 0 / TINY
-                if self.rule == "adamw" and not first:
-                    # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
-                    at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
-                    scalars = -q.ad * q.mean / ((at0 + at) * at0 * q.b), q.eps / at0, at / q.b, q.eps / q.b
-                    self.sweep(scale_expected, (*scalars, floor), m, v, *h)
-                else:
-                    self.sweep(scale_linear, ((q.d if first else q.c) ** 0.5 / q.b, q.eps / q.b, floor), v_k, *h)
-            if kept is not None:
-                self.keep(p, kept)
+        kept = {p: self.rows_of(g, rows, 1) for p, g in zip(self.params, self.grads) if (rows := self.rows.get(p)) is not None}
+        kept = {p: g.clone() if self.rows[p] is ... else g for p, g in kept.items()}
+        for _, q, params in self.by_group() if self.rule != "sgd" else ():
+            params = [p for p in params if self.rows.get(p) is not ...]  # of those nothing is left
+            if self.t == 1:
+                for h in (h_k for p in params for h_k in p.h):
+                    floors = self.floors([v := h.square()], "adamw_linear")
+                    self.sweep(scale_linear, [((q.d**0.5 / q.b, q.eps / q.b), [(*floors, v, h)])], compile=False)
+                continue
+            m, v = zip(*map(self.moments, params)) if params else ((), ())
+            floors, h = self.floors(v, self.rule), [p.h.unbind() for p in params]
+            if self.rule == "adamw":
+                # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
+                at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
+                scalars = -q.ad * q.mean / ((at0 + at) * at0 * q.b), q.eps / at0, at / q.b, q.eps / q.b
+                self.sweep(scale_expected, [(scalars, [(*row, *h_K) for *row, h_K in zip(floors, m, v, h)])])
+            else:
+                self.sweep(scale_linear, [((q.c**0.5 / q.b, q.eps / q.b), [(*row, *h_K) for *row, h_K in zip(floors, v, h)])])
+        for p, g in kept.items():
+            self.keep(p, g)
+
+    def floors(self, v, rule):
+        """The least v that counts, of each of these tensors: a number. A weight that never had a gradient gets TINY: 0 / TINY."""
+        means = self.over_ranks(torch.stack([v_p.mean() for v_p in v])) / (parallel.size() if self.sharded else 1) if v else torch.empty(0)
+        return (FLOORS[rule] * means + TINY).unbind()
 
     def keep(self, p, g):
         """Takes p's rows that are kept, whose targets' gradient is g (K, R, ...), out of its direction: theirs comes after the backward."""
         rows, most = self.rows[p], max(1, ROWS // (self.batch * p[0].numel()))
-        if len(rows) > most:
+        if rows is not ... and len(rows) > most:
             chosen = self.rows_of(p.h, rows, 1).abs().flatten(2).sum((0, 2)).topk(most).indices.sort().values
             self.rows[p], g = rows[chosen], g[:, chosen]
         here, inside = self.here(self.rows[p], p.h.shape[1]) if self.sharded else (self.rows[p], ...)
-        p.h[:, here[inside]] = 0
+        p.h[:, here if here is ... else here[inside]] = 0
         self.kept[p] = g
 
     @torch.no_grad()
     def value_kept(self):
         """What the kept rows add to the chunks' values, now that the optimizer's gradient is known; and <x_i, g>, |x_i|^2 over them."""
-        for p, g in self.kept.items():
-            *moments, q = self.adamw(p)
-            m, v, taken = (self.rows_of(x, self.rows[p]) for x in (*moments, local(p.grad)))
-            h, taken = (g * secant(q, m, v, taken)).flatten(1), taken.flatten()
-            for part in self.micro:
-                each = part.each[p].flatten(1)
-                part.added, part.products, part.squares = part.added + each @ h.t(), part.products + each @ taken, part.squares + each.square().sum(1)
+        for _, q, params in self.by_group() if self.kept else ():
+            kept = [p for p in params if p in self.kept]
+            tokens, norms = ([p for p in kept if hasattr(p, "tokens") == of_tokens] for of_tokens in (True, False))
+            for weights in [*([p] for p in tokens), norms] if norms else [[p] for p in tokens]:  # many LayerNorms are one vector: fewer operations
+                moments = ([self.rows_of(x, self.rows[p]).flatten() for x in (*self.moments(p), local(p.grad))] for p in weights)
+                m, v, taken = map(join, zip(*moments))
+                h = join([self.kept[p].flatten(1) for p in weights]) * secant(q, m, v, taken)
+                for part in self.micro:
+                    each = join([part.each[p].flatten(1) for p in weights]) / parallel.size()  # a rank's loss is the mean of its own chunks
+                    part.added, part.products, part.squares = (
+                        part.added + each @ h.t(),
+                        part.products + each @ taken,
+                        part.squares + each.square().sum(1),
+                    )
 
     @torch.no_grad()
     def directions_of_two(self, batch):
         """The targets' gradients in .h -> directions, before lr and kappa. batch: kappa g, a tensor a parameter."""
-        clipped, along = torch.is_tensor(self.kappa) or self.kappa < 1, 0.0  # along: <u, p_k> |batch|
-        weight = -torch.as_tensor(self.kappa).log()  # ln(1/kappa); not looked at, for that would wait for the device
-        for p, taken in zip(self.params, batch):
-            m, v, q = self.adamw(p) if self.rule == "adamw2" else (taken, taken, None)
-            for part in self.sweep(scale_secant, (q, weight if clipped else None), m, v, taken, *p.h):
-                along = along + torch.stack(part) if clipped else 0.0
+        clipped, taken = torch.is_tensor(self.kappa) or self.kappa < 1, dict(zip(self.params, batch))
+        weight = -torch.as_tensor(self.kappa).log() if clipped else None  # ln(1/kappa); not looked at, for that would wait for the device
+        jobs = []
+        for _, q, params in self.by_group():
+            of = {p: self.moments(p) if self.rule == "adamw2" else (taken[p], taken[p]) for p in params}
+            jobs.append(((q if self.rule == "adamw2" else None, weight), [(*of[p], taken[p], *p.h.unbind()) for p in params]))
+        found = self.sweep(scale_secant, jobs)
         if clipped:
-            along, square = self.over_ranks(along), self.over_ranks(sum(torch.linalg.vector_norm(taken) ** 2 for taken in batch)).clamp(min=TINY)
-            for p, taken in zip(self.params, batch):
-                for h_k, along_k in zip(p.h, along):
-                    h_k.sub_(taken * (weight * along_k / square))
+            along = self.over_ranks(torch.stack([x for part in found for x in part]).view(-1, len(self.targets)).sum(0))  # <u, p_k> |batch|
+            square = self.over_ranks(torch.stack(torch._foreach_norm(batch)).square().sum()).clamp(min=TINY)
+            rows = [[(c, h_k, g) for h_k, c in zip(p.h.unbind(), weight * along / square)] for p, g in zip(self.params, batch)]
+            self.sweep(subtract, [((), [row for of in rows for row in of])])
 
     def credit(self):
         """What momentum and decay do to the targets' losses at this step, into the book: by the target's gradient halfway between
         the weights and where those two alone would land, so that data's part (from there on) and theirs add up to third order."""
-        with self.weights_at([self.landing(p, 0.5) for p in self.params]) as weights:
+        with self.weights_at(self.landings(0.5)) as weights:
             credits = [self.credit_of(self.target_gradient(k)[1], weights) for k in range(len(self.targets))]
         self.book |= {name: torch.stack(of) for name, of in zip(("momentum", "decay", "momentum_by_domain"), zip(*credits))}
 
@@ -379,9 +429,9 @@ class Valuation:
         for i, (p, g, w) in enumerate(zip(self.params, gradients, weights)):
             group, g = self.groups[p], self.lr * g.flatten()
             decay = decay + group["weight_decay"] * (g @ w.flatten())
-            if "betas" not in group:
+            if not (q := self.scalars(group)):
                 continue
-            m, v, q = self.adamw(p)
+            m, v = self.moments(p)
             momentum = momentum + g @ displacement(q, m, v).flatten()
             if self.domain_momentum:
                 g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
@@ -402,7 +452,9 @@ class Valuation:
         if tokens is not None and self.keeping:
             seen = torch.from_numpy(np.unique(tokens))
             seen = seen.pin_memory().to(self.params[0].device, non_blocking=True) if self.params[0].is_cuda else seen
-        self.rows, self.kept = {p: seen if hasattr(p, "tokens") else torch.arange(len(p), device=p.device) for p in self.keeping.values()}, {}
+        whole = (lambda p: torch.arange(len(p), device=p.device)) if self.sharded else lambda p: ...
+        rows = {p: seen if hasattr(p, "tokens") else whole(p) for p in self.keeping.values()}
+        self.rows, self.kept = {p: of for p, of in rows.items() if of is not None}, {}
         self.book, self.measured = {}, self.book_interval > 0 and step % self.book_interval == 0
         if self.measured:
             self.credit()
@@ -444,7 +496,7 @@ class Valuation:
         """What the micro-batch just done left behind, before the next one replaces it."""
         if self.micro and self.micro[-1].ledger is not None and self.micro[-1].losses is None:
             self.micro[-1].losses = self.model.chunk_loss
-            self.micro[-1].each = {p: self.seen[p].each.grad / parallel.size() for p in self.kept}  # a rank's loss is the mean of its own chunks
+            self.micro[-1].each = {p: self.seen[p].each.grad for p in self.kept}
             for p in self.kept:
                 self.seen[p].each = self.seen[p].rows = None
 

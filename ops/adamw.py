@@ -80,3 +80,8 @@ def scale_secant(q, weight, m, v, taken, *g):
     for g_k in g:
         g_k.mul_(factor)
     return along
+
+
+def subtract(c, h, g):
+    """h <- h - c g."""
+    plus(h, -c, g)
