@@ -202,7 +202,7 @@ def prepare(cfg):
             shutil.rmtree(partial, ignore_errors=True)
             if lying.exists() and not any(lying.iterdir()):
                 lying.rmdir()
-    print(tables.prepared(meta))
+    tables.say(tables.prepared(meta))
     print(f"\nnext: python train.py --data_dir={cfg.data_dir}")
 
 

@@ -185,7 +185,7 @@ def train(cfg):
     """
     check_system(cfg)
     device = parallel.start(cfg.device)
-    say = print if parallel.rank() == 0 else lambda *args, **kwargs: None
+    say = tables.say if parallel.rank() == 0 else lambda text: None
     data = open_dataset(cfg.data_dir, cfg.keep)
     if cfg.block_size > data.meta["block_size"]:
         fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
@@ -333,7 +333,7 @@ def train(cfg):
             line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
             if targets:
                 line += f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
-            say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left", flush=True)
+            say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left")
             if board:
                 metrics = {"train/loss": loss, "train/lr": lr, "train/tokens_per_s": B * cfg.block_size / dt}
                 metrics |= {"overhead/ms_per_step": dt * 1e3, "overhead/mfu": mfu, "overhead/valuation_share": share}
@@ -358,8 +358,8 @@ def train(cfg):
         say(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used is not None and valuation.used.any():
         names, audits = [t.name for t in targets], books.read(out, "audit") if cfg.audit_interval else []
-        print(tables.domains(valuation.total, valuation.used, data, names))
-        print(tables.account(books.read(out, "books"), audits, names, data.domains))
+        tables.say(tables.domains(valuation.total, valuation.used, data, names))
+        tables.say(tables.account(books.read(out, "books"), audits, names, data.domains))
     files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
     say(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
     if board:

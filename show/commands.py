@@ -18,6 +18,7 @@ import sys
 import unicodedata
 
 from show import tables
+from show.tables import visible
 
 HELP = dict(
     run="a run's folder, as out/demo",
@@ -115,11 +116,6 @@ def as_csv(rows):
     for cells in [list(flat[0]) if flat else [], *(row.values() for row in flat)]:
         writer.writerow([visible(cell) if isinstance(cell, str) else cell for cell in cells])
     return file.getvalue()
-
-
-def visible(text, keep=""):
-    """Text with what a terminal would obey, and what it would not show, written out: \\x1b."""
-    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
 
 
 def fit(text, cells, right=False):

@@ -1,6 +1,7 @@
 """The tables that prepare_pile.py and train.py end with, and the figures in them."""
 
 import math
+import unicodedata
 
 import numpy as np
 
@@ -89,6 +90,16 @@ def prepared(meta):
     lines.append(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
     skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
     return "\n".join([*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"])
+
+
+def visible(text, keep=""):
+    """Text with what a terminal would obey, and what it would not show, written out: \\x1b."""
+    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text):
+    """Prints it at once. A domain's or a target's name may be anything."""
+    print(visible(text, "\n"), flush=True)
 
 
 # --- figures of values ------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Text -> tokens and back."""
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ class GPT2Tokenizer:
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}
 
 
+@cache
 def tokenizer(name):
     """ "gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
     Text is only text: "<|endoftext|>" inside a document is encoded as its characters."""

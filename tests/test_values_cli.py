@@ -72,6 +72,14 @@ def other(prepared):
     return trained(prepared, "other", "--targets=val:code,val", "--rule=sgd", "--seed=2", "--max_iters=15")
 
 
+def test_preparing_and_training_print_no_escape_code(prepared, tmp_path, capsys):
+    options = dict(source=str(prepared / "texts.jsonl"), tokenizer="byte", block_size=64, val_fraction=0.2, workers=1)
+    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
+    trained(prepared, tmp_path / "run", "--max_iters=5", "--targets=val:bad\x1b[31mname")
+    out = capsys.readouterr().out
+    assert out.count("bad\\x1b[31mname") >= 3 and "\x1b" not in out  # in the table of what was prepared, in that of the values, in the books
+
+
 @pytest.fixture
 def typed(monkeypatch, capsys):
     """typed("top", folder, "--n=3") -> what it prints."""
