@@ -47,6 +47,7 @@ SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
     "gpt2-small-1024": (12, 12, 768, 1024, 50304, 16),
     "gpt2-medium": (24, 16, 1024, 1024, 50304, 8),
     "tiny": (2, 2, 64, 32, 256, 4),
+    "thin": (12, 2, 16, 8, 256, 2),  # twelve layers of next to nothing: what is left is the host's own work, which a GPU has to wait for
 }
 PLAIN, TARGET = "plain", "plain + target"
 
