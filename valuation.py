@@ -79,7 +79,7 @@ def accounted(method):
 
 @cache
 def compiled(work):
-    """work(*scalars, *tensors) for all of jobs, as one graph: a call costs the host as much as ten small operations do."""
+    """work(*scalars, *tensors) for all of jobs, as one graph: a call for each parameter would keep a GPU waiting for the host."""
     return torch.compile(lambda jobs: [work(*scalars, *row) for scalars, rows in jobs for row in rows], fullgraph=True, dynamic=False)
 
 

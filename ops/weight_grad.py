@@ -46,12 +46,13 @@ def best_splits(tiles, tokens, processors):
 
 
 def fused(gy_BTO, x_BTI, h_KOI, tiling=None, splits=None):
-    """ghost.weight_grad by the kernel below, with one of `tilings`, else the first. Raises ValueError where it cannot run."""
+    """ghost.weight_grad by the kernel below, with this tiling if such operands can have it, else the first they can. Raises ValueError on a CPU."""
     if triton is None or not (x_BTI.is_cuda or interpreted()) or h_KOI.dtype != torch.float32:
         raise ValueError(f'ghost.FORM = "fused" needs triton, a GPU and float32 weights, not {h_KOI.dtype} on {x_BTI.device}: write "auto"')
     gy_BTO, x_BTI, h_KOI = gy_BTO.contiguous(), x_BTI.contiguous(), h_KOI.contiguous()
     (K, O, I), (B, T, _) = h_KOI.shape, x_BTI.shape
-    TILE_O, TILE_I, TILE_T, num_warps, num_stages, tma = tiling or tilings(gy_BTO, x_BTI, h_KOI)[0]
+    able = tilings(gy_BTO, x_BTI, h_KOI)
+    TILE_O, TILE_I, TILE_T, num_warps, num_stages, tma = tiling if tiling in able else able[0]
     tiles = (-(-O // TILE_O)) * (-(-I // TILE_I))
     if splits is None:
         splits = best_splits(tiles, B * T, torch.cuda.get_device_properties(x_BTI.device).multi_processor_count if x_BTI.is_cuda else 4)

@@ -43,6 +43,7 @@ def test_the_kernel_is_right_for_any_shape(B, T, O, I, K, dtype):
 def test_every_tiling_is_right(tiling, splits):
     """Rows of whole 16 bytes, as the copy engine wants; edges inside tiles; chunks that end within a range, and ranges within a chunk."""
     gy, x, h, gradient, values = problem(2, 70, 136, 264, 2, torch.bfloat16)
+    assert DEVICE == "cuda" or tiling in kernel.tilings(gy, x, h)
     gw, v = kernel.fused(gy, x, h, tiling, splits)
     assert relative(gw, gradient) < 1e-6 and relative(v, values) < 1e-5
 
@@ -66,7 +67,7 @@ def test_rows_that_the_copy_engine_cannot_take():
         found = kernel.tilings(*operands)
         assert found and not any(tiling.tma for tiling in found)
     for operands in (odd, (even[0], x, *even[2:]), (even[0], even[1].mT.contiguous().mT, *even[2:])):
-        gw, v = kernel.fused(*operands[:3])
+        gw, v = kernel.fused(*operands[:3], kernel.TILINGS[0])  # chosen for others of this shape
         assert relative(gw, operands[3]) < 1e-6 and relative(v, operands[4]) < 1e-5
 
 
