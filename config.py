@@ -127,6 +127,12 @@ def describe(cls):
     return "\n".join(lines)
 
 
+def positive(cfg, *keys):
+    for key in keys:
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"--{key}={getattr(cfg, key)}: it must be at least 1")
+
+
 def main(run):
     """Call run(); what the user can mend becomes one line on stderr and exit code 2: a ValueError raised by this project's own lines,
     the operating system's refusals (disk full, read-only, no such file). A ValueError from inside a library is a bug and keeps its traceback."""

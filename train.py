@@ -100,9 +100,7 @@ class Config:
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
         positive = """target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval keep_checkpoints batch_size
             gradient_accumulation_steps n_layer n_head n_embd max_iters eval_chunks wandb_histogram_interval"""
-        for key in positive.split():
-            if getattr(self, key) < 1:
-                raise ValueError(f"--{key}={getattr(self, key)}: it must be at least 1")
+        config.positive(self, *positive.split())
         for key in "eval_interval audit_interval block_size warmup_iters learning_rate min_lr weight_decay grad_clip dropout seed".split():
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"--{key}={getattr(self, key)}: it must not be negative")

@@ -290,20 +290,17 @@ class Valuation:
     def sweep(self, work, jobs, compile=None):
         """work(*scalars, *tensors) for each (scalars, [tensors of a parameter, ...]) of jobs; a list of what it returned. All in one compiled call,
         whose kernels read and write everything once, or on CPU by cache-sized pieces. Tensors of a parameter are equally shaped or numbers."""
+        flat = [(scalars, [[x.view(-1) if x.dim() else x for x in row] for row in rows]) for scalars, rows in jobs]
         if self.compile if compile is None else compile:
             tensor = partial(torch.tensor, dtype=torch.float64)  # on the host, and in no operation but with a larger tensor
-            scalars = [
-                [Scalars(*map(tensor, x)) if isinstance(x, Scalars) else tensor(x) if isinstance(x, float) else x for x in of] for of, _ in jobs
+            wrapped = [
+                [Scalars(*map(tensor, x)) if isinstance(x, Scalars) else tensor(x) if isinstance(x, float) else x for x in of] for of, _ in flat
             ]
-            return compiled(work)([(of, [[x.view(-1) if x.dim() else x for x in row] for row in rows]) for of, (_, rows) in zip(scalars, jobs)])
+            return compiled(work)([(scalars, rows) for scalars, (_, rows) in zip(wrapped, flat)])
         found = []
-        for scalars, rows in jobs:
-            for row in rows:
-                flat = [x.view(-1) if x.dim() else x for x in row]
-                n = max(map(torch.numel, flat))
-                size = BLOCK if flat[-1].device.type == "cpu" else max(1, n)
-                for i in range(0, n, size):
-                    found.append(work(*scalars, *(x[i : i + size] if x.dim() else x for x in flat)))
+        for scalars, row in ((scalars, row) for scalars, rows in flat for row in rows):
+            size = BLOCK if row[-1].device.type == "cpu" else max(1, len(row[-1]))
+            found += [work(*scalars, *(x[i : i + size] if x.dim() else x for x in row)) for i in range(0, len(row[-1]), size)]
         return found
 
     @contextlib.contextmanager

@@ -36,6 +36,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of activations and their gradients
     K: int = 1  # targets
 
+    def __post_init__(self):
+        config.positive(self, "K")
+
 
 def assemble(tiling, arch, dtype, K):
     """What one of kernel.TILINGS becomes: a dict. Raises triton.CompilationError where it cannot be compiled."""

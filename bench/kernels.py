@@ -52,6 +52,9 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"  # of activations and their gradients
 
+    def __post_init__(self):
+        config.positive(self, "K", "rounds")
+
 
 def sizes(text):
     try:

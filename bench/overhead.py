@@ -38,7 +38,7 @@ import parallel
 from data import Target
 from model import GPT, GPTConfig
 from ops.machine import peak_flops
-from valuation import Valuation
+from valuation import RULES, Valuation
 
 SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
     "byte": (6, 6, 384, 256, 256, 8),
@@ -71,6 +71,10 @@ class Config:
         for shape in self.shapes.split(","):
             if shape not in SHAPES:
                 raise ValueError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
+        for rule in self.rules.split(","):
+            if rule not in RULES[1:]:
+                raise ValueError(f"--rules={rule}: choose from {', '.join(RULES[1:])}")
+        config.positive(self, "target", "K", "accumulation", "rounds")
 
 
 class Bench:
