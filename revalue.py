@@ -161,7 +161,7 @@ class Frozen:
         self.open(0, book)
 
     def open(self, step, book, tokens=None):
-        self.valuation.t = None  # the moments' age is the checkpoint's
+        self.valuation.directions.t = None  # the moments' age is the checkpoint's
         self.valuation.open(step, float(book["lr"]), tokens)
 
     def value(self, step, book, ids):
@@ -227,7 +227,7 @@ def tokens(run, chunks):
     of, options, checkpoints = read(cfg)
     targets = parse_targets(options.targets, run.data, options.block_size)
     frozen, book = Frozen(options, run.data, targets, cfg.target_batch), ledger.read(of, "books")[(step := max(checkpoints)) - 1]
-    frozen.valuation.keeping = {}  # the rows that `adamw` values by the whole batch's gradient
+    frozen.valuation.directions.keeping = {}  # the rows that `adamw` values by the whole batch's gradient
     frozen.restore(checkpoints[step], book)
     frozen.model.eval()
     found = []

@@ -1,38 +1,14 @@
 """The accountant: what did each chunk of this step's batch do to the targets' loss?
 
-A step is a game whose players are the chunks of the global batch; chunk i's value for target k is <x_i, h_k> nats, where
-x_i is the gradient of its share of the training loss and h_k the rule's direction (positive: it lowered the target's loss):
+A step is a game whose players are the chunks of the global batch; chunk i's value for target k is <x_i, h_k> nats, where x_i is the gradient of
+its share of the training loss and h_k the rule's direction, times lr (ops/directions.py). Positive: it lowered the target's loss. The first
+EARLY steps are marked in the ledger: every rule is rough there.
 
-    rule          passes  direction, times lr                                          source
-    sgd           one     kappa g_k(w)                                                 Wang et al., arXiv 2406.11011, eq. 5
-    sgd2          two     kappa g_k(w - lr kappa g / 2)                                their second order, without a Hessian
-    adamw_linear  one     kappa b g_k(w) / (sqrt(c max(v, floor)) + eps)               Ding et al., arXiv 2602.00329, with a floor
-    adamw         one     g_k(w_empty) E[sec(g)], and the clip correction below        look-ahead and predicted secant
-    adamw2        two     kappa g_k(w_mid) sec(kappa g), and the clip path below       Aumann-Shapley of the step itself
-
-g_k is the target's gradient, g the batch's before clipping, kappa the step's clip coefficient, m and v AdamW's moments before
-the step; with t = 1, 2, ... a = b1 / (1 - b1^t), b = (1 - b1) / (1 - b1^t), c = b2 / (1 - b2^t), d = (1 - b2) / (1 - b2^t).
-
-    D(g)    = (a m + b g) / (sqrt(c v + d g^2) + eps)           AdamW lands on w+ - lr D(kappa g), w+ = (1 - lr wd) w
-    sec(g)  = (D(g) - D(0)) / g = b / s - a m d g / (s s0 (r + r0)),  r0 = sqrt(c v), r = sqrt(c v + d g^2), s0, s = r0, r + eps
-    w_empty = w+ - lr D(0)                                       where momentum and decay alone would land
-    w_mid   = w+ - lr (D(0) + D(kappa g)) / 2                    the middle of what the batch moves
-
-Floor: v is at least 1e-2 (`adamw_linear`) or 1e-4 (`adamw`) x its mean over the tensor, for where it is near zero (rare embedding
-rows, dead units) these formulas are unbounded. At t = 1 there is no v: both take the target's own gradient for the batch's, the
-denominator being sqrt(d max(g_k^2, 1e-2 mean g_k^2)) + eps. The first EARLY steps are marked in the ledger: every rule is rough there.
-
-`adamw` predicts the secant from m and v, but a rare word's row moves as nothing before foretold. For the rows of the batch's own
-tokens (in weights with an attribute `tokens`) and for the LayerNorms' weights, each chunk's own gradient is kept and, after the
-backward, contracted with lr g_k(w_empty) sec(kappa g): at most ROWS elements, those of the largest predicted directions.
-
-Clipping depends on the whole batch, so a chunk has a part in it. Two passes take the path of the clipped step exactly:
-    h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)},  p = g_k D'(kappa g), u = g / |g|     (sgd2: sec = D' = 1)
-one pass (`adamw`) corrects its values d_i afterwards, with q_i = <x_i, g> over what was kept of each chunk's gradient (it does as
-well as over all weights: experiments/fidelity.py):
+Clipping depends on the whole batch, so a chunk has a part in it. Two-pass rules know it; `adamw` corrects its values d_i afterwards, with
+q_i = <x_i, g> over what was kept of each chunk's gradient (it does as well as over all weights: experiments/fidelity.py), kappa the clip coefficient:
     value_i = kappa (1 + ln(1/kappa)) d_i - kappa ln(1/kappa) (sum_j d_j) q_i / sum_j q_j
 
-lr and kappa multiply the values, not the direction. Books, of measured steps and per target, in nats:
+Books, of measured steps and per target, in nats:
     before - after = data + momentum + decay + residual,  data = sum_i value_i, momentum = lr <g_k, D(0)>, decay = lr wd <g_k, w>
 with g_k halfway between w and w_empty in the last two. A measured step costs the targets' pass once more, and two forwards.
 
@@ -41,7 +17,7 @@ Works on any nn.Module made of ghost.py's ops; ops/net.py makes one. Shape suffi
 
 import contextlib
 import time
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,16 +28,12 @@ import exact
 import ghost
 import ledger as books
 import parallel
-from ops.adamw import TINY, Scalars, displacement, land, land_halfway, scale_expected, scale_linear, scale_secant, secant, subtract
+from ops.adamw import TINY, displacement
+from ops.directions import TWO_PASS, Directions
 from ops.machine import replaying, rng_state
 from parallel import local
 
-RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
-TWO_PASS = ("sgd2", "adamw2")
-FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
-ROWS = 2**27
 EARLY = 3
-BLOCK = 2**19  # elements worked on at a time on CPU, so that the passes over them stay in cache
 
 
 def accounted(method):
@@ -75,17 +47,6 @@ def accounted(method):
             self.seconds += time.perf_counter() - began
 
     return timed
-
-
-@cache
-def compiled(work):
-    """work(*scalars, *tensors) for all of jobs, as one graph: a call for each parameter would keep a GPU waiting for the host."""
-    return torch.compile(lambda jobs: [work(*scalars, *row) for scalars, rows in jobs for row in rows], fullgraph=True, dynamic=False)
-
-
-def join(tensors):
-    """Side by side along their last dimension; one stays as it is."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
 def host(x):
@@ -116,23 +77,18 @@ class Valuation:
         audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain, if momentum is to be credited to domains.
         info: more entries for values.json. step, state: where to go on (state_dict's), reading the ledger back up to there.
         """
-        assert rule in RULES
         self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
         self.batch, self.run, self.seed, self.step, self.grad_clip, self.compile = batch, run, seed, step, grad_clip, compile
         self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
         self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
         self.on = rule != "off"
         self.records, self.total, self.used = {}, None, None
-        self.t, self.seconds = None, 0.0  # the optimizer's step; spent in open, before_step and close
+        self.seconds = 0.0  # spent in open, before_step and close
         self.micro, self.pending, self.ops = [], [], {}  # micro-batches of this step, closed steps, a tape's ops by the shape of X
         if not self.on:
             return
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.seen = {p: getattr(p, "seen", p) for p in self.params}  # as the layers see them
-        self.sharded = any(p is not whole for p, whole in self.seen.items())  # then what follows works on this rank's slices
-        norm = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}  # the LayerNorms'
-        token = {n: p for n, p in model.named_parameters() if hasattr(p, "tokens")}
-        self.keeping = norm | token if rule == "adamw" else {}  # of these each chunk's own gradient
+        self.directions = d = Directions(model, optimizer, rule, batch, len(targets) == target_interval == 1, compile)
+        self.params, self.seen, self.sharded = d.params, d.seen, d.sharded
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
@@ -145,7 +101,9 @@ class Valuation:
             if step:
                 books.add_visits(books.read(run), self.total, self.used)
         self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
-        self.info |= dict(grad_norm_over=[n + ", rows of the batch's tokens" * (n in token) for n in self.keeping]) if self.keeping else {}
+        self.info |= (
+            dict(grad_norm_over=[n + ", rows of the batch's tokens" * hasattr(p, "tokens") for n, p in d.keeping.items()]) if d.keeping else {}
+        )
         self.info["targets"] = [self.describe(k) for k in range(K)]
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
         self.domain_momentum = [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
@@ -231,78 +189,6 @@ class Valuation:
 
     # --- directions -----------------------------------------------------------
 
-    def scalars(self, group):
-        """Of AdamW's coming step; None where the optimizer is SGD."""
-        if "betas" not in group:
-            return None
-        (beta1, beta2), t = group["betas"], self.t
-        one, two = 1 - beta1**t, 1 - beta2**t
-        mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
-        a, b, c, d = beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two
-        return Scalars(a, b, c, d, a * d, mean, square, group["eps"])
-
-    def moments(self, p):
-        """AdamW's, before the coming step."""
-        state = self.optimizer.state.get(p)
-        return [local(state[key]) if state else torch.zeros_like(local(p.data)) for key in ("exp_avg", "exp_avg_sq")]
-
-    def by_group(self):
-        """The optimizer's groups, each with its Scalars and those of its parameters that train."""
-        return [(group, self.scalars(group), [p for p in group["params"] if p in self.seen]) for group in self.optimizer.param_groups]
-
-    def over_ranks(self, x):
-        """The sum of what each rank found in its slices; where none are sliced, x."""
-        return parallel.add([x])[0] if self.sharded else x
-
-    def rows_of(self, x, rows, dim=0):
-        """These rows (...: all) of a tensor laid out as the parameters are: on every rank."""
-        if not self.sharded:
-            return x if rows is ... else x.index_select(dim, rows)
-        here, inside = self.here(rows, n := x.shape[dim])
-        return parallel.add([x.index_select(dim, here.clamp(0, n - 1)) * inside.view(-1, *[1] * (x.dim() - dim - 1))])[0]
-
-    def here(self, rows, n):
-        """Where rows lie in this rank's slice of n rows, and whether they do."""
-        here = rows - parallel.rank() * n
-        return here, (here >= 0) & (here < n)
-
-    @torch.no_grad()
-    def landings(self, part=1.0, batch=None):
-        """Where momentum and decay alone take each parameter, w_empty, or part of the way there; with batch, kappa g, w_mid."""
-        taken, places, jobs = dict(zip(self.params, batch or ())), {}, []
-        for group, q, params in self.by_group():
-            shrink = 1 - part * self.lr * group["weight_decay"]
-            for p in params:  # the old direction's room, where nobody needs that any more
-                spent = len(self.targets) == self.interval == 1 and getattr(p, "h", None) is not None
-                places[p] = p.h[0] if spent else torch.empty_like(local(p.data))
-                if self.rule == "sgd2" and batch:
-                    torch.add(local(p.data), taken[p], alpha=-self.lr / 2, out=places[p])
-                elif not q:  # SGD, without momentum
-                    torch.mul(local(p.data), shrink, out=places[p])
-            if q and not batch:
-                scalars = shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5
-                jobs.append((scalars, [(places[p], local(p.data), *self.moments(p)) for p in params]))
-            elif q and self.rule != "sgd2":
-                jobs.append(((q, shrink, -part * self.lr / 2), [(places[p], local(p.data), *self.moments(p), taken[p]) for p in params]))
-        self.sweep(land_halfway if batch else land, jobs)
-        return [places[p] for p in self.params]
-
-    def sweep(self, work, jobs, compile=None):
-        """work(*scalars, *tensors) for each (scalars, [tensors of a parameter, ...]) of jobs; a list of what it returned. All in one compiled call,
-        whose kernels read and write everything once, or on CPU by cache-sized pieces. Tensors of a parameter are equally shaped or numbers."""
-        flat = [(scalars, [[x.view(-1) if x.dim() else x for x in row] for row in rows]) for scalars, rows in jobs]
-        if self.compile if compile is None else compile:
-            tensor = partial(torch.tensor, dtype=torch.float64)  # on the host, and in no operation but with a larger tensor
-            wrapped = [
-                [Scalars(*map(tensor, x)) if isinstance(x, Scalars) else tensor(x) if isinstance(x, float) else x for x in of] for of, _ in flat
-            ]
-            return compiled(work)([(scalars, rows) for scalars, (_, rows) in zip(wrapped, flat)])
-        found = []
-        for scalars, row in ((scalars, row) for scalars, rows in flat for row in rows):
-            size = BLOCK if row[-1].device.type == "cpu" else max(1, len(row[-1]))
-            found += [work(*scalars, *(x[i : i + size] if x.dim() else x for x in row)) for i in range(0, len(row[-1]), size)]
-        return found
-
     @contextlib.contextmanager
     def weights_at(self, places):
         """The model with other weights, one tensor a parameter; then, to the bit, its own."""
@@ -325,10 +211,10 @@ class Valuation:
         batch: what the optimizer will take, kappa g, a tensor a parameter, for two-pass rules."""
         if self.grads is None or (self.interval and self.step % self.interval == 0):
             if self.rule in TWO_PASS:
-                with self.weights_at(self.landings(batch=batch)):
+                with self.weights_at(self.directions.landings(batch=batch)):
                     self.target_gradients()
-            elif self.rule == "adamw" and self.t > 1:
-                with self.weights_at(self.landings()):
+            elif self.rule == "adamw" and self.directions.t > 1:
+                with self.weights_at(self.directions.landings()):
                     self.target_gradients()
             else:
                 self.book["before"] = self.target_gradients()
@@ -337,85 +223,12 @@ class Valuation:
                 p.h.copy_(g)
             else:
                 p.h = g if self.interval == 1 or self.rule == "sgd" else g.clone()
-        self.directions_of_two(batch) if self.rule in TWO_PASS else self.directions_of_one()
-
-    @torch.no_grad()
-    def directions_of_one(self):
-        """The targets' gradients in .h -> directions, before lr and kappa."""
-        kept = {p: self.rows_of(g, rows, 1) for p, g in zip(self.params, self.grads) if (rows := self.rows.get(p)) is not None}
-        kept = {p: g.clone() if self.rows[p] is ... else g for p, g in kept.items()}
-        for _, q, params in self.by_group() if self.rule != "sgd" else ():
-            params = [p for p in params if self.rows.get(p) is not ...]  # of those nothing is left
-            if self.t == 1:
-                for h in (h_k for p in params for h_k in p.h):
-                    floors = self.floors([v := h.square()], "adamw_linear")
-                    self.sweep(scale_linear, [((q.d**0.5 / q.b, q.eps / q.b), [(*floors, v, h)])], compile=False)
-                continue
-            m, v = zip(*map(self.moments, params)) if params else ((), ())
-            floors, h = self.floors(v, self.rule), [p.h.unbind() for p in params]
-            if self.rule == "adamw":
-                # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
-                at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
-                scalars = -q.ad * q.mean / ((at0 + at) * at0 * q.b), q.eps / at0, at / q.b, q.eps / q.b
-                self.sweep(scale_expected, [(scalars, [(*row, *h_K) for *row, h_K in zip(floors, m, v, h)])])
-            else:
-                self.sweep(scale_linear, [((q.c**0.5 / q.b, q.eps / q.b), [(*row, *h_K) for *row, h_K in zip(floors, v, h)])])
-        for p, g in kept.items():
-            self.keep(p, g)
-
-    def floors(self, v, rule):
-        """The least v that counts, of each of these tensors: a number. A weight that never had a gradient gets TINY: 0 / TINY."""
-        means = self.over_ranks(torch.stack([v_p.mean() for v_p in v])) / (parallel.size() if self.sharded else 1) if v else torch.empty(0)
-        return (FLOORS[rule] * means + TINY).unbind()
-
-    def keep(self, p, g):
-        """Takes p's rows that are kept, whose targets' gradient is g (K, R, ...), out of its direction: theirs comes after the backward."""
-        rows, most = self.rows[p], max(1, ROWS // (self.batch * p[0].numel()))
-        if rows is not ... and len(rows) > most:
-            chosen = self.rows_of(p.h, rows, 1).abs().flatten(2).sum((0, 2)).topk(most).indices.sort().values
-            self.rows[p], g = rows[chosen], g[:, chosen]
-        here, inside = self.here(self.rows[p], p.h.shape[1]) if self.sharded else (self.rows[p], ...)
-        p.h[:, here if here is ... else here[inside]] = 0
-        self.kept[p] = g
-
-    @torch.no_grad()
-    def value_kept(self):
-        """What the kept rows add to the chunks' values, now that the optimizer's gradient is known; and <x_i, g>, |x_i|^2 over them."""
-        for _, q, params in self.by_group() if self.kept else ():
-            kept = [p for p in params if p in self.kept]
-            tokens, norms = ([p for p in kept if hasattr(p, "tokens") == of_tokens] for of_tokens in (True, False))
-            for weights in [*([p] for p in tokens), norms] if norms else [[p] for p in tokens]:  # many LayerNorms are one vector: fewer operations
-                moments = ([self.rows_of(x, self.rows[p]).flatten() for x in (*self.moments(p), local(p.grad))] for p in weights)
-                m, v, taken = map(join, zip(*moments))
-                h = join([self.kept[p].flatten(1) for p in weights]) * secant(q, m, v, taken)
-                for part in self.micro:
-                    each = join([part.each[p].flatten(1) for p in weights]) / parallel.size()  # a rank's loss is the mean of its own chunks
-                    part.added, part.products, part.squares = (
-                        part.added + each @ h.t(),
-                        part.products + each @ taken,
-                        part.squares + each.square().sum(1),
-                    )
-
-    @torch.no_grad()
-    def directions_of_two(self, batch):
-        """The targets' gradients in .h -> directions, before lr and kappa. batch: kappa g, a tensor a parameter."""
-        clipped, taken = torch.is_tensor(self.kappa) or self.kappa < 1, dict(zip(self.params, batch))
-        weight = -torch.as_tensor(self.kappa).log() if clipped else None  # ln(1/kappa); not looked at, for that would wait for the device
-        jobs = []
-        for _, q, params in self.by_group():
-            of = {p: self.moments(p) if self.rule == "adamw2" else (taken[p], taken[p]) for p in params}
-            jobs.append(((q if self.rule == "adamw2" else None, weight), [(*of[p], taken[p], *p.h.unbind()) for p in params]))
-        found = self.sweep(scale_secant, jobs)
-        if clipped:
-            along = self.over_ranks(torch.stack([x for part in found for x in part]).view(-1, len(self.targets)).sum(0))  # <u, p_k> |batch|
-            square = self.over_ranks(torch.stack(torch._foreach_norm(batch)).square().sum()).clamp(min=TINY)
-            rows = [[(c, h_k, g) for h_k, c in zip(p.h.unbind(), weight * along / square)] for p, g in zip(self.params, batch)]
-            self.sweep(subtract, [((), [row for of in rows for row in of])])
+        self.directions.of_two(batch, self.kappa) if self.rule in TWO_PASS else self.directions.of_one(self.grads)
 
     def credit(self):
         """What momentum and decay do to the targets' losses at this step, into the book: by the target's gradient halfway between
         the weights and where those two alone would land, so that data's part (from there on) and theirs add up to third order."""
-        with self.weights_at(self.landings(0.5)) as weights:
+        with self.weights_at(self.directions.landings(0.5)) as weights:
             credits = [self.credit_of(self.target_gradient(k)[1], weights) for k in range(len(self.targets))]
         self.book |= {name: torch.stack(of) for name, of in zip(("momentum", "decay", "momentum_by_domain"), zip(*credits))}
 
@@ -426,14 +239,14 @@ class Valuation:
         for i, (p, g, w) in enumerate(zip(self.params, gradients, weights)):
             group, g = self.groups[p], self.lr * g.flatten()
             decay = decay + group["weight_decay"] * (g @ w.flatten())
-            if not (q := self.scalars(group)):
+            if not (q := self.directions.scalars(group)):
                 continue
-            m, v = self.moments(p)
+            m, v = self.directions.moments(p)
             momentum = momentum + g @ displacement(q, m, v).flatten()
             if self.domain_momentum:
                 g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
                 by_domain = by_domain + self.domain_momentum[i].flatten(1) @ g
-        return [self.over_ranks(x) for x in ((momentum, decay, by_domain) if self.domain_momentum else (momentum, decay))]
+        return [self.directions.over_ranks(x) for x in ((momentum, decay, by_domain) if self.domain_momentum else (momentum, decay))]
 
     # --- a step: open, one ledger for each micro-batch, before_step, close ----
 
@@ -442,16 +255,7 @@ class Valuation:
         """Before the step's first backward: one-pass rules take the targets' gradients and set the directions.
         tokens: the global batch's, an integer array of any shape, for `adamw`; without them it predicts every secant."""
         self.step, self.lr, self.kappa, self.truth = step, lr, 1.0, None
-        if self.t is None:  # read once, then counted: on a GPU the optimizer's own count lies there
-            self.t = next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
-        self.t += 1
-        seen = None
-        if tokens is not None and self.keeping:
-            seen = torch.from_numpy(np.unique(tokens))
-            seen = seen.pin_memory().to(self.params[0].device, non_blocking=True) if self.params[0].is_cuda else seen
-        whole = (lambda p: torch.arange(len(p), device=p.device)) if self.sharded else lambda p: ...
-        rows = {p: seen if hasattr(p, "tokens") else whole(p) for p in self.keeping.values()}
-        self.rows, self.kept = {p: of for p, of in rows.items() if of is not None}, {}
+        self.directions.begin(lr, tokens)
         self.book, self.measured = {}, self.book_interval > 0 and step % self.book_interval == 0
         if self.measured:
             self.credit()
@@ -470,8 +274,8 @@ class Valuation:
             ledger = None if self.sharded or len(ids) * parallel.size() < self.batch else self.tape(X, Y)
         else:
             ledger = self.zeros(len(ids), len(self.targets))
-            for p, g in self.kept.items():
-                self.seen[p].each, self.seen[p].rows = self.zeros(len(ids), *g.shape[1:]), self.rows[p]
+            for p, g in self.directions.kept.items():
+                self.seen[p].each, self.seen[p].rows = self.zeros(len(ids), *g.shape[1:]), self.directions.rows[p]
         part = SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, rng=rng_state() if self.dropout else None)
         part.each, part.added, part.products, part.squares = {}, 0.0, 0.0, 0.0  # of the kept weights
         self.micro.append(part)
@@ -493,8 +297,8 @@ class Valuation:
         """What the micro-batch just done left behind, before the next one replaces it."""
         if self.micro and self.micro[-1].ledger is not None and self.micro[-1].losses is None:
             self.micro[-1].losses = self.model.chunk_loss
-            self.micro[-1].each = {p: self.seen[p].each.grad for p in self.kept}
-            for p in self.kept:
+            self.micro[-1].each = {p: self.seen[p].each.grad for p in self.directions.kept}
+            for p in self.directions.kept:
                 self.seen[p].each = self.seen[p].rows = None
 
     @accounted
@@ -503,7 +307,7 @@ class Valuation:
         the batch's gradient, as the optimizer will take it, and value the chunks; an audit finds the truth of this step."""
         self._collect()
         self.kappa = kappa
-        self.value_kept()
+        self.directions.value_kept(self.micro)
         if self.rule in TWO_PASS:
             batch = self.take_grads()
             self.aim([local(g) for g in batch])
@@ -578,10 +382,10 @@ class Valuation:
         self._collect()
         columns = [part.ledger.grad / parallel.size() + part.added if part.values is None else part.values for part in self.micro]
         columns = [torch.cat(columns), torch.cat([part.losses for part in self.micro])[:, None]]
-        columns += [torch.cat([getattr(part, name) for part in self.micro])[:, None] for name in ("products", "squares") if self.kept]
+        columns += [torch.cat([getattr(part, name) for part in self.micro])[:, None] for name in ("products", "squares") if self.directions.kept]
         if self.measured:
             self.book["after"] = self.target_losses()
-        closed = SimpleNamespace(step=self.step, t=self.t, lr=self.lr, kappa=self.kappa, book=self.book, truth=self.truth)
+        closed = SimpleNamespace(step=self.step, t=self.directions.t, lr=self.lr, kappa=self.kappa, book=self.book, truth=self.truth)
         closed.ids, closed.columns = np.concatenate([part.ids for part in self.micro]), torch.cat(columns, 1)
         self.pending.append(closed)
         self.micro = []

@@ -37,8 +37,9 @@ import ghost
 import parallel
 from data import Target
 from model import GPT, GPTConfig
+from ops.directions import RULES
 from ops.machine import peak_flops
-from valuation import RULES, Valuation
+from valuation import Valuation
 
 SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
     "byte": (6, 6, 384, 256, 256, 8),

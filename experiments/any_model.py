@@ -30,7 +30,7 @@ from valuation import Valuation
 
 @dataclass
 class Config:
-    rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw2"  # what a value is (math in valuation.py)
+    rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw2"  # what a value is (math in ops/directions.py)
     steps: int = 500
     batch: int = 20  # examples of a step
     learning_rate: float = 3e-3

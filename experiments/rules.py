@@ -1,6 +1,6 @@
 """The rules by their definitions, formula by formula, in float64: what the tests hold the fast path to.
 
-Nothing here is shared with valuation.py, which has the formulas' sources; gradients come from exact.py. Of a step that is to come:
+Nothing here is shared with ops/directions.py, which has the formulas' sources; gradients come from exact.py. Of a step that is to come:
 
     x = exact.chunk_gradients(model, X, Y)
     rules.rule_values(model, optimizer, x, [exact.batch_loss(X_target, Y_target)], "adamw2", lr, grad_clip=1.0)    # (B, K) nats

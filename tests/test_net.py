@@ -12,8 +12,9 @@ from torch.nn import functional as F
 import exact
 import ghost
 from experiments import any_model, rules
+from ops.directions import RULES
 from ops.net import Examples, Net
-from valuation import RULES, Valuation, host, settle
+from valuation import Valuation, host, settle
 
 B, CLASSES = 5, 4
 

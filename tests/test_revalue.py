@@ -164,7 +164,7 @@ def test_tokens_add_up_to_their_chunk(request, of, head, monkeypatch):
     _, options, checkpoints = revalue.read(revalue.Config(run=str(run)))
     targets = revalue.parse_targets(options.targets, opened.data, options.block_size)
     frozen, book = revalue.Frozen(options, opened.data, targets, 64), opened.books[23]
-    frozen.valuation.keeping = {}
+    frozen.valuation.directions.keeping = {}
     frozen.restore(checkpoints[24], book)
     frozen.model.eval()
     for chunk, of_tokens in zip(chunks, found):
