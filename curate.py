@@ -26,11 +26,12 @@ from typing import Literal
 import numpy as np
 
 import config
-import ledger
 from show import commands
 from show.run import open_run
 from sources.origins import Documents, check_export, write_texts
 from sources.scores import chunk_scores, document_scores, score_and_error
+from system import files
+from system.errors import UserError
 
 
 @dataclass
@@ -54,13 +55,13 @@ class Config:
 
     def __post_init__(self):
         if not 0 <= self.drop_fraction < 1 or not 0 <= self.confidence:
-            raise ValueError(f"--drop_fraction={self.drop_fraction} --confidence={self.confidence}: write 0 <= drop_fraction < 1, 0 <= confidence")
+            raise UserError(f"--drop_fraction={self.drop_fraction} --confidence={self.confidence}: write 0 <= drop_fraction < 1, 0 <= confidence")
         if self.drop_fraction and self.confidence:
-            raise ValueError("--drop_fraction says how many are dropped, --confidence which: write one of them")
+            raise UserError("--drop_fraction says how many are dropped, --confidence which: write one of them")
         if not self.drop_fraction and (self.per_domain or self.score == "loss"):
-            raise ValueError(f"{'--per_domain' if self.per_domain else '--score=loss'} needs a --drop_fraction: write --drop_fraction=.16")
+            raise UserError(f"{'--per_domain' if self.per_domain else '--score=loss'} needs a --drop_fraction: write --drop_fraction=.16")
         if self.invert and self.random:
-            raise ValueError("--invert drops the largest, --random any: write one of them")
+            raise UserError("--invert drops the largest, --random any: write one of them")
 
 
 # --- the choice -------------------------------------------------------------------
@@ -82,13 +83,13 @@ def curate(cfg):
     """Writes keep.npy, keep.json and dropped.npy. Returns what keep.json holds and a sample of the chunks dropped. Raises ValueError and
     OSError, with what to type, before anything is written."""
     if not cfg.run:
-        raise ValueError("no run given: name the folder of a run, as out/<the config's name>")
+        raise UserError("no run given: name the folder of a run, as out/<the config's name>")
     if cfg.export:
         check_export(cfg.export)
     run = open_run(cfg.run, cfg.data_dir)
     out, k, domain = Path(cfg.out or cfg.run), run.target(cfg.target), np.asarray(run.data.train.domain)
     if (out / "keep.npy").exists() and not cfg.overwrite:
-        raise ValueError(f"{out}/keep.npy is there already: --overwrite replaces it, --out=... puts this one elsewhere")
+        raise UserError(f"{out}/keep.npy is there already: --overwrite replaces it, --out=... puts this one elsewhere")
     moments, numbers, of_domain, lie = chunk_scores(run, k, cfg.score), np.arange(len(domain)), domain, None
     if cfg.by == "document":
         moments, numbers, of_domain, lie = document_scores(run, moments)
@@ -101,7 +102,7 @@ def curate(cfg):
     if cfg.unused == "drop":
         kept = kept & ~np.isnan(run.values[:, k])
     if not kept.any():
-        raise ValueError("nothing would be left to train on: write --drop_fraction=.16, or another --target")
+        raise UserError("nothing would be left to train on: write --drop_fraction=.16, or another --target")
     found = dict(run=str(run.path), data_hash=run.data.hash, committed_step=run.info["committed_step"], config=vars(cfg) | dict(target=run.names[k]))
     found |= dict(units=len(stays), units_scored=len(scored), units_negative=int((score < 0).sum()), units_dropped=len(chosen))
     found |= dict(chunks=len(kept), chunks_kept=int(kept.sum()), chunks_unused=len(kept) - len(run.used), tokens_kept=int(kept.sum()) * run.width)
@@ -112,9 +113,9 @@ def curate(cfg):
     for name, column in zip(dropped.dtype.names, (numbers[scored], score, error)):
         dropped[name] = column[chosen]
     out.mkdir(parents=True, exist_ok=True)
-    ledger.write_array(out / "dropped.npy", dropped)
-    ledger.write_json(out / "keep.json", found)
-    ledger.write_array(out / "keep.npy", np.flatnonzero(kept))
+    found["files"] = {"dropped.npy": files.write_array(out / "dropped.npy", dropped)}
+    found["files"]["keep.npy"] = files.write_array(out / "keep.npy", np.flatnonzero(kept))
+    files.write_json(out / "keep.json", found)
     return found
 
 
@@ -132,4 +133,4 @@ def by_domain(run, kept, k):
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the way out of Ctrl-C: no file is left half-written
-    config.main(lambda: print("\n".join(commands.show_curated(curate(config.load(Config))))))
+    config.main(lambda: commands.say_lines(commands.show_curated(curate(config.load(Config)))))

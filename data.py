@@ -1,23 +1,33 @@
 """Numbered chunks in memmapped arrays, the order they are trained in, and the targets' chunks.
 
-A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk (train_domain.npy,
-val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and meta.json; prepare_pile.py writes it.
-Row i of train.npy is chunk i everywhere else: in the ledger, in values.npy, in a report.
+A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk
+(train_domain.npy, val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and
+meta.json; prepare_pile.py writes it. Row i of train.npy is chunk i everywhere else: in the ledger,
+in values.npy, in a report.
 """
 
 import hashlib
 import json
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sources.targets import Target, parse_targets  # noqa: F401
-from sources.tokenizers import tokenizer  # noqa: F401
+from sources.tokenizers import TOKENIZERS, tokenizer  # noqa: F401
+from system import terminal
+from system.errors import UserError
+from system.files import check_entries, crc32, footer_crc32, load_array, read_json
 
-SCHEMA = 2  # of meta.json
+SCHEMA = 3  # of meta.json
 CHECKED = 128 << 20  # bytes of arrays that open_dataset() compares with their sha256: it takes a blink
+ARRAYS = ("train.npy", "val.npy", "train_domain.npy", "val_domain.npy")
+DATA_FILES = [*ARRAYS, "train_docs.parquet", "val_docs.parquet", "meta.json"]
+ENTRIES = {"schema": int, "tokenizer": str, "vocab_size": int, "eot": int, "block_size": int}
+ENTRIES |= {"domains": list, "chunks": dict, "sha256": dict, "config": dict, "tokens": dict}
+ENTRIES |= {"footers": dict}
 
 # --- a prepared data folder ---------------------------------------------------
 
@@ -26,9 +36,14 @@ CHECKED = 128 << 20  # bytes of arrays that open_dataset() compares with their s
 class Split:
     rows: np.ndarray  # uint16 (n_chunks, block_size + 1), memmapped
     domain: np.ndarray  # uint16 (n_chunks,), index into Dataset.domains
+    file: object  # the open file of rows
 
     def batch(self, ids, block_size):
-        """ids (b,) -> X, Y int64 (b, block_size): the first block_size tokens of each chunk, and the tokens after them."""
+        """ids (b,) -> X, Y int64 (b, block_size): the first block_size tokens of each chunk, and
+        the tokens after them. Raises UserError where the file was cut short meanwhile: reading
+        behind its end would kill the process."""
+        if os.fstat(self.file.fileno()).st_size < self.rows.offset + self.rows.nbytes:
+            raise UserError(f"{self.file.name} was cut short while it was read: prepare it again")
         rows = self.rows[ids, : block_size + 1].astype(np.int64)
         return rows[:, :-1], rows[:, 1:]
 
@@ -47,8 +62,9 @@ class Dataset:
 
     @property
     def hash(self):
-        """One sha256 for the whole set: what a run's values belong to."""
-        return hashlib.sha256(json.dumps(self.meta["sha256"], sort_keys=True).encode()).hexdigest()
+        """One sha256 for the arrays: what a run's values belong to."""
+        sums = {name: self.meta["sha256"][name] for name in sorted(ARRAYS)}
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def ids(self, step, batch, seed):
         """The ids (batch,) of step's chunks: each pass meets every chunk, or every kept one, in an order of its own."""
@@ -56,61 +72,124 @@ class Dataset:
             return global_batch(step, batch, len(self.train.rows), seed)
         return np.asarray(self.keep[global_batch(step, batch, len(self.keep), seed)], np.int64)
 
-    def verify(self):
-        """Reads the arrays' files. Raises ValueError, saying what to type, if one is not as it was written."""
-        for name, written in self.meta["sha256"].items():
+    def verify(self, names=None):
+        """Reads files of the folder, all by default. Raises UserError, saying what to type, if one
+        is not as it was written."""
+        for name in names or self.meta["sha256"]:
             with open(self.path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != written:
-                    raise ValueError(f"{self.path}/{name} is damaged, its sha256 is not meta.json's: type: {self.meta['command']} --overwrite")
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.meta["sha256"][name]:
+                what = f"{self.path}/{name} is damaged, its sha256 is not meta.json's"
+                raise UserError(f"{what}: {self.prepare_again()}")
+
+    def check_table(self, name):
+        """Raises UserError where a table of documents is not as it was written: by its sha256, or,
+        where it is large, by its footer's checksum (its pages have their own)."""
+        path = self.path / name
+        try:
+            if path.stat().st_size <= CHECKED:
+                self.verify([name])
+            elif footer_crc32(path) != self.meta["footers"].get(name):
+                raise UserError(f"{path} is damaged (its footer): {self.prepare_again()}")
+        except OSError as e:
+            what = f"{path} is missing or damaged ({e.strerror})"
+            raise UserError(f"{what}: {self.prepare_again()}") from e
+
+    def prepare_again(self):
+        """What to type where a file is damaged."""
+        return prepare_again(self.path, self.meta)
 
 
 def open_dataset(data_dir, keep=""):
-    """Opens a data folder; keep: a file that says which chunks to train on (curate.py). Raises ValueError, saying what to type, where
-    the folder is missing, unfinished or does not fit its meta.json, or keep does not fit the folder."""
+    """Opens a data folder; keep: a file that says which chunks to train on (curate.py). Raises
+    UserError, saying what to type, where the folder is missing, unfinished or does not fit its
+    meta.json, or keep does not fit the folder."""
     path = Path(data_dir)
-    again = f"type: python prepare_pile.py --data_dir={data_dir}"
+    again = terminal.command("python", "prepare_pile.py", f"--data_dir={data_dir}")
     if not (path / "meta.json").is_file():
-        raise ValueError(f"no prepared data in {path}: {again}")
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-    except ValueError as e:
-        raise ValueError(f"{path}/meta.json is damaged ({e}): {again} --overwrite") from e
-    if meta.get("schema") != SCHEMA:
-        raise ValueError(f"{path}/meta.json has schema {meta.get('schema')}, this code reads {SCHEMA}: {again} --overwrite")
-    again, splits = f"type: {meta['command']}", []
-    for split in ("train", "val"):
-        arrays = []
-        for name, shape in ((f"{split}.npy", (meta["chunks"][split], meta["block_size"] + 1)), (f"{split}_domain.npy", (meta["chunks"][split],))):
-            try:
-                array = np.load(path / name, mmap_mode="r")
-            except (OSError, ValueError, EOFError) as e:  # no file, no header, or fewer bytes than it promises
-                raise ValueError(f"{path}/{name} is missing or damaged ({e}): {again} --overwrite") from e
-            if array.shape != shape or array.dtype != np.uint16:
-                raise ValueError(f"{path}/{name} is {array.dtype} {array.shape} but meta.json says uint16 {shape}: {again} --overwrite")
-            arrays.append(array)
-        arrays[0].base.madvise(mmap.MADV_RANDOM)  # else the system reads ahead of every row, on some machines 8 MB for 2 KB
-        splits.append(Split(*arrays))
-    dataset = Dataset(path, meta, *splits)
-    if sum(array.nbytes for split in splits for array in (split.rows, split.domain)) <= CHECKED:
-        dataset.verify()
+        raise UserError(f"no prepared data in {path}: type: {again}")
+    meta = read_json(path / "meta.json", f"type: {again} --overwrite", {"schema": int})
+    if meta["schema"] != SCHEMA:
+        what = f"{path}/meta.json has schema {meta['schema']}, this code reads {SCHEMA}"
+        raise UserError(f"{what}: type: {again} --overwrite")
+    check_meta(meta, path, f"type: {again} --overwrite")
+    dataset = Dataset(path, meta, open_split(path, meta, "train"), open_split(path, meta, "val"))
+    splits = (dataset.train, dataset.val)
+    if sum(split.rows.nbytes + split.domain.nbytes for split in splits) <= CHECKED:
+        dataset.verify(ARRAYS)
+        if any((split.domain >= len(meta["domains"])).any() for split in splits):
+            what = f"{path} is damaged, a chunk has a domain that meta.json does not name"
+            raise UserError(f"{what}: {prepare_again(path, meta)}")
     if keep:
         dataset.keep = read_keep(Path(keep), dataset)
     return dataset
 
 
+def check_meta(meta, path, cure):
+    """Raises UserError where an entry of meta.json is missing or of another type."""
+    check_entries(meta, ENTRIES, path / "meta.json", cure)
+    for key in ("chunks", "tokens"):
+        check_entries(meta[key], {"train": int, "val": int}, path / "meta.json", cure)
+    check_entries(meta["sha256"], dict.fromkeys(DATA_FILES[:-1], str), path / "meta.json", cure)
+    if not all(isinstance(name, str) for name in meta["domains"]):
+        raise UserError(f"{path}/meta.json is damaged (a domain is no text): {cure}")
+    if meta["tokenizer"] not in TOKENIZERS:
+        have = ", ".join(TOKENIZERS)
+        raise UserError(f"{path} is of a tokenizer {meta['tokenizer']!r}; there is {have}: {cure}")
+
+
+def open_split(path, meta, name):
+    cure, n = prepare_again(path, meta), meta["chunks"][name]
+    shape = (n, meta["block_size"] + 1)
+    rows = load_array(path / f"{name}.npy", cure, np.uint16, shape)
+    # else the system reads ahead of every row, on some machines 8 MB for 2 KB
+    rows.base.madvise(mmap.MADV_RANDOM)
+    domain = load_array(path / f"{name}_domain.npy", cure, np.uint16, (n,))
+    return Split(rows, domain, open(path / f"{name}.npy", "rb"))
+
+
+# the options of prepare_pile.py that decide what is written, with their defaults
+PREPARED_BY = {"source": "", "dataset": "monology/pile-uncopyrighted", "text_key": "text"}
+PREPARED_BY |= {"domain_key": "meta.pile_set_name", "domains": "", "tokenizer": "gpt2"}
+PREPARED_BY |= {"block_size": 1024, "val_fraction": 0.01, "limit_tokens": 0}
+
+
+def prepare_again(path, meta):
+    """What to type for a data folder to be prepared again, from the options that made it. It is put
+    together here, for meta.json may come from a stranger."""
+    words = [f"--data_dir={path}"]
+    for key, default in PREPARED_BY.items():
+        value = meta["config"].get(key, default)
+        if type(value) is type(default) and value != default:
+            words.append(f"--{key}={value}")
+    return "type: " + terminal.command("python", "prepare_pile.py", *words, "--overwrite")
+
+
+KEEP_CURE = "name a file that curate.py wrote"
+
+
 def read_keep(path, dataset):
-    """keep.npy -> the chunks' numbers (n,), memmapped. The keep.json that curate.py writes beside it says of which data they are."""
-    try:
-        ids = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"--keep={path} is missing or damaged ({e}): name a file that curate.py wrote") from e
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids) or not 0 <= ids.min() <= ids.max() < len(dataset.train.rows):
-        what = f"is {ids.dtype} {ids.shape}; it must hold numbers of chunks, integers from 0 to {len(dataset.train.rows) - 1}"
-        raise ValueError(f"--keep={path} {what}: name a file that curate.py wrote for {dataset.path}")
+    """keep.npy -> the chunks' numbers (n,), memmapped. The keep.json that curate.py writes beside
+    it says of which data they are, and its checksum."""
+    ids = load_array(path, KEEP_CURE)
+    n = len(dataset.train.rows)
+    is_list = ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids)
+    if not is_list or not 0 <= ids.min() <= ids.max() < n:
+        wanted = f"it must hold numbers of chunks, integers from 0 to {n - 1}"
+        what = f"is {ids.dtype} {ids.shape}; {wanted}"
+        raise UserError(f"--keep={path} {what}: {KEEP_CURE} for {dataset.path}")
     about = path.with_suffix(".json")
-    if about.is_file() and json.loads(about.read_text()).get("data_hash", dataset.hash) != dataset.hash:
-        raise ValueError(f"--keep={path} names chunks of other data than {dataset.path} (its hash differs): name the run's data with --data_dir=...")
+    if about.is_file():
+        check_keep(path, read_json(about, KEEP_CURE, {"data_hash": str, "files": dict}), dataset)
     return ids
+
+
+def check_keep(path, about, dataset):
+    if about["data_hash"] != dataset.hash:
+        what = f"--keep={path} names chunks of other data than {dataset.path} (its hash differs)"
+        raise UserError(f"{what}: name the run's data with --data_dir=...")
+    if about["files"].get(path.name) != crc32(path):
+        raise UserError(f"--keep={path} is damaged: its checksum does not fit: {KEEP_CURE}")
 
 
 # --- the order of chunks ------------------------------------------------------

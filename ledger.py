@@ -1,29 +1,40 @@
 """What a run leaves on disk: the one place that knows the formats.
 
-    ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target), grad_norm, early; row = step * B + slot
-    books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN: not computed)
+    ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target),
+                 grad_norm, early; row = step * B + slot
+    books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN:
+                 not computed)
     audit.npy    one record an audited step: per target how close its values came to the truth
-    values.npy   float32 (n_chunks,) or (n_chunks, K): the sum of the ledger's rows, chunk by chunk; NaN = never used
-    values.json  sign, unit, rule, the targets, the committed step
-    evaluations.jsonl  one line an evaluation: {"step": steps done, "loss": {"val": nats, <domain>: nats, ...}}
+    values.npy   float32 (n_chunks,) or (n_chunks, K): the sum of the ledger's rows, chunk by chunk;
+                 NaN = never used
+    values.json  sign, unit, rule, the targets, the committed step, the checksums of the files above
+    evaluations.jsonl  one line an evaluation: {"step": steps done, "val": mean loss in nats,
+                       "loss": {<domain>: nats, ...}}
     chunks.npy   int64 (n,): the chunks it was trained on, where not all
 
-A value is positive where the chunk lowered the target's loss. Every file is whole at any moment: values.npy, values.json and
-checkpoints are written under another name and renamed; ledger.npy and books.npy only grow, and their header counts the rows
-of the last commit, so what a crash left behind them does not show, and the next commit overwrites it.
+A value is positive where the chunk lowered the target's loss. Every file is whole at any moment:
+values.npy, values.json and checkpoints are written under another name and renamed; ledger.npy and
+books.npy only grow, and their header counts the rows of the last commit, so what a crash left
+behind them does not show, and the next commit overwrites it.
+
+Every file has a checksum, which its readers look at: values.json's "files" has the CRC-32 of
+values.npy and chunks.npy, and one of every BLOCK records of the others; .json and .jsonl files end
+in their own (system/files.py), and so do checkpoints (ops/checkpoints.py).
 """
 
-import contextlib
-import fcntl
 import io
-import json
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-SCHEMA = 1  # of values.json
+from system.errors import UserError
+from system.files import atomic, crc32, load_array, named
+
+SCHEMA = 2  # of values.json
+BLOCK = 1 << 16  # records that have one checksum
 
 
 def visit_dtype(K):
@@ -64,100 +75,78 @@ def empty(dtype):
 # --- writing ------------------------------------------------------------------
 
 
-def claim(folder, key):
-    """Makes the folder, and makes it this process's as long as the file returned is open. Raises ValueError, which says to give another
-    --key, if it is another's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise ValueError(f"another process is writing {folder}: wait for it, or write another --{key}") from e
-    return lock
-
-
-@contextlib.contextmanager
-def atomic(path, keep=None):
-    """A binary file to write that appears under `path` whole or not at all; what was there takes the name `keep`."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)  # the rename itself
-
-
-def sync(path):
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
-
-
-def write_json(path, content):
-    with atomic(path) as f:
-        f.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_lines(path, rows):
-    """A line of JSON for each of them."""
-    with atomic(path) as f:
-        f.writelines((json.dumps(row) + "\n").encode() for row in rows)
-
-
-def write_array(path, array):
-    """A .npy."""
-    with atomic(path) as f:
-        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
-        f.write(np.ascontiguousarray(array).data)
-
-
 class Records:
-    """A .npy of records that grows by commits; opened with `rows` it forgets what lies beyond them. crc: the CRC-32 of all its rows."""
+    """A .npy of records that grows by commits.
 
-    def __init__(self, path, dtype, rows=0, crc=0):
-        self.dtype, self.rows, self.crc, self.pending = dtype, rows, crc, []
-        self.file = open(path, "r+b" if rows else "w+b")
-        self._header()
-        self.file.truncate(self.start + rows * dtype.itemsize)
+    sums: the CRC-32 of every BLOCK of its records, the last of which need not be full. What a
+    process that was killed left behind the last commit does not count.
+    """
 
-    def _header(self):
+    def __init__(self, path, dtype, counted=None):
+        """counted: what counted() said when a checkpoint was written: what lies beyond is
+        forgotten. None: a new file."""
+        self.path, self.dtype, self.pending = Path(path), dtype, []
+        if counted:
+            self.rows, self.sums, flags = counted["rows"], list(counted["sums"]), os.O_RDWR
+        else:
+            self.rows, self.sums, flags = 0, [], os.O_RDWR | os.O_CREAT | os.O_EXCL
+            self.path.unlink(missing_ok=True)  # not emptied: a reader may have it mapped
+        self.file = open(os.open(path, flags | os.O_NOFOLLOW, 0o666), "r+b")
+        self.write_header()
+        self.file.truncate(self.start + self.rows * dtype.itemsize)
+
+    def write_header(self):
         header = io.BytesIO()
-        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.rows,)}
-        np.lib.format.write_array_header_1_0(header, fields)  # numpy pads it so that the count can grow in place
+        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        fields["shape"] = (self.rows,)  # numpy pads it so that the count can grow in place
+        np.lib.format.write_array_header_1_0(header, fields)
         self.start = len(header.getvalue())
         os.pwrite(self.file.fileno(), header.getvalue(), 0)
 
     def counted(self):
-        """What a checkpoint says of it."""
-        return self.rows, self.crc, self.start, self.dtype.itemsize
+        """What a checkpoint and values.json say of it."""
+        sums = list(self.sums)
+        return dict(rows=self.rows, sums=sums, start=self.start, itemsize=self.dtype.itemsize)
 
     def commit(self):
         """Rows first, then the header that counts them."""
-        if self.pending:
-            new = np.concatenate(self.pending).tobytes()
-            self.file.seek(self.start + self.rows * self.dtype.itemsize)
-            self.file.write(new)
-            self.file.flush()
+        with named(self.path):
+            if self.pending:
+                new, itemsize = np.concatenate(self.pending).tobytes(), self.dtype.itemsize
+                self.file.seek(self.start + self.rows * itemsize)
+                self.file.write(new)
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                add_sums(self.sums, self.rows * itemsize, new, BLOCK * itemsize)
+                self.rows += len(new) // itemsize
+                self.pending = []
+            self.write_header()
             os.fsync(self.file.fileno())
-            self.rows, self.crc, self.pending = self.rows + len(new) // self.dtype.itemsize, zlib.crc32(new, self.crc), []
-        self._header()
-        os.fsync(self.file.fileno())
+
+
+def add_sums(sums, size, new, block):
+    """Brings the checksums of a file's blocks, of so many bytes each, up to date, in place: new
+    bytes were added to the size there were."""
+    start = 0
+    while start < len(new):
+        filled = (size + start) % block
+        piece = new[start : start + block - filled]
+        if filled:
+            sums[-1] = zlib.crc32(piece, sums[-1])
+        else:
+            sums.append(zlib.crc32(piece))
+        start += len(piece)
 
 
 def write_values(run, total, used):
-    """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy."""
+    """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy; returns its file's CRC-32."""
     shape = total.shape if total.shape[1] > 1 else total.shape[:1]
     with atomic(Path(run, "values.npy")) as f:  # np.save would hide why a disk refuses, and want the whole array
         np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for part in (slice(start, start + 2**20) for start in range(0, len(total), 2**20)):
             f.write(np.where(used[part, None], total[part], np.nan).astype("<f4").data)
+        f.flush()
+        return crc32(f.name)
 
 
 # --- reading ------------------------------------------------------------------
@@ -165,30 +154,44 @@ def write_values(run, total, used):
 
 def read(run, name="ledger"):
     """The committed rows of a run's ledger, books or audit, memmapped."""
-    return np.load(Path(run, name + ".npy"), mmap_mode="r")
+    return load_array(Path(run, name + ".npy"), "type: python train.py --verify --out_dir=<the run>")
 
 
 def check(run, counted):
-    """Raises ValueError if the rows of a file of the run are not those that {its name: Records.counted()} speaks of."""
-    for name, (rows, crc, start, itemsize) in counted.items():
+    """Raises UserError where a run's records are not those that {name: Records.counted()} counts."""
+    for name, of in counted.items():
         path = Path(run, name + ".npy")
-        if not path.is_file() or crc32(path, start, rows * itemsize) != crc:
-            raise ValueError(f"{path} is missing or damaged: it does not hold the {rows} rows that were counted")
+        if bad := damaged_blocks(path, of):
+            rows = which_rows(bad, of["rows"])
+            raise UserError(f"{path} is missing or damaged, {rows} are not as they were written")
+
+
+def damaged_blocks(path, counted):
+    """The numbers of a file's blocks of BLOCK records that are not as they were counted: all of
+    them where there is no file. On all cores."""
+    itemsize, sums = counted["itemsize"], counted["sums"]
+    block, end = BLOCK * itemsize, counted["start"] + counted["rows"] * itemsize
+    if not path.is_file():
+        return [*range(len(sums))]
+
+    def is_damaged(i):
+        start = counted["start"] + i * block
+        return crc32(path, start, min(block, end - start)) != sums[i]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(is_damaged, range(len(sums)))
+        return [i for i, bad in enumerate(found) if bad]
+
+
+def which_rows(blocks, rows):
+    """Some blocks' numbers -> "rows 0 to 65535"."""
+    parts = [f"{i * BLOCK} to {min(rows, (i + 1) * BLOCK) - 1}" for i in blocks[:3]]
+    return "rows " + ", ".join(parts) + (", ..." if len(blocks) > 3 else "")
 
 
 def crc(ids):
     """CRC-32 of an array of integers, whatever their type; None of None."""
     return None if ids is None else zlib.crc32(np.ascontiguousarray(ids, "<i8"))
-
-
-def crc32(path, start=0, size=None):
-    """Of a file's bytes from start on: size of them, or all."""
-    crc, end = 0, os.path.getsize(path) if size is None else start + size
-    with open(path, "rb") as f:
-        f.seek(start)
-        while block := f.read(max(0, min(1 << 20, end - f.tell()))):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def add_visits(visits, total, used):

@@ -120,6 +120,19 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
         self.chunk_loss = None  # (B,) nats: set by a forward with a ledger
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """A checkpoint's model, with its weights. Raises ValueError, or what torch raises, where its
+        model_args are those of another one."""
+        args, weights = checkpoint["model_args"], checkpoint["model"]
+        layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+        if args["n_layer"] != len(layers):  # before a billion of them are built
+            raise ValueError(f"model_args speak of {args['n_layer']} layers, there are {len(layers)}")
+        with torch.device("meta"):  # which takes no memory
+            model = cls(GPTConfig(**args))
+        model.load_state_dict(weights, assign=True)
+        return model
+
     def get_num_params(self, non_embedding=True):
         """Number of parameters; by default without the position embeddings (the token embeddings double as the head)."""
         n_params = sum(p.numel() for p in self.parameters() if p.requires_grad)

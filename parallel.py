@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from system.errors import UserError
+
 SMALL = 2**20  # elements
 
 
@@ -51,7 +53,7 @@ def mine(n):
     """This rank's slice of 0..n-1: the slices in the order of the ranks are the whole. Raises ValueError where they would not be equal."""
     each, left = divmod(n, size())
     if left:
-        raise ValueError(f"{size()} processes cannot share {n} chunks evenly: change --batch_size or --gradient_accumulation_steps")
+        raise UserError(f"{size()} processes cannot share {n} chunks evenly: change --batch_size or --gradient_accumulation_steps")
     return slice(rank() * each, (rank() + 1) * each)
 
 
@@ -90,7 +92,7 @@ def on_rank_0(work):
     if rank() == 0:
         try:
             result = work()
-        except (ValueError, OSError) as e:
+        except (UserError, OSError) as e:
             error = e
     result, error = gather_objects((result, error))[0]
     if error:
@@ -127,7 +129,7 @@ def shard(model, blocks, K):
     directions, olds = {}, dict(model.named_parameters())
     for name, p in olds.items():
         if len(p) % size():
-            raise ValueError(f"--shard: {size()} processes cannot share the {len(p)} rows of {name}: choose sizes that are multiples of {size()}")
+            raise UserError(f"--shard: {size()} processes cannot share the {len(p)} rows of {name}: choose sizes that are multiples of {size()}")
         if K:
             directions[p] = nn.Parameter(p.new_zeros(K, *p.shape), requires_grad=False)
     for module in list(model.modules()) if K else ():

@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -42,12 +41,14 @@ from tqdm import tqdm
 
 import config
 import data
-from ledger import claim, sync
 from show import tables
 from sources import workers
 from sources.documents import jobs, open_source, worker
 from sources.rows import MB, SPLITS, pack, write_part
 from sources.tokenizers import TOKENIZERS
+from system.errors import UserError
+from system.files import Claim, sync, write_json
+from system.terminal import command, say
 
 
 @dataclass
@@ -78,9 +79,9 @@ class Config:
         rules += [(key, getattr(self, key), "a name") for key in ("dataset", "text_key", "domain_key", "data_dir")]
         for key, ok, wanted in rules:
             if not ok:
-                raise ValueError(f"--{key}={getattr(self, key)}: write --{key}=<{wanted}>")
+                raise UserError(f"--{key}={getattr(self, key)}: write --{key}=<{wanted}>")
         if self.shard and (self.merge or self.limit_tokens or self.source == "python"):
-            raise ValueError(f"--shard={self.shard} goes with neither --merge nor --limit_tokens nor --source=python: write one or the other")
+            raise UserError(f"--shard={self.shard} goes with neither --merge nor --limit_tokens nor --source=python: write one or the other")
 
     def wanted(self):
         return {name.strip() for name in self.domains.split(",")} - {""}
@@ -92,7 +93,7 @@ class Config:
     def command(self, *more):
         """What to type for these options."""
         given = (f"--{key}={value}" for key, value in {"data_dir": self.data_dir, **self.makes()}.items() if value != getattr(Config, key))
-        return shlex.join(["python", "prepare_pile.py", *given, *more])
+        return command("python", "prepare_pile.py", *given, *more)
 
 
 # --- in the parent: jobs -> parts -> rows -> files --------------------------------
@@ -127,7 +128,7 @@ def tokenize(cfg, parts, read, partial):
             if limit <= 0:
                 break
     except BrokenPipeError as e:
-        raise ValueError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, len(pool) // 2)}") from e
+        raise UserError(f"a worker process was killed, perhaps for want of memory: try --workers={max(1, len(pool) // 2)}") from e
     finally:
         workers.stop(pool)
     return done
@@ -143,20 +144,20 @@ def describe(cfg, held):
     skipped = {why: held["skipped", why] for why in ("not_utf8", "not_json", "no_text", "empty", "lone_surrogate", "not_tokenized")}
     have, why = sorted({*left_out, *by_domain}), ", ".join(f"{n} {why}" for why, n in skipped.items() if n) or "nothing"
     if missing := sorted(cfg.wanted() - {*have}):
-        raise ValueError(f"--domains: no document of {', '.join(map(repr, missing))}; there is {', '.join(have) or 'none'}")
+        raise UserError(f"--domains: no document of {', '.join(map(repr, missing))}; there is {', '.join(have) or 'none'}")
     if not by_domain:
-        raise ValueError(f"no document in {cfg.source or cfg.dataset} (skipped: {why}): see --source and --text_key")
+        raise UserError(f"no document in {cfg.source or cfg.dataset} (skipped: {why}): see --source and --text_key")
     if len(by_domain) > 1 << 16:
-        raise ValueError(f"--domain_key={cfg.domain_key} has {len(by_domain)} values, over {1 << 16}: name a key with fewer")
+        raise UserError(f"--domain_key={cfg.domain_key} has {len(by_domain)} values, over {1 << 16}: name a key with fewer")
     if not chunks["train"] or (cfg.val_fraction and not chunks["val"]):
         name, how = ("val", "raise") if chunks["train"] else ("train", "lower")
         cure = f"{how} --val_fraction={cfg.val_fraction}, lower --block_size={cfg.block_size}, or read more text"
-        raise ValueError(f"{held['tokens']} tokens in all fill no chunk of {name}.npy: {cure}")
+        raise UserError(f"{held['tokens']} tokens in all fill no chunk of {name}.npy: {cure}")
     meta = dict(schema=data.SCHEMA, tokenizer=cfg.tokenizer, vocab_size=tok.n_vocab, eot=tok.eot, block_size=cfg.block_size)
     meta |= dict(domains=list(by_domain), chunks=chunks, by_domain=by_domain, skipped=skipped)
     meta |= dict(documents=sum(n for key, n in held.items() if key[0] == "documents"), dropped_tokens=held["tokens"] - width * sum(chunks.values()))
     meta["tokens"] = {name: n * width for name, n in chunks.items()}  # in the arrays, with <eot>
-    return meta | dict(source=cfg.source or cfg.dataset, config=cfg.makes(), command=cfg.command(), sha256={})  # of the arrays' files
+    return meta | dict(source=cfg.source or cfg.dataset, config=cfg.makes(), sha256={}, footers={})
 
 
 # --- the run ------------------------------------------------------------------
@@ -168,42 +169,44 @@ def prepare(cfg):
     lying = folder.with_name(folder.name + ".parts")
     if cfg.verify:
         data.open_dataset(cfg.data_dir).verify()
-        return print(f"{cfg.data_dir}: every array is as it was written")
+        return say(f"{cfg.data_dir}: every array is as it was written")
     if is_prepared(folder, cfg):
         shutil.rmtree(lying, ignore_errors=True)  # of a run that was killed when it had only this left to do
-        return print(f"{cfg.data_dir} is already prepared; --overwrite prepares it again")
+        return say(f"{cfg.data_dir} is already prepared; --overwrite prepares it again")
     tqdm.monitor_interval = 0  # no thread of its own, which the workers would be forked beside
     names, read = open_source(cfg)
     parts, (i, n) = plan(cfg, names, lying), map(int, (cfg.shard or "1/1").split("/"))
     missing = {number: files[0][0] for number, (path, files) in enumerate(parts, 1) if not path.exists()}
     if cfg.merge and missing:
         what = f"{len(missing)} of {len(parts)} parts are missing, unfinished or of other files or options"
-        raise ValueError(f"{what} ({', '.join(missing.values())}): type: {cfg.command(f'--shard={min(missing)}/{len(parts)}')}")
+        raise UserError(f"{what} ({', '.join(missing.values())}): type: {cfg.command(f'--shard={min(missing)}/{len(parts)}')}")
     if len(missing) < len(parts):
-        print(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
+        say(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
     partial = lying / f"{i}-of-{n}.partial"
-    with claim(partial, "data_dir"):  # a second run is refused, however the first one ends; unlike by flock, not inherited by the workers
+    with Claim(partial, "data_dir"):  # a second run is refused, however the first one ends; unlike by flock, not inherited by the workers
         for path in {*partial.iterdir()} - {partial / "lock"}:
             path.unlink()
         try:
             done = tokenize(cfg, parts[i - 1 :: n], read, partial)
             if cfg.shard:
-                return print(f"shard {cfg.shard} is done; when all are: {cfg.command('--merge')}")
+                return say(f"shard {cfg.shard} is done; when all are: {cfg.command('--merge')}")
             try:
                 meta = describe(cfg, sum(done.values(), Counter()))
-            except ValueError:
+            except UserError:
                 shutil.rmtree(lying)  # with the options changed, other parts will be needed
                 raise
             pack(done, partial, meta)
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+            write_json(partial / "meta.json", meta)
             publish(partial, folder, cfg.overwrite)
             shutil.rmtree(lying)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if lying.exists() and not any(lying.iterdir()):
                 lying.rmdir()
-    tables.say(tables.prepared(meta))
-    print(f"\nnext: python train.py --data_dir={cfg.data_dir}")
+    for line in tables.prepared(meta):
+        say(line)
+    say("")
+    say(f"next: {command('python', 'train.py', f'--data_dir={cfg.data_dir}')}")
 
 
 def is_prepared(folder, cfg):
@@ -211,12 +214,12 @@ def is_prepared(folder, cfg):
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"{cfg.data_dir} holds files that this program did not write: write another --data_dir")
+        raise UserError(f"{cfg.data_dir} holds files that this program did not write: write another --data_dir")
     if cfg.overwrite:
         return False
     was, now = data.open_dataset(folder).meta["config"], cfg.makes()
     if had := " ".join(f"--{key}={was.get(key)}" for key in now if was.get(key) != now[key]):
-        raise ValueError(f"{cfg.data_dir} was prepared with {had}: add --overwrite to replace it, or write another --data_dir")
+        raise UserError(f"{cfg.data_dir} was prepared with {had}: add --overwrite to replace it, or write another --data_dir")
     return True
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import jinja2
 
 import config
-import ledger
 from show import payload
 from show.run import open_run
 from sources.origins import Documents
+from system.errors import UserError
+from system.files import atomic
+from system.terminal import say
 
 
 @dataclass
@@ -29,21 +31,21 @@ class Config:
 def report(cfg):
     run = open_run(cfg.run, cfg.data_dir)
     if not 0 <= cfg.tokens <= payload.room(run):
-        raise ValueError(f"--tokens={cfg.tokens}: a page has room for the tokens of {payload.room(run)} chunks: type --tokens={payload.room(run)}")
+        raise UserError(f"--tokens={cfg.tokens}: a page has room for the tokens of {payload.room(run)} chunks: type --tokens={payload.room(run)}")
     content = payload.gather(run, Documents(run))
     if cfg.tokens:
         import revalue
 
         try:
             payload.add_tokens(content, run, *revalue.tokens(run, [row["chunk"] for row in content["chunks"][: cfg.tokens]]))
-        except ValueError as e:
-            print(f"the page is without coloured tokens: {e}")
-    parts = {name: Path(config.ROOT, "show", f"report.{name}").read_text() for name in ("html", "css", "js")}
+        except UserError as e:
+            say(f"the page is without coloured tokens: {e}")
+    parts = {name: Path(config.ROOT, "show", f"report.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     hashes = {f"{name}_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
     page = jinja2.Template(parts["html"], autoescape=True).render(parts | hashes, data=payload.encode(content).decode()).encode()
-    with ledger.atomic(out := cfg.out or run.path / "report.html") as f:
+    with atomic(out := cfg.out or run.path / "report.html") as f:
         f.write(page)
-    print(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")
+    say(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,11 @@ import torch
 
 import config
 from data import tokenizer
-from model import GPT, GPTConfig
+from model import GPT
+from ops.checkpoints import fitting, read_checkpoint
+from ops.machine import check_device
+from system.errors import UserError
+from system.terminal import say, say_text
 
 
 @dataclass
@@ -26,26 +30,30 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self):
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature={self.temperature}: it must be above 0")
+        at_least = {"num_samples": 1, "max_new_tokens": 0, "top_k": 0, "seed": 0}
+        at_least |= {"temperature": 1e-4}  # --top_k=1 takes the most likely token
+        config.check(self, at_least)
+        check_device(self.device)
 
 
 def sample(cfg):
     path = Path(cfg.out_dir, "ckpt.pt")
     if not path.is_file():
-        raise ValueError(f"no checkpoint {path}: name a run's folder with --out_dir=...")
-    checkpoint = torch.load(path, map_location=cfg.device, weights_only=True)
-    model = GPT(GPTConfig(**checkpoint["model_args"])).to(cfg.device)
-    model.load_state_dict(checkpoint["model"])
+        raise UserError(f"no checkpoint {path}: name a run's folder with --out_dir=...")
+    checkpoint = read_checkpoint(path)
+    with fitting(path):
+        model = GPT.from_checkpoint(checkpoint).to(cfg.device)
     model.eval()
     tok = tokenizer(checkpoint["tokenizer"])
     torch.manual_seed(cfg.seed)
     prompt = torch.tensor([tok.eot, *tok.encode(cfg.start).tolist()], device=cfg.device)
+    prompts = prompt.expand(cfg.num_samples, -1)
     with torch.amp.autocast("cuda", torch.bfloat16, enabled="cuda" in cfg.device):
-        out = model.generate(prompt.expand(cfg.num_samples, -1), cfg.max_new_tokens, cfg.temperature, cfg.top_k or None)
+        out = model.generate(prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None)
     for tokens in out.tolist():
-        known = [t for t in tokens[1:] if t < tok.n_vocab]  # the vocabulary is padded to a multiple of 64
-        print(tok.decode(known), "\n" + "-" * 80)
+        known = [t for t in tokens[1:] if t < tok.n_vocab]  # the vocabulary is padded up
+        say_text(tok.decode(known))
+        say("-" * 80)
 
 
 if __name__ == "__main__":

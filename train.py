@@ -4,6 +4,7 @@ Train a GPT-2 on numbered chunks and value every chunk in the same run.
     python train.py config/gpt2_inrun.py                        the paper's run
     python train.py config/demo.py --max_iters=100              a config file, then --key=value
     python train.py out/demo/config.json --init_from=resume     go on where a run stopped
+    python train.py out/demo/config.json --verify               is every file of it as it was written?
     torchrun --nproc_per_node=8 train.py config/gpt2_inrun.py   on eight GPUs: the same batches, the same values
 
 Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy, books.npy, audit.npy, values.json, config.json.
@@ -16,7 +17,6 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # CPU: large tensors in huge pages, or half the time goes into page faults
@@ -29,10 +29,24 @@ import ledger as books
 import parallel
 from data import open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
-from ops.checkpoints import Checkpoints, find_checkpoint, load_optimizer
+from ops.checkpoints import STARTS, Checkpoints, find_checkpoint, fitting, load_optimizer, settings_of
+from ops.folder import RUN_FILES, RunFolder
 from ops.machine import Interrupted, check_system, describe_run, peak_flops, rng_state, set_rng_state
+from ops.verify import verify
 from show import dashboard, tables
+from system import files, terminal
+from system.errors import UserError
 from valuation import Valuation
+
+# the least that a number may be, and what it must stay below
+AT_LEAST = {"target_batch": 1, "target_interval": 1, "book_interval": 1, "audit_permutations": 1}
+AT_LEAST |= {"log_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 1, "batch_size": 1}
+AT_LEAST |= {"gradient_accumulation_steps": 1, "n_layer": 1, "n_head": 1, "n_embd": 1}
+AT_LEAST |= {"max_iters": 1, "eval_chunks": 1, "wandb_histogram_interval": 1, "eval_interval": 0}
+AT_LEAST |= {"audit_interval": 0, "block_size": 0, "warmup_iters": 0, "lr_decay_iters": 0}
+AT_LEAST |= {"min_lr": 0, "weight_decay": 0, "grad_clip": 0, "dropout": 0, "seed": 0}
+AT_LEAST |= {"beta1": 0, "beta2": 0}
+BELOW = {"dropout": 1, "beta1": 1, "beta2": 1}
 
 
 @dataclass
@@ -42,7 +56,8 @@ class Config:
     keep: str = ""  # keep.npy of curate.py: train on these chunks only
     out_dir: str = ""  # where the run goes; default out/<name of the config file>
     init_from: Literal["scratch", "resume", "auto"] = "scratch"  # resume: go on from out_dir's checkpoint; auto: if there is one
-    overwrite: bool = False  # start over in an out_dir that holds a run
+    overwrite: bool = False  # start over in an out_dir that holds a run, which goes with the first checkpoint of the new one
+    verify: bool = False  # only check the files in out_dir against their checksums
     seed: int = 1337  # initial weights, order of chunks, draws of target chunks
     # valuation
     rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw"  # what a value is (math in valuation.py)
@@ -98,35 +113,41 @@ class Config:
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
-        positive = """target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval keep_checkpoints batch_size
-            gradient_accumulation_steps n_layer n_head n_embd max_iters eval_chunks wandb_histogram_interval"""
-        config.positive(self, *positive.split())
-        for key in "eval_interval audit_interval block_size warmup_iters learning_rate min_lr weight_decay grad_clip dropout seed".split():
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"--{key}={getattr(self, key)}: it must not be negative")
+        config.check(self, at_least=AT_LEAST, above={"learning_rate": 0}, below=BELOW)
         if self.n_embd % self.n_head:
-            raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
-        if self.dropout >= 1 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError("--dropout, --beta1 and --beta2 lie between 0 and 1")
+            raise UserError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
+        if self.optimizer == "adamw" and not self.beta2 > 0:
+            raise UserError(f"--beta2={self.beta2}: AdamW's formulas need it above 0: write --beta2=0.95")
         if self.optimizer != "adamw" and (self.rule.startswith("adamw") or self.domain_momentum):
             what = "--domain_momentum speaks" if self.domain_momentum else f"--rule={self.rule} speaks"
-            raise ValueError(f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum")
+            raise UserError(f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum")
         if self.shard and (self.compile or self.audit_interval or self.domain_momentum):
-            raise ValueError("--shard knows no --compile, and not whole gradients as --audit_interval and --domain_momentum do: leave those out")
+            raise UserError("--shard knows no --compile, and not whole gradients as --audit_interval and --domain_momentum do: leave those out")
         if self.audit_interval and self.batch_size * self.gradient_accumulation_steps < 2:
-            raise ValueError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
+            raise UserError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
 
+    @classmethod
+    def of_run(cls, path):
+        """A run's config.json -> its settings (config.py)."""
+        return settings_of(path)
 
-RUN_FILES = ("ckpt.pt", "values.npy", "values.json", "ledger.npy", "books.npy", "audit.npy", "evaluations.jsonl", "chunks.npy")  # beside config.json
 
 # --- before the first step ----------------------------------------------------
+
+
+MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "tie_weights")
+
+
+def model_args(cfg, data):
+    """GPTConfig's, as checkpoints have them."""
+    args = {key: getattr(cfg, key) for key in MODEL_ARGS}
+    return args | {"vocab_size": -(-data.meta["vocab_size"] // 64) * 64}  # padded up for efficiency
 
 
 def build_model(cfg, data, device):
     """Its first weights are a function of the seed."""
     torch.manual_seed(cfg.seed)
-    args = {key: getattr(cfg, key) for key in "n_layer n_head n_embd block_size bias dropout tie_weights".split()}
-    model = GPT(GPTConfig(**args, vocab_size=-(-data.meta["vocab_size"] // 64) * 64)).to(device)  # padded up for efficiency
+    model = GPT(GPTConfig(**model_args(cfg, data))).to(device)
     return model.double() if cfg.dtype == "float64" else model
 
 
@@ -134,6 +155,11 @@ def build_optimizer(cfg, model):
     if cfg.optimizer == "adamw":
         return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device.split(":")[0])
     return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=cfg.learning_rate)
+
+
+def settings(cfg):
+    """Those of the run, not of this start, as config.json and checkpoints hold them."""
+    return {key: value for key, value in vars(cfg).items() if key not in STARTS}
 
 
 # --- in the loop --------------------------------------------------------------
@@ -153,10 +179,12 @@ def schedule(cfg, step):
 
 @torch.no_grad()
 def evaluate(model, loss_of, data, cfg):
-    """{"val": mean loss, domain: mean loss, ...} of the same validation chunks every time, the domains weighted by their size."""
-    sizes = {d: n for d, n in enumerate(np.bincount(data.val.domain, minlength=len(data.domains))) if n}
+    """Losses of the same validation chunks every time -> the mean over the domains, weighted by
+    their size, and {domain: mean loss}, in nats."""
+    n_chunks = np.bincount(data.val.domain, minlength=len(data.domains))
+    domains = np.flatnonzero(n_chunks)
     batches = []
-    for d in sizes:
+    for d in domains:
         ids = np.flatnonzero(data.val.domain == d)
         ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]  # the first ones would be of one document
         batches += [(d, b) for b in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size))]
@@ -167,9 +195,14 @@ def evaluate(model, loss_of, data, cfg):
         if i < n:
             losses[i] = loss
     model.train()
-    losses = parallel.add([losses])[0].numpy()
-    of = {d: np.average([x for x, b in zip(losses, batches) if b[0] == d], weights=[len(b[1]) for b in batches if b[0] == d]) for d in sizes}
-    return {"val": float(np.average(list(of.values()), weights=list(sizes.values())))} | {data.domains[d]: loss for d, loss in of.items()}
+    total, count = np.zeros(len(n_chunks)), np.zeros(len(n_chunks))
+    for (d, ids), loss in zip(batches, parallel.add([losses])[0].tolist()):
+        total[d] += loss * len(ids)
+        count[d] += len(ids)
+    by_domain = total[domains] / count[domains]
+    mean = np.average(by_domain, weights=n_chunks[domains])
+    names = [data.domains[d] for d in domains]
+    return float(mean), dict(zip(names, by_domain.tolist()))
 
 
 # --- the run -------------------------------------------------------------------
@@ -178,21 +211,30 @@ def evaluate(model, loss_of, data, cfg):
 def train(cfg):
     """One run, from cfg to the files in cfg.out_dir. Returns its progress, [(steps done, mean loss in nats since the line before)].
 
-    Raises ValueError or OSError, with what to type: before it writes anything where the input is wrong; later (a loss that is
-    not finite, a full disk) with the last checkpoint whole.
+    Raises UserError or OSError, with what to type: before it writes anything where the input is
+    wrong; later (a loss that is not finite, a full disk) with the last checkpoint whole.
     """
+    if cfg.verify:
+        return verify(cfg.out_dir)
     check_system(cfg)
     device = parallel.start(cfg.device)
-    say = tables.say if parallel.rank() == 0 else lambda text: None
     data = open_dataset(cfg.data_dir, cfg.keep)
     if cfg.block_size > data.meta["block_size"]:
         fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
-        raise ValueError(f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}")
+        raise UserError(f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}")
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
-    out, n_chunks, B = Path(cfg.out_dir), len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
+    parallel.mine(cfg.batch_size * cfg.gradient_accumulation_steps)  # or they cannot share a step
+    with RunFolder(cfg.out_dir) as folder:
+        return run(cfg, folder, device, data, targets)
+
+
+def run(cfg, folder, device, data, targets):
+    """The run in its folder, from the newest checkpoint or from nothing."""
+    say = terminal.say if parallel.rank() == 0 else lambda line: None
+    out, n_chunks, B = folder.path, len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
     own = parallel.mine(B)  # this rank's chunks of a step
-    used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data))
+    used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data, targets))
     checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
     device_type, dtype = device.split(":")[0], getattr(torch, cfg.dtype)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -200,15 +242,17 @@ def train(cfg):
     # model and optimizer
     raw_model = build_model(cfg, data, device)
     if checkpoint:
-        raw_model.load_state_dict(checkpoint["model"])
+        with fitting(used):
+            raw_model.load_state_dict(checkpoint["model"])
     if cfg.shard:
         parallel.shard(raw_model, raw_model.transformer.h, len(targets))
     optimizer = build_optimizer(cfg, raw_model)
     start, best_val_loss, wandb_id, valuation_state, evaluations = 0, math.inf, None, None, []
     if checkpoint:
-        load_optimizer(optimizer, checkpoint["optimizer"])
+        with fitting(used):
+            load_optimizer(optimizer, checkpoint["optimizer"])
+            evaluations = json.loads(checkpoint["evaluations"])
         start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
-        evaluations = json.loads(checkpoint.get("evaluations", "[]"))
     torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
     torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
     model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
@@ -225,14 +269,14 @@ def train(cfg):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
-    checkpoints = Checkpoints(out, cfg.keep_checkpoints, cfg.background, used, start)
+    checkpoints = Checkpoints(folder, cfg.keep_checkpoints, cfg.background, used, start)
     if parallel.rank() == 0:
-        for name in () if checkpoint else RUN_FILES:
-            (out / name).unlink(missing_ok=True)
+        if not checkpoint:
+            folder.set_aside()  # until the first commit of this run
         if cfg.keep and not checkpoint:  # whatever becomes of the file, the run knows what it was trained on
-            books.write_array(out / "chunks.npy", data.keep)
-            cfg.keep = str(out / "chunks.npy")
-        books.write_json(out / "config.json", describe_run(cfg, parallel.size(), data.hash, config.ROOT))
+            files.write_array(out / "chunks.npy", data.keep)
+        about = describe_run(settings(cfg), parallel.size(), data.hash, config.ROOT)
+        files.write_json(out / "config.json", about)
     valuation = Valuation(
         raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
         cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed, cfg.grad_clip, cfg.compile,
@@ -250,25 +294,27 @@ def train(cfg):
     say(f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}")
 
     def validate(step):
-        """Into evaluations.jsonl: {"step": after so many steps, "loss": {"val": nats, domain: nats, ...}}."""
+        """A line of evaluations.jsonl (ledger.py), and what the terminal and the board show."""
         nonlocal best_val_loss
         if not len(data.val.rows):
             return
-        val = evaluate(raw_model, loss_of, data, cfg)
-        best_val_loss = min(best_val_loss, val["val"])
-        evaluations[:] = [*(e for e in evaluations if e["step"] < step), dict(step=step, loss=val)]
-        say(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in val.items()))
+        mean, by_domain = evaluate(raw_model, loss_of, data, cfg)
+        best_val_loss = min(best_val_loss, mean)
+        earlier = [e for e in evaluations if e["step"] < step]
+        evaluations[:] = [*earlier, dict(step=step, val=mean, loss=by_domain)]
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in by_domain.items())
+        say(f"step {step}: val loss {mean:.4f} ({each})")
         if parallel.rank() == 0:
-            books.write_lines(out / "evaluations.jsonl", evaluations)
+            files.write_lines(out / "evaluations.jsonl", evaluations)
         if board:
-            board.log({f"val_loss/{name}": loss for name, loss in val.items()}, step=step)
+            board.log({"val/loss": mean} | {f"val_loss/{name}": loss for name, loss in by_domain.items()}, step=step)
 
     def save(step):
         """Ledger and values first, then the checkpoint that counts on them."""
         valuation.commit()
         weights = {name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad}
         content = dict(model=weights, optimizer=optimizer.state_dict(), model_args=vars(raw_model.config), iter_num=step)
-        content |= dict(best_val_loss=best_val_loss, config=vars(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
+        content |= dict(best_val_loss=best_val_loss, config=settings(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
         content |= dict(data_hash=data.hash, keep=books.crc(data.keep), tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
         content |= dict(evaluations=json.dumps(evaluations))
         checkpoints.write(step, content)
@@ -281,7 +327,8 @@ def train(cfg):
     if parallel.rank():
         torch.manual_seed(cfg.seed + parallel.rank())  # other dropout masks
     if checkpoint and parallel.rank() < len(checkpoint["rng"]):
-        set_rng_state(checkpoint["rng"][parallel.rank()])
+        with fitting(used):
+            set_rng_state(checkpoint["rng"][parallel.rank()])
     del checkpoint
 
     # training loop
@@ -322,7 +369,7 @@ def train(cfg):
             recent = valuation.flush()  # names the chunks if a loss or a value is not finite
             loss = float(parallel.add([torch.stack(losses).mean()])[0]) / parallel.size()
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
+                raise UserError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
             history.append((done, loss))
             now = time.perf_counter()
             dt = (now - clock - paused) / (done - since)
@@ -346,8 +393,11 @@ def train(cfg):
             if board and targets:
                 board.log(board.totals(valuation.total, valuation.used, done), step=done)
         if stopping:
-            command = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if parallel.size() > 1 else "python"
-            say(f"stopped after step {done}; to go on: {command} train.py {out}/config.json --init_from=resume")
+            program = ["python"]
+            if parallel.size() > 1:
+                program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+            following = terminal.command(*program, "train.py", f"{out}/config.json", "--init_from=resume")
+            say(f"stopped after step {done}; to go on: {following}")
             break
     checkpoints.wait()
     interrupted.restore()
@@ -356,10 +406,12 @@ def train(cfg):
         say(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used is not None and valuation.used.any():
         names, audits = [t.name for t in targets], books.read(out, "audit") if cfg.audit_interval else []
-        tables.say(tables.domains(valuation.total, valuation.used, data, names))
-        tables.say(tables.account(books.read(out, "books"), audits, names, data.domains))
-    files = ", ".join(name for name in ("config.json", *RUN_FILES) if (out / name).exists())
-    say(f"\nDone in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {files}")
+        end = tables.domains(valuation.total, valuation.used, data, names)
+        for line in [*end, *tables.account(books.read(out, "books"), audits, names, data.domains)]:
+            say(line)
+    written = ", ".join(name for name in RUN_FILES if (out / name).exists())
+    say("")
+    say(f"Done in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {written}")
     if board:
         board.finish()
     return history

@@ -32,6 +32,9 @@ from ops.adamw import TINY, displacement
 from ops.directions import TWO_PASS, Directions
 from ops.machine import replaying, rng_state
 from parallel import local
+from system import files, terminal
+from system.errors import UserError
+from system.files import crc32
 
 EARLY = 3
 
@@ -51,6 +54,11 @@ def accounted(method):
 
 def host(x):
     return torch.as_tensor(x).double().cpu().numpy()
+
+
+def checksum_of(target):
+    """Of a target whose chunks may change under its name; None of any other."""
+    return target.checksum() if hasattr(target, "checksum") else None
 
 
 def settle(columns, K, lr, kappa):
@@ -96,10 +104,11 @@ class Valuation:
         self.dtypes = dict(ledger=books.visit_dtype(K), books=books.book_dtype(K, n_domains), audit=books.audit_dtype(K))
         if run and parallel.rank() == 0:  # the one that writes
             counted, names = state["records"] if state else {}, ["ledger", "books", "audit"][: 3 if audit_interval else 2]
-            self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], *counted.get(name, ())[:2]) for name in names}
+            self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], counted.get(name)) for name in names}
             self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
             if step:
                 books.add_visits(books.read(run), self.total, self.used)
+            self.files = {"chunks.npy": crc32(run / "chunks.npy")} if (run / "chunks.npy").is_file() else {}
         self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
         self.info |= (
             dict(grad_norm_over=[n + ", rows of the batch's tokens" * hasattr(p, "tokens") for n, p in d.keeping.items()]) if d.keeping else {}
@@ -124,6 +133,7 @@ class Valuation:
     def describe(self, k):
         target = self.targets[k]
         entry = dict(name=target.name, chunks=len(target), source=getattr(target, "source", "text" if target.ids is None else "val.npy"))
+        entry["crc32"] = checksum_of(target)
         if self.sampling == "fixed":
             picks = self.picks(k, 0)
             return entry | dict(ids=(picks if target.ids is None else target.ids[picks]).tolist())
@@ -171,7 +181,7 @@ class Valuation:
     def take_grads(self):
         """The parameters' .grad, which they lose. Raises ValueError if one has none."""
         if unused := [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]:
-            raise ValueError(f"the loss does not depend on {', '.join(unused)}: freeze it with requires_grad_(False)")
+            raise UserError(f"the loss does not depend on {', '.join(unused)}: freeze it with requires_grad_(False)")
         grads = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -306,6 +316,7 @@ class Valuation:
         """Between clipping and the optimizer's step. kappa: the clip coefficient, a number or a tensor. Two-pass rules look at
         the batch's gradient, as the optimizer will take it, and value the chunks; an audit finds the truth of this step."""
         self._collect()
+        self.check_batch()
         self.kappa = kappa
         self.directions.value_kept(self.micro)
         if self.rule in TWO_PASS:
@@ -318,6 +329,15 @@ class Valuation:
             self.truth = self.solve()
         if self.domain_momentum:
             self.follow_momentum()
+
+    def check_batch(self):
+        """Raises UserError where the step's micro-batches are not the batch: a row too few would be
+        written as several, with as many times its value."""
+        found, wanted = sum(len(part.ids) for part in self.micro), self.batch // parallel.size()
+        if found != wanted:
+            examples = "1 example" if found == 1 else f"{found} examples"
+            cure = "leave a rest out, or give Valuation the batch of this step"
+            raise UserError(f"a step of {examples}, but batch={wanted}: {cure}")
 
     def second_pass(self):
         """The chunks' values under directions that their own backward did not know: from the tape, or forward and backward again."""
@@ -355,9 +375,7 @@ class Valuation:
 
     def solve(self):
         """The truth of this step (exact.py), by the optimizer's own step in float64."""
-        from tqdm import tqdm
-
-        progress = partial(tqdm, desc=f"audit of step {self.step}", leave=False, disable=None)
+        progress = partial(terminal.progress, desc=f"audit of step {self.step}", leave=False)
         x = [self.gradient_of(np.arange(self.batch) == i) for i in range(self.batch)]
         drawn, device = self.step - self.step % self.interval, self.params[0].device
         batches = [target.batch(self.picks(k, drawn)) for k, target in enumerate(self.targets)]
@@ -380,6 +398,7 @@ class Valuation:
     def close(self):
         """After the optimizer's step. Nothing is read off the device yet."""
         self._collect()
+        self.check_batch()
         columns = [part.ledger.grad / parallel.size() + part.added if part.values is None else part.values for part in self.micro]
         columns = [torch.cat(columns), torch.cat([part.losses for part in self.micro])[:, None]]
         columns += [torch.cat([getattr(part, name) for part in self.micro])[:, None] for name in ("products", "squares") if self.directions.kept]
@@ -407,7 +426,7 @@ class Valuation:
             if bad.any():
                 what = "loss" if not np.isfinite(visits["loss"]).all() else "value"
                 chunks = ", ".join(map(str, ids[i][bad]))
-                raise ValueError(f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks")
+                raise UserError(f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks")
             entries = {name: host(x) for name, x in closed.book.items()}
             entries |= dict(data=visits["value"].sum(0, dtype=np.float64), loss=visits["loss"].mean(dtype=np.float64))
             entries |= dict(step=closed.step, lr=closed.lr, kappa=kappa)
@@ -450,8 +469,10 @@ class Valuation:
         for records in self.records.values():
             records.commit()
         if self.records:
-            books.write_values(self.run, self.total, self.used)
-            books.write_json(self.run / "values.json", dict(self.info, committed_step=self.step))
+            sums = {f"{name}.npy": records.counted() for name, records in self.records.items()}
+            sums["values.npy"] = books.write_values(self.run, self.total, self.used)
+            info = dict(self.info, committed_step=self.step, files=self.files | sums)
+            files.write_json(self.run / "values.json", info)
 
     def state_dict(self):
         """What cannot be recomputed from the weights at the next step: gradients still to be reused, the domains' momentum."""
@@ -459,4 +480,5 @@ class Valuation:
             return {}
         grads = [parallel.gather(g, 1) if self.sharded else g for g in self.grads] if self.interval > 1 else None
         records = {name: records.counted() for name, records in self.records.items()}
-        return dict(grads=grads, domain_momentum=self.domain_momentum, records=records)
+        targets = [[target.name, checksum_of(target)] for target in self.targets]
+        return dict(grads=grads, domain_momentum=self.domain_momentum, records=records, targets=targets)

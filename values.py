@@ -25,6 +25,7 @@ from show import commands, tables
 from show.exports import compare, export
 from show.run import open_run
 from sources.origins import Documents
+from system.errors import UserError
 
 # --- the commands: (run, options) -> plain dicts and lists; a float may be NaN ------
 
@@ -114,11 +115,11 @@ def tokens(run, *, chunk: int, target=""):
 def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
     """Which training chunks helped the model to write a text, approximately, with --text or --file; with --bottom, which hinder it."""
     if bool(text) == bool(file):
-        raise ValueError("query needs a text: write --text=... or --file=PATH, and not both")
+        raise UserError("query needs a text: write --text=... or --file=PATH, and not both")
     try:
         text = text or Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"--file={file} cannot be read as UTF-8 text ({e})") from e
+        raise UserError(f"--file={file} cannot be read as UTF-8 text ({e})") from e
     import revalue  # and torch with it, which reading values needs not
 
     return top(open_run(revalue.query(run, text), run.data.path), n, "", domain, chars, bottom)

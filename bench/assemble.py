@@ -25,6 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import config
 from ops import weight_grad as kernel
+from system.errors import UserError
 
 # Registers and bytes of shared memory of a multiprocessor; a block's share of the second is 1 KB more than it asks for.
 PROCESSOR = {"80": (65536, 167936), "90": (65536, 233472)}
@@ -37,7 +38,7 @@ class Config:
     K: int = 1  # targets
 
     def __post_init__(self):
-        config.positive(self, "K")
+        config.check(self, at_least={"K": 1})
 
 
 def assemble(tiling, arch, dtype, K):
@@ -73,7 +74,7 @@ def assemble(tiling, arch, dtype, K):
 
 def main(cfg):
     if kernel.triton is None:
-        raise ValueError("triton is not installed: type pip install -r requirements-dev.txt")
+        raise UserError("triton is not installed: type pip install -r requirements-dev.txt")
     print(f"{'tiling':38}{'registers':>10}{'stack bytes':>12}{'shared':>9}{'blocks':>8}  products")
     rows = [assemble(tiling, cfg.arch, cfg.dtype, cfg.K) for tiling in kernel.TILINGS if cfg.arch == "90" or not tiling.tma]
     for row in rows:

@@ -34,6 +34,7 @@ import torch
 import config
 import ghost
 from ops import head
+from system.errors import UserError
 
 MARGIN = 4.0
 HEADS = ("whole", "chunked")
@@ -53,14 +54,14 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"  # of activations and their gradients
 
     def __post_init__(self):
-        config.positive(self, "K", "rounds")
+        config.check(self, at_least={"K": 1, "rounds": 1})
 
 
 def sizes(text):
     try:
         return [tuple(map(int, pair.split("x"))) for pair in text.split(",")]
     except ValueError:
-        raise ValueError(f"{text!r}: write pairs of numbers, as 384x1536,96x384") from None
+        raise UserError(f"{text!r}: write pairs of numbers, as 384x1536,96x384") from None
 
 
 def error(x, truth):

@@ -39,6 +39,7 @@ from data import Target
 from model import GPT, GPTConfig
 from ops.directions import RULES
 from ops.machine import peak_flops
+from system.errors import UserError
 from valuation import Valuation
 
 SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
@@ -71,11 +72,11 @@ class Config:
     def __post_init__(self):
         for shape in self.shapes.split(","):
             if shape not in SHAPES:
-                raise ValueError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
+                raise UserError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
         for rule in self.rules.split(","):
             if rule not in RULES[1:]:
-                raise ValueError(f"--rules={rule}: choose from {', '.join(RULES[1:])}")
-        config.positive(self, "target", "K", "accumulation", "rounds")
+                raise UserError(f"--rules={rule}: choose from {', '.join(RULES[1:])}")
+        config.check(self, at_least={"target": 1, "K": 1, "accumulation": 1, "rounds": 1})
 
 
 class Bench:
@@ -213,7 +214,7 @@ def main(cfg):
         return run_arm(cfg)
     cfg.device, rows = parallel.start(cfg.device), []
     if cfg.target % parallel.size() or any(SHAPES[shape][-1] % parallel.size() for shape in cfg.shapes.split(",")):
-        raise ValueError(f"{parallel.size()} processes cannot share --target={cfg.target} or a shape's B evenly: write --target={parallel.size()}")
+        raise UserError(f"{parallel.size()} processes cannot share --target={cfg.target} or a shape's B evenly: write --target={parallel.size()}")
     cfg.memory = cfg.memory and parallel.size() == 1
     for shape in cfg.shapes.split(","):
         rows += measure(cfg, shape)

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ops.machine import describe_run
+from system.errors import UserError
 
 
 def begin(cfg):
@@ -59,7 +60,7 @@ def side_by_side(function, jobs, path, workers=0):
 
 def read_rows(path):
     if not Path(path).is_file():
-        raise ValueError(f"no {path}: leave out --part=report")
+        raise UserError(f"no {path}: leave out --part=report")
     return [json.loads(line) for line in open(path)]
 
 

@@ -43,6 +43,7 @@ from prepare_pile import Config as PileConfig
 from show.run import open_run
 from sources.documents import open_source, records
 from sources.tokenizers import tokenizer
+from system.errors import UserError
 
 JUNK = ("shuffled tokens", "base64", "duplicates", "wrong language")
 
@@ -118,7 +119,7 @@ def write_corpus(cfg, folder):
             yield item
             if tokens < 0:
                 return
-        raise ValueError(f"--source={cfg.source} has too little text for --tokens={cfg.tokens}: lower --tokens")
+        raise UserError(f"--source={cfg.source} has too little text for --tokens={cfg.tokens}: lower --tokens")
 
     rest = iter(clean)
     target = list(up_to(cfg.tokens // 12, rest))

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config
 from data import open_dataset, tokenizer
 from experiments.common import begin, finish, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
+from system.errors import UserError
 
 FLOOR, PASSES = 0.1, 4
 ARMS = {"natural": None, "uniform": None, "broad: by value": "broad", "broad: inverted": "broad"}  # arm -> the target it is for
@@ -79,7 +80,7 @@ def split_heldout(cfg):
 
     data, width = open_dataset(cfg.data), cfg.block_size + 1
     if data.meta["block_size"] != cfg.block_size:
-        raise ValueError(f"{cfg.data} was prepared with --block_size={data.meta['block_size']}: type that, or another --data")
+        raise UserError(f"{cfg.data} was prepared with --block_size={data.meta['block_size']}: type that, or another --data")
     docs, decode = pq.read_table(data.path / "val_docs.parquet").to_pylist(), tokenizer(data.meta["tokenizer"]).decode
     texts, test = {}, {}
     for d, name in enumerate(data.domains):
@@ -95,7 +96,7 @@ def split_heldout(cfg):
             n = min(cfg.test_chunks, free.sum())
             test[name] = ids[free][np.linspace(0, free.sum() - 1, n).astype(int)]
     if cfg.narrow not in test:
-        raise ValueError(f"--narrow={cfg.narrow}: {cfg.data} has held-out documents of {', '.join(test)}")
+        raise UserError(f"--narrow={cfg.narrow}: {cfg.data} has held-out documents of {', '.join(test)}")
     size = min(map(len, texts.values()))
     Path(f"{cfg.data}-broad.txt").write_text("".join(text[:size] for text in texts.values()), encoding="utf-8")
     Path(f"{cfg.data}-narrow.txt").write_text(texts[cfg.narrow], encoding="utf-8")
@@ -112,7 +113,7 @@ def draw(weights, n, domain, seed):
     while not closed.all():  # what a small domain cannot give goes to the others
         open_weights = np.where(closed, 0, weights)
         if not open_weights.sum():
-            raise ValueError(f"the chosen domains hold {held[weights > 0].sum()} chunks, too few for {n} in {PASSES} passes: take fewer --steps")
+            raise UserError(f"the chosen domains hold {held[weights > 0].sum()} chunks, too few for {n} in {PASSES} passes: take fewer --steps")
         counts[~closed] = ((n - counts[closed].sum()) * open_weights / open_weights.sum())[~closed]
         over = ~closed & (counts > PASSES * held)
         if not over.any():

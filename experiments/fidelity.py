@@ -37,6 +37,7 @@ import exact
 from data import global_batch, open_dataset
 from experiments import rules
 from model import GPT, GPTConfig
+from system.errors import UserError
 
 T, WARMUP = 64, 100
 VOCABS = {"byte": dict(n_layer=3, n_head=4, n_embd=96), "gpt2": dict(n_layer=3, n_head=2, n_embd=32)}  # tied head in both
@@ -331,7 +332,7 @@ def figure(rows, path):
 def main(cfg):
     out = Path(cfg.out)
     if cfg.part == "report" and not (out / "rows.jsonl").is_file():
-        raise ValueError(f"no rows.jsonl in {out}: leave out --part=report")
+        raise UserError(f"no rows.jsonl in {out}: leave out --part=report")
     out.mkdir(parents=True, exist_ok=True)
     if cfg.part in ("all", "rules"):
         run(cfg)

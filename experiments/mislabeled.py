@@ -47,6 +47,7 @@ import config
 from data import global_batch
 from experiments.common import begin, finish, markdown, mean_se, pyplot, read_rows, shown, side_by_side
 from ops.net import Examples, Net
+from system.errors import UserError
 from valuation import Valuation
 
 PACKAGE = "/usr/share/datasets/fashion-mnist"
@@ -107,7 +108,7 @@ def images(cfg):
             path = Path(cfg.data, f"{part}-{kind}-ubyte")
             packed = path.with_name(path.name + ".gz")
             if not (path.is_file() or packed.is_file()):
-                raise ValueError(f"no {path.name}[.gz] in {cfg.data}: apt-get install dataset-fashion-mnist, or write --data=<its folder> or digits")
+                raise UserError(f"no {path.name}[.gz] in {cfg.data}: apt-get install dataset-fashion-mnist, or write --data=<its folder> or digits")
             raw = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
             pools.append(np.frombuffer(raw, np.uint8, offset=skip))
     return pools[0].reshape(-1, 1, 28, 28), pools[1], pools[2].reshape(-1, 1, 28, 28), pools[3]
@@ -117,7 +118,7 @@ def draw(cfg, seed):
     """Train X, Y with wrong labels and which they are, val and test: a function of the seed."""
     rng, (X, Y, other_X, other_Y) = np.random.default_rng(seed), images(cfg)
     if cfg.train + cfg.val >= len(X):
-        raise ValueError(f"--train={cfg.train} and --val={cfg.val} leave nothing of {len(X)} images: make them smaller")
+        raise UserError(f"--train={cfg.train} and --val={cfg.val} leave nothing of {len(X)} images: make them smaller")
     order = rng.permutation(len(X))
     train, val, rest = np.split(order, [cfg.train, cfg.train + cfg.val])
     if other_X is None:
@@ -138,7 +139,7 @@ def library(name):
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise ValueError(f"{name} is missing ({e}): pip install -r requirements-experiments.txt") from e
+        raise UserError(f"{name} is missing ({e}): pip install -r requirements-experiments.txt") from e
 
 
 # --- training ---------------------------------------------------------------------

@@ -46,6 +46,7 @@ from ops.checkpoints import read_checkpoint
 from show.run import open_run
 from sources.documents import open_source, records
 from sources.tokenizers import TOKENIZERS, GPT2Tokenizer, tokenizer
+from system.errors import UserError
 
 KINDS = ("partial exact", "paraphrase", "significant paraphrase", "similar topic")
 METHODS = ("in-run", "in-run, early steps out", "in-run, share of step", "in-run, z in step", "TracIn", "influence function", "BM25")
@@ -86,9 +87,9 @@ class Config:
             vars(self).update(TINY, data=self.data + "-quick")
         for key in "chunks batch_size micro_batches epochs curvature_chunks cg_iterations".split():
             if getattr(self, key) < 1:
-                raise ValueError(f"--{key}={getattr(self, key)}: it must be at least 1")
+                raise UserError(f"--{key}={getattr(self, key)}: it must be at least 1")
         if self.batch_size % self.micro_batches:
-            raise ValueError(f"--batch_size={self.batch_size} is not a multiple of --micro_batches={self.micro_batches}")
+            raise UserError(f"--batch_size={self.batch_size} is not a multiple of --micro_batches={self.micro_batches}")
 
 
 # --- GPT-2's first tokens -----------------------------------------------------------
@@ -120,12 +121,12 @@ def read_sets(cfg):
     sets = dict(list(json.loads(path.read_text()).items())[: cfg.sets or None])
     for name, texts in sets.items():
         if missing := {"source", *KINDS} - texts.keys():
-            raise ValueError(f"{path}: {name!r} has no {', '.join(sorted(missing))}")
+            raise UserError(f"{path}: {name!r} has no {', '.join(sorted(missing))}")
         texts["source"] = tok.decode(tok.encode(texts["source"])[: cfg.block_size])
         if len(tok.encode(texts["source"])) != cfg.block_size or texts["partial exact"] not in texts["source"]:
-            raise ValueError(f"{path}: the source of {name!r} fills no chunk of --block_size={cfg.block_size}, or does not hold its part there")
+            raise UserError(f"{path}: the source of {name!r} fills no chunk of --block_size={cfg.block_size}, or does not hold its part there")
         if max(len(tok.encode(texts[kind])) for kind in KINDS) > cfg.block_size:
-            raise ValueError(f"{path}: a text of {name!r} is longer than --block_size={cfg.block_size} tokens")
+            raise UserError(f"{path}: a text of {name!r} is longer than --block_size={cfg.block_size} tokens")
     return sets
 
 
@@ -157,7 +158,7 @@ def find_sources(data, tok, sets):
     for name, texts in sets.items():
         planted = np.flatnonzero(data.train.domain == data.domains.index(f"planted: {name}")) if f"planted: {name}" in data.domains else []
         if len(planted) != 1 or tok.decode(data.train.rows[planted[0], :-1]) != texts["source"]:
-            raise ValueError(f"{data.path} was made of other texts: remove it, or write another --data")
+            raise UserError(f"{data.path} was made of other texts: remove it, or write another --data")
         found[name] = int(planted[0])
     return found
 

@@ -1,18 +1,79 @@
 """Checkpoints: whole tensors, so that any number of ranks can go on, sharded or not."""
 
+import contextlib
 import os
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import ledger
-from ledger import atomic, claim, crc32
-from parallel import full, is_sharded, on_rank_0, rank
+from parallel import full, is_sharded, rank
+from system.errors import UserError
+from system.files import atomic, check_entries, crc32, read_json, short
+from system.terminal import command, say, warn
+
+STARTS = ("init_from", "overwrite", "verify", "out_dir")  # settings of a start, not of a run
+NONE = type(None)
+ENTRIES = {"model": dict, "optimizer": dict, "model_args": dict, "iter_num": int, "config": dict}
+ENTRIES |= {"best_val_loss": float, "valuation": dict, "data_hash": str, "tokenizer": str}
+ENTRIES |= {"rng": list, "evaluations": str, "keep": (int, NONE), "wandb_id": (str, NONE)}
+CURE = "take another checkpoint, or one from a source you trust"
+BATCH = ("batch_size", "gradient_accumulation_steps")
+MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
+
+# --- reading ----------------------------------------------------------------------
+
+
+def find_checkpoints(run):
+    """ckpt.pt, the newest, and ckpt-<step>.pt, those before it: paths, the newest first."""
+    older = [path for path in run.glob("ckpt-*.pt") if path.stem[5:].isdigit()]
+    older.sort(key=lambda path: -int(path.stem[5:]))
+    return [path for path in (run / "ckpt.pt", *older) if path.is_file()]
+
+
+def read_checkpoint(path):
+    """What Checkpoints wrote, memmapped. Raises UserError where a byte of it is not what was
+    written (torch.load would not always see that), or a stranger made it of something else."""
+    size = path.stat().st_size - 8
+    with open(path, "rb") as f:
+        f.seek(max(0, size))
+        if f.read() != b"%08x" % crc32(path, size=size):
+            raise UserError(f"{path} is damaged: its checksum does not fit")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:  # its text says how to load it all the same: not here
+        what = "holds more than weights and numbers: loading it would run code of whoever made it"
+        raise UserError(f"{path} {what}. It is not loaded: {CURE}") from e
+    except (*MALFORMED, EOFError, OSError) as e:
+        raise UserError(f"{path} is no checkpoint ({short(e)}): {CURE}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no checkpoint (it holds a {type(content).__name__}): {CURE}")
+    check_entries(content, ENTRIES, path, CURE)
+    if not all_finite(content["model"]):
+        raise UserError(f"{path} has weights that are not finite: {CURE}")
+    return content
+
+
+def all_finite(weights):
+    return all(bool(torch.isfinite(w).all()) for w in weights.values() if torch.is_tensor(w))
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """What cannot be made of a checkpoint's content becomes one line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as e:
+        raise UserError(f"{path} does not fit this program ({short(e)}): {CURE}") from e
 
 
 def load_optimizer(optimizer, state):
-    """An optimizer's state_dict of whole tensors -> the optimizer's, laid out as its parameters are."""
+    """An optimizer's state_dict of whole tensors -> the optimizer's, laid out as its parameters."""
     optimizer.load_state_dict(state)
     for p, entries in optimizer.state.items():
         for name, t in entries.items():
@@ -22,28 +83,18 @@ def load_optimizer(optimizer, state):
                 entries[name] = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def find_checkpoints(run):
-    """ckpt.pt, the newest, and ckpt-<step>.pt, those before it: paths, the newest first."""
-    older = [path for path in run.glob("ckpt-*.pt") if path.stem[5:].isdigit()]
-    return [path for path in (run / "ckpt.pt", *sorted(older, key=lambda path: -int(path.stem[5:]))) if path.is_file()]
-
-
-def read_checkpoint(path):
-    """What Checkpoints wrote. Raises ValueError if a byte of it is not what was written: torch.load would not always see that."""
-    size = path.stat().st_size - 8
-    with open(path, "rb") as f:
-        f.seek(max(0, size))
-        if f.read() != b"%08x" % crc32(path, size=size):
-            raise ValueError("it is damaged: its checksum does not fit")
-    return torch.load(path, map_location="cpu", weights_only=True)
+# --- writing ----------------------------------------------------------------------
 
 
 def whole(x, copied, done):
-    """A nest of dicts, lists and tensors with every tensor whole: sharded ones on rank 0's host only, a copy on the host if copied. done: {}."""
+    """A nest of dicts, lists and tensors with every tensor whole, and numpy's numbers as Python's.
+    Sharded tensors are put together on rank 0's host only; copied: all lie there. done: {}."""
     if isinstance(x, dict):
         return {key: whole(value, copied, done) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [whole(value, copied, done) for value in x]
+    if isinstance(x, np.generic):  # torch.load refuses them
+        return x.item()
     if not torch.is_tensor(x):
         return x
     if id(x) not in done:  # tied weights are one tensor
@@ -53,17 +104,19 @@ def whole(x, copied, done):
 
 
 class Checkpoints:
-    """Takes a run's folder, writes its checkpoints, each whole or not at all, and keeps the last few."""
+    """Writes a run's checkpoints, each whole or not at all, and keeps the last few."""
 
-    def __init__(self, run, keep, background, used=None, step=0):
-        """used: the checkpoint the run goes on from, of that step, if any; those that came after it, or all, are none of this run's.
-        background: copy to the host's memory, and go on while a thread writes. Raises ValueError if another process has the folder."""
-        self.run, self.keep, self.step, self.writing = run, keep, step, None
-        self.pool = ThreadPoolExecutor(1) if background else None
-        on_rank_0(lambda: self._take(used))
+    def __init__(self, folder, keep, background, used=None, step=0):
+        """folder: ops.folder.RunFolder. used: the checkpoint of that step which the run goes on
+        from, if any; those that came after it, or all, are none of this run's. background: copy to
+        the host's memory, and go on while a thread writes."""
+        self.folder, self.run, self.keep, self.step = folder, folder.path, keep, step
+        self.writing, self.pool = None, ThreadPoolExecutor(1) if background else None
+        folder.wait = self.wait
+        if rank() == 0:
+            self.forget_others(used)
 
-    def _take(self, used):
-        self.lock = claim(self.run, "out_dir")  # as long as this object lives
+    def forget_others(self, used):
         if used:
             os.replace(used, self.run / "ckpt.pt")
         for path in find_checkpoints(self.run):
@@ -71,75 +124,148 @@ class Checkpoints:
                 path.unlink()
 
     def write(self, step, content):
-        """content: what to save, a nest of dicts, lists and tensors; every rank must call. Raises OSError if this one, or the one that was
-        still being written, does not fit; what is on disk stays whole."""
+        """content: what to save, a nest of dicts, lists and tensors; every rank must call. Raises
+        OSError if this one, or the one that was still being written, does not fit; what is on disk
+        stays whole."""
         self.wait()
         content = whole(content, self.pool is not None, {})
-        if rank() == 0:
-            self.writing = self.pool.submit(self._write, step, content) if self.pool else self._write(step, content)
+        if rank():
+            return
+        if self.pool:
+            self.writing = self.pool.submit(self.write_one, step, content)
+        else:
+            self.write_one(step, content)
 
     def wait(self):
         if self.writing:
             self.writing.result()
 
-    def _write(self, step, content):
+    def write_one(self, step, content):
+        if not all_finite(content["model"]):
+            what = f"the weights are not finite after step {step}: lower --learning_rate"
+            raise UserError(f"{what}. The last checkpoint is whole")
         try:
             with atomic(self.run / "ckpt.pt", keep=self.run / f"ckpt-{self.step}.pt") as f:
                 torch.save(content, f)
                 f.flush()
-                f.write(b"%08x" % crc32(f.name))  # behind the zip file's end, where torch.load does not look
+                f.write(b"%08x" % crc32(f.name))  # behind the zip file's end, unseen by torch.load
+                f.flush()
+                read_checkpoint(Path(f.name))  # before one that can be read is forgotten
         except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
             cause = e if isinstance(e, OSError) else e.__context__
             if not isinstance(cause, OSError):
                 raise
-            raise OSError(f"{cause}. No checkpoint of step {step}; the one before it is whole: make room, then --init_from=resume") from e
+            what = f"no checkpoint of step {step}; the one before it is whole"
+            text = f"{cause.strerror}. {what[0].upper()}{what[1:]}"
+            raise OSError(cause.errno, text, str(self.run / "ckpt.pt")) from e
         self.step = step
         for path in find_checkpoints(self.run)[self.keep :]:
             path.unlink()
+        self.folder.forget_before()
 
 
 # --- which to go on from ----------------------------------------------------------
 
-# may differ between a run and its resumption; everything else would make the values belong to another run
+# may differ between a run and its resumption; everything else would make the values belong to
+# another run
 MAY_CHANGE = """
-out_dir data_dir keep init_from overwrite max_iters eval_interval eval_chunks log_interval checkpoint_interval keep_checkpoints background
-wandb_log wandb_project wandb_run_name wandb_histogram_interval tensorboard_log device compile shard""".split()
+out_dir data_dir keep max_iters eval_interval eval_chunks log_interval checkpoint_interval
+keep_checkpoints background wandb_log wandb_project wandb_run_name wandb_histogram_interval
+tensorboard_log device compile shard""".split()
 
 
-def find_checkpoint(cfg, data):
-    """Refuses what would be lost. Returns the path of the checkpoint to go on from, the newest that is whole, or None."""
+def settings_of(path):
+    """A run's config.json -> its settings, for the folder it lies in now. Where it is damaged they
+    come from the newest checkpoint that is whole. Raises UserError where there is none."""
+    folder = path.parent
+    try:
+        settings = read_json(path, "name another", {"config": dict}, unsealed=True)["config"]
+    except UserError as e:
+        settings = saved_settings(folder)
+        if settings is None:
+            raise
+        warn(f"{e.args[0].rpartition(':')[0]}: its settings are those of the checkpoint beside it")
+    settings = {key: value for key, value in settings.items() if key not in STARTS}
+    settings["out_dir"] = str(folder)
+    if settings.get("keep") and (folder / "chunks.npy").is_file():
+        settings["keep"] = str(folder / "chunks.npy")
+    return settings
+
+
+def saved_settings(folder):
+    for path in find_checkpoints(folder):
+        with contextlib.suppress(UserError):
+            return read_checkpoint(path)["config"]
+    return None
+
+
+def find_checkpoint(cfg, data, targets):
+    """Refuses what would be lost. Returns the path of the checkpoint to go on from, the newest that
+    is whole, or None."""
     out, resume = Path(cfg.out_dir), cfg.init_from != "scratch"
     found = find_checkpoints(out)
     if cfg.init_from == "auto":
         resume = (out / "config.json").is_file()
     if not resume:
         if (found or (out / "values.npy").exists()) and not cfg.overwrite:
-            raise ValueError(f"{out} already holds a run: --init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere")
+            ways = "--init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere"
+            raise UserError(f"{out} already holds a run: {ways}")
         return None
-    if not (out / "config.json").is_file():
-        raise ValueError(f"nothing to resume in {out}: name the run's folder with --out_dir=..., or leave out --init_from")
+    if not (out / "config.json").is_file() and not found:
+        cure = "name the run's folder with --out_dir=..., or leave out --init_from"
+        raise UserError(f"nothing to resume in {out}: {cure}")
     for path in found:
         try:
             checkpoint = read_checkpoint(path)
             ledger.check(out, checkpoint["valuation"].get("records", {}))
-        except ValueError as e:
-            print(f"{path} cannot be used, {e}: trying the one before it")
+        except UserError as e:
+            say(f"{path} cannot be used ({e}): trying the one before it")
             continue
-        check_resumption(cfg, data, checkpoint)
+        check_resumption(cfg, data, targets, checkpoint, path)
         return path
     if found:
-        raise ValueError(f"no checkpoint in {out} is whole: --overwrite starts over")
-    print(f"{out} has no checkpoint yet: starting at step 0")
+        cure = repair_or_start_over(out, found)
+        raise UserError(f"no checkpoint in {out} is whole, or the rows it counts on: {cure}")
+    say(f"{out} has no checkpoint yet: starting at step 0")
+    return None
 
 
-def check_resumption(cfg, data, checkpoint):
-    """Raises ValueError where this configuration would go on with another run's values."""
-    was, product = checkpoint["config"], lambda had: had["batch_size"] * had["gradient_accumulation_steps"]
-    free = [*MAY_CHANGE, *("batch_size gradient_accumulation_steps".split() if product(was) == product(vars(cfg)) else ())]
+def repair_or_start_over(out, found):
+    """What to type where no checkpoint can be used: if one is whole, only rows are damaged."""
+    for path in found:
+        with contextlib.suppress(UserError):
+            step = read_checkpoint(path)["iter_num"]
+            repair = command("python", "revalue.py", str(out), "--repair")
+            return f"the weights of step {step} are whole; type: {repair}, which makes those rows again"
+    return "--overwrite starts over"
+
+
+def check_resumption(cfg, data, targets, checkpoint, path):
+    """Raises UserError where this configuration would go on with another run's values."""
+    out, was = cfg.out_dir, checkpoint["config"]
+    had_batch = [was.get(key) for key in BATCH]
+    now_batch = [getattr(cfg, key) for key in BATCH]
+    with fitting(path):
+        same_batch = np.prod(had_batch) == np.prod(now_batch)
+    free = [*MAY_CHANGE, *STARTS, *(BATCH if same_batch else ())]
     for key, had in was.items():
+        if not hasattr(cfg, key):
+            raise UserError(f"{path} was written by another version (it has a setting {key!r}): {CURE}")
         if getattr(cfg, key) != had and key not in free:
-            raise ValueError(f"--{key}={getattr(cfg, key)}, but {cfg.out_dir} was run with {key}={had}: type --{key}={had}, or another --out_dir")
+            here = f"--{key}={getattr(cfg, key)}, but {out} was run with {key}={had}"
+            raise UserError(f"{here}: type --{key}={had}, or another --out_dir")
     if checkpoint["data_hash"] != data.hash:
-        raise ValueError(f"{data.path} is not the data of {cfg.out_dir} (its hash differs): name the run's data with --data_dir=...")
-    if checkpoint.get("keep") != ledger.crc(data.keep):
-        raise ValueError(f"--keep={cfg.keep} does not name the chunks that {cfg.out_dir} was trained on: type --keep={was.get('keep', '')}")
+        what = f"{data.path} is not the data of {out} (its hash differs)"
+        raise UserError(f"{what}: name the run's data with --data_dir=...")
+    if checkpoint["keep"] != ledger.crc(data.keep):
+        what = f"--keep={cfg.keep} does not name the chunks that {out} was trained on"
+        raise UserError(f"{what}: type --keep={was.get('keep', '')}")
+    check_targets(targets, checkpoint["valuation"].get("targets", []), out)
+
+
+def check_targets(targets, had, out):
+    """Raises UserError where a target's text has changed. had: [[name, checksum]] of a run."""
+    for target, (name, crc) in zip(targets, had):
+        if target.checksum() != crc:
+            what = f"the text of the target {name!r} is not the one that {out} was run with"
+            raise UserError(f"{what}: put the old one back, or write another --out_dir")

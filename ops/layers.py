@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import ghost
+from system.errors import UserError
 
 INSTEAD = "take nn.Linear, nn.Embedding, nn.LayerNorm or nn.Conv2d in its place, or freeze it with requires_grad_(False)"
 
@@ -28,11 +29,11 @@ class Ghosts(TorchFunctionMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         params = [t for t in given if t in self.names]
         if func is F.batch_norm and (kwargs.get("training") or args[5:6] == (True,)):
-            raise ValueError(f"batch norm ({', '.join(map(self.names.get, params))}) mixes examples: take nn.LayerNorm in its place, or its eval()")
+            raise UserError(f"batch norm ({', '.join(map(self.names.get, params))}) mixes examples: take nn.LayerNorm in its place, or its eval()")
         result = OPS[func](self, *args, **kwargs) if params and func in OPS else func(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if params and func not in OPS and any(t.requires_grad or not params[0].requires_grad for t in made):
-            raise ValueError(f"{self.names[params[0]]} meets {func.__name__}, which gives no values: {INSTEAD}")
+            raise UserError(f"{self.names[params[0]]} meets {func.__name__}, which gives no values: {INSTEAD}")
         if any(hasattr(t, "of_batch") for t in given):
             for t in made:
                 t.of_batch = True
@@ -44,9 +45,9 @@ class Ghosts(TorchFunctionMode):
         if input in self.names or any(p is not None and p not in self.names for p in params):
             because = because or "the rest of its layer is frozen, or made from it: train the whole layer as it is, or freeze it all"
         if because:
-            raise ValueError(f"{name}: {because}")
+            raise UserError(f"{name}: {because}")
         if input.dim() == 0 or len(input) != self.B:
-            raise ValueError(f"{name} meets a tensor {tuple(input.shape)} in a batch of {self.B}: each example needs its own, as in x.expand(B, ...)")
+            raise UserError(f"{name} meets a tensor {tuple(input.shape)} in a batch of {self.B}: each example needs its own, as in x.expand(B, ...)")
 
     def linear(self, input, weight, bias=None):
         self.check(input, weight, bias)

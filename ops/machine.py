@@ -1,6 +1,7 @@
 """The machine and the process that a run is on."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -11,24 +12,58 @@ import timeit
 import numpy as np
 import torch
 
+from system.errors import UserError
+
+
+def check_device(name):
+    """Raises UserError where this machine has no device of this name."""
+    kind, _, number = name.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    wanted = int(number) + 1 if number.isdigit() else 1
+    if (number and not number.isdigit()) or wanted > here.get(kind, 0):
+        raise UserError(f"--device={name} is not on this machine: write --device=cpu")
+
+
+def check_size(cfg):
+    """Raises UserError where the machine's memory cannot hold the model, its gradient and moments.
+    A layer's own objects count too: there may be a billion layers of nothing."""
+    parameters = 12 * cfg.n_layer * cfg.n_embd**2 + 256 * cfg.n_embd
+    needed = 16 * parameters + 20_000 * cfg.n_layer
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if cfg.device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(cfg.device).total_memory
+    if needed > memory * int(os.environ.get("WORLD_SIZE", "1")):
+        what = f"--n_layer={cfg.n_layer} --n_embd={cfg.n_embd} make {parameters:.1e} parameters"
+        room = f"over {needed / 1e9:,.0f} GB, and here are {memory / 1e9:,.0f}"
+        raise UserError(f"{what}, with their moments {room}: write smaller numbers")
+
+
+def check_package(name, key):
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"--{key} needs the package {name}: type pip install {name}, or leave it out")
+
 
 def check_system(cfg):
+    check_device(cfg.device)
+    check_size(cfg)
+    if cfg.wandb_log:
+        check_package("wandb", "wandb_log")
+    if cfg.tensorboard_log:
+        check_package("tensorboard", "tensorboard_log")
     kind = cfg.device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device={cfg.device} is not on this machine: write --device=cpu")
     if cfg.shard and "RANK" not in os.environ:
-        raise ValueError("--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ...")
+        raise UserError("--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ...")
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
+        raise UserError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
 
 
-def describe_run(cfg, processes, data_hash, root):
+def describe_run(settings, processes, data_hash, root):
     """What config.json says: enough to run it again. root: of the code."""
     git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
     commit = git.stdout.strip() if git and git.returncode == 0 else None
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    run = dict(config=vars(cfg), command=" ".join(["python", *sys.argv]), processes=processes, git_commit=commit)
+    run = dict(config=settings, command=" ".join(["python", *sys.argv]), processes=processes, git_commit=commit)
     return run | dict(versions=versions, data_hash=data_hash)
 
 

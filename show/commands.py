@@ -5,7 +5,6 @@ What stands in the data may be anything: only in JSON, where it is escaped, are 
 """
 
 import argparse
-import bisect
 import csv
 import inspect
 import io
@@ -15,10 +14,12 @@ import math
 import os
 import shutil
 import sys
-import unicodedata
 
 from show import tables
-from show.tables import visible
+from show.tables import fit
+from system import terminal
+from system.errors import UserError
+from system.terminal import visible
 
 HELP = dict(
     run="a run's folder, as out/demo",
@@ -45,7 +46,7 @@ ROWS |= dict(tokens="tokens", query="chunks")
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message}; type: {self.prog} --help")
+        raise UserError(f"{message}; type: {self.prog} --help")
 
 
 def count(text):
@@ -85,14 +86,31 @@ def parse(doc, functions, argv=None):
 # --- what they return -> text ------------------------------------------------------
 
 
+class Text(str):
+    """A line of a text, whose tabs stay."""
+
+
+class Coloured(list):
+    """[(a piece of a text, a number from -1, hurt, to 1, helped)], printed in colours."""
+
+
 def show(command, result, style):
-    sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal cannot write it
     if style == "json":
         print(json.dumps(plain(result), indent=1, allow_nan=False))
     elif style == "csv":
         print(as_csv(result[ROWS[command]]), end="")
     else:
-        print("\n".join(SHOWN[command](result)))
+        say_lines(SHOWN[command](result))
+
+
+def say_lines(lines):
+    for line in lines:
+        if isinstance(line, Coloured):
+            sys.stdout.write_as_it_is("".join(coloured(*piece) for piece in line) + "\n")
+        elif isinstance(line, Text):
+            terminal.say_text(line)
+        else:
+            terminal.say(line)
 
 
 def plain(x):
@@ -114,17 +132,13 @@ def as_csv(rows):
             flat[-1] |= {k: " ".join(str(doc["doc"]) for doc in v) if isinstance(v, list) else v for k, v in cells.items()}
     writer = csv.writer(file, lineterminator="\n")
     for cells in [list(flat[0]) if flat else [], *(row.values() for row in flat)]:
-        writer.writerow([visible(cell) if isinstance(cell, str) else cell for cell in cells])
+        writer.writerow([as_cell(cell) if isinstance(cell, str) else cell for cell in cells])
     return file.getvalue()
 
 
-def fit(text, cells, right=False):
-    """Padded or cut to a width in the cells of a terminal, where a Chinese character takes two."""
-    ends = list(itertools.accumulate(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)) or [0]
-    if ends[-1] > cells:
-        text, ends = text[: (i := bisect.bisect_right(ends, cells - 1))] + "\u2026", [ends[i - 1] + 1 if i else 1]
-    blank = " " * (cells - ends[-1])
-    return blank + text if right else text + blank
+def as_cell(text):
+    """A text that a spreadsheet takes for one, not for a formula."""
+    return visible("'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text)
 
 
 LEFT = ("target", "domain", "source", "token", "text")  # columns of words; all others are numbers
@@ -153,7 +167,7 @@ SIGN = "positive: it lowered the target's loss"
 
 def show_summary(r):
     state = "finished" if r["finished"] else "not finished, or under way"
-    yield visible(f"{r['run']}: step {r['steps']:,} of {r['max_iters']:,} ({state}), rule {r['rule']}, {r['batch']} chunks a step")
+    yield f"{r['run']}: step {r['steps']:,} of {r['max_iters']:,} ({state}), rule {r['rule']}, {r['batch']} chunks a step"
     used = f"{r['chunks_used']:,} of {r['chunks']:,} chunks used, in {r['visits']:,} visits"
     yield f"{used}; {r['early_steps']} early steps, whose values are rough" + f"; approximate: {r['approximate']}" * bool(r["approximate"])
     yield f"Values of the chunks used, in 1e-6 {r['unit']} ({SIGN}); sum in {r['unit']}"
@@ -163,17 +177,17 @@ def show_summary(r):
     yield from table(head, [[t["target"], *(micro(t[key]) for key in keys), f"{t['negative']:.0%}", f"{t['sum']:+.4f}"] for t in r["targets"]])
     yield ""
     for t in r["targets"]:
-        yield visible(tables.accounted(t["target"], t["books"]))
+        yield tables.accounted(t["target"], t["books"])
     for t in r["targets"]:
         if t["audit"]:
-            yield visible(tables.compared(t["target"], t["audit"]))
+            yield tables.compared(t["target"], t["audit"])
 
 
 def show_ranked(r):
     what = "smallest" if r["order"] == "bottom" else "largest"
     if r["approximate"]:
         yield f"Approximate: {r['approximate']}"
-    yield visible(f"{r['target']}: the chunks with the {what} values, in 1e-6 {r['unit']} ({SIGN})")
+    yield f"{r['target']}: the chunks with the {what} values, in 1e-6 {r['unit']} ({SIGN})"
     yield ""
     head = ["rank", "chunk", "value", "visits", "first step", "loss", "documents", "domain", "text"]
     rows = []
@@ -189,7 +203,8 @@ def show_domains(r):
     yield f"Values per token, in 1e-9 {r['unit']} ({SIGN}), of the chunks used; sum in {r['unit']}"
     head = ["domain", "chunks", "tokens", "share", "mean", "+-", "p5", "median", "p95", "< 0", "sum", "share of sum"]
     for target, rows in itertools.groupby(r["domains"], key=lambda row: row["target"]):
-        yield visible(f"\n{target}:", "\n")
+        yield ""
+        yield f"{target}:"
         cells = []
         for d in sorted(rows, key=lambda row: -row["median"]):
             figures = [micro(d[key], 1e9) for key in ("mean", "standard_error", "p5", "median", "p95")]
@@ -199,12 +214,12 @@ def show_domains(r):
 
 
 def show_text(text):
-    yield from ("", "-" * 72, visible(text, "\n\t"), "-" * 72)
+    yield from ("", "-" * 72, *map(Text, text.split("\n")), "-" * 72)
 
 
 def show_chunk(r):
     names = list(r["value"])
-    yield visible(f"chunk {r['chunk']}, {r['domain']}")
+    yield f"chunk {r['chunk']}, {r['domain']}"
     yield ""
     docs = [[str(d[key]) for key in ("doc", "begins", "n_tokens", "record", "source")] for d in r["documents"]]
     yield from table(["document", "begins at token", "tokens", "record", "source"], docs)
@@ -213,7 +228,7 @@ def show_chunk(r):
         yield "never used: it has no value"
     else:
         yield f"Every visit, values in 1e-6 {r['unit']} ({SIGN})"
-        head = ["step", "loss", *(visible(name)[:28] for name in names), "gradient norm", "early"]
+        head = ["step", "loss", *(terminal.shorten(visible(name), 28) for name in names), "gradient norm", "early"]
         visits = [([str(v["step"])], v["loss"], v["value"], [number(v["grad_norm"]), "early" * bool(v["early"])]) for v in r["visits"]]
         rows = [[*step, number(loss), *(micro(value[name]) for name in names), *rest] for step, loss, value, rest in visits]
         yield from table(head, [*rows, ["sum", "", *(micro(r["value"][name]) for name in names), "", ""]])
@@ -222,23 +237,23 @@ def show_chunk(r):
 
 def show_doc(r):
     names = list(r["value"])
-    yield visible(f"document {r['doc']}, {r['domain']}: record {r['record']} of {r['source']}, {r['n_tokens']:,} tokens")
+    yield f"document {r['doc']}, {r['domain']}: record {r['record']} of {r['source']}, {r['n_tokens']:,} tokens"
     cut = "" if r["whole"] else "; its end fills no chunk and is not in the data"
     yield f"{r['chunks_used']} of its {len(r['chunks'])} chunks used{cut}. Values in 1e-6 {r['unit']} ({SIGN})"
     yield "Its own: the sum over its chunks of a chunk's value times the document's share of the chunk's tokens"
     yield ""
-    head = ["chunk", "begins at token", "tokens", "share", *(visible(name)[:28] for name in names)]
+    head = ["chunk", "begins at token", "tokens", "share", *(terminal.shorten(visible(name), 28) for name in names)]
     rows = [[str(c["chunk"]), str(c["begins"]), str(c["tokens"]), f"{c['share']:.1%}", *map(micro, c["value"].values())] for c in r["chunks"]]
     yield from table(head, [*rows, ["its own", "", "", "", *map(micro, r["value"].values())]])
     yield from show_text(r["text"])
 
 
 def show_export(r):
-    yield visible(f"{r['path']}: {r['rows']:,} rows of {', '.join(r['columns'])}")
+    yield f"{r['path']}: {r['rows']:,} rows of {', '.join(r['columns'])}"
 
 
 def show_compare(r):
-    a, b = map(visible, r["runs"])
+    a, b = r["runs"]
     yield f"a: {a}, b: {b}: {r['chunks']:,} chunks used by both. Values in 1e-6 {r['unit']} ({SIGN})"
     yield ""
     figures = [[t["target"], *(number(t[key]) for key in ("spearman", "pearson")), f"{t['equal_signs']:.1%}"] for t in r["targets"]]
@@ -255,12 +270,12 @@ def show_compare(r):
 
 def show_curated(r):
     """Of curate.py: what keep.json holds."""
-    cfg, out = r["config"], visible(r["config"]["out"] or r["run"])
+    cfg, out = r["config"], r["config"]["out"] or r["run"]
     which = "at random, " if cfg["random"] else f"those with the {'largest' if cfg['invert'] else 'smallest'} {cfg['score']} for {cfg['target']}, "
     which += ("by domain, " if cfg["per_domain"] else "") + f"a {cfg['by']} each"
     if not cfg["drop_fraction"]:
         which += ": as many as are negative" + f" beyond {cfg['confidence']:g} standard errors" * bool(cfg["confidence"])
-    yield visible(f"{r['run']}: {r['units_dropped']:,} of {r['units_scored']:,} dropped, {which}")
+    yield f"{r['run']}: {r['units_dropped']:,} of {r['units_scored']:,} dropped, {which}"
     yield f"{r['units_negative']:,} of them have a negative score; {r['chunks_unused']:,} of {r['chunks']:,} chunks were never used"
     yield f"kept: {r['chunks_kept']:,} chunks, {r['tokens_kept']:,} tokens, {r['chunks_kept'] / r['chunks']:.1%}; values are sums in nats ({SIGN})"
     yield ""
@@ -270,12 +285,12 @@ def show_curated(r):
         rows.append([d["domain"], *counts, f"{d['value']:+.4f}", f"{d['value_kept']:+.4f}"])
     yield from table(["domain", "chunks", "used", "kept", "share kept", "value", "value kept"], rows)
     yield ""
-    yield f"-> {out}/keep.npy, keep.json, dropped.npy" + visible(f", {cfg['export']}" * bool(cfg["export"]))
+    yield f"-> {out}/keep.npy, keep.json, dropped.npy" + f", {cfg['export']}" * bool(cfg["export"])
     yield f"next: python train.py <config file> --keep={out}/keep.npy --out_dir=out/curated"
 
 
 def show_tokens(r):
-    yield visible(f"chunk {r['chunk']}, {r['domain']}: what each token did for {r['target']} at step {r['step']}, in 1e-6 {r['unit']} ({SIGN})")
+    yield f"chunk {r['chunk']}, {r['domain']}: what each token did for {r['target']} at step {r['step']}, in 1e-6 {r['unit']} ({SIGN})"
     yield f"sum: {micro(r['sum'])}"
     yield ""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
@@ -283,12 +298,13 @@ def show_tokens(r):
         return
     known = [abs(t["value"]) for t in r["tokens"] if not math.isnan(t["value"])]
     most = sorted(known)[int(0.98 * (len(known) - 1))] or 1.0  # a single token far out would leave all others white
-    yield "".join(coloured(visible(t["token"], "\n\t"), t["value"] / most) for t in r["tokens"])
-    yield f"{coloured(' hurt ', -1)}{coloured(' nothing ', 0)}{coloured(' helped ', 1)}: the darkest are {micro(most)} and beyond"
+    yield Coloured((t["token"], t["value"] / most) for t in r["tokens"])
+    yield Coloured([(" hurt ", -1), (" nothing ", 0), (" helped ", 1), (f": the darkest are {micro(most)} and beyond", math.nan)])
 
 
 def coloured(text, x):
     """On red (-1), white (0), blue (1); without a number, plain."""
+    text = visible(text, "\n\t")
     if math.isnan(x):
         return text
     x = max(-1.0, min(1.0, x))

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ledger import AUDIT_ENTRIES
+from system.errors import UserError
+from system.terminal import say
 
 
 class Board:
@@ -25,7 +27,7 @@ class Board:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as e:
-                raise ValueError(f"--tensorboard_log needs TensorBoard ({e}): type pip install tensorboard") from e
+                raise UserError(f"--tensorboard_log needs TensorBoard ({e}): type pip install tensorboard") from e
             self.writer = SummaryWriter(str(Path(cfg.out_dir, "tensorboard")))
 
     def log(self, metrics, step):
@@ -118,7 +120,7 @@ def start_wandb(cfg, run_id):
     settings = dict(project=cfg.wandb_project, name=cfg.wandb_run_name or Path(cfg.out_dir).name, id=run_id, dir=cfg.out_dir)
     settings.update(config=vars(cfg), resume="allow")
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-        print("wandb: no login found, so this run is logged offline; `wandb login` and `wandb sync` send it later")
+        say("wandb: no login found, so this run is logged offline; `wandb login` and `wandb sync` send it later")
         settings["mode"] = "offline"
     run = wandb.init(**settings)
     run.define_metric("value_by_domain/*", hidden=True)  # a panel for each domain and target would bury the rest: domains/ has them in one

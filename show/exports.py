@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-import ledger
 from sources.origins import Documents
+from system.errors import UserError
+from system.files import atomic
 
 
 def export(run, path):
@@ -15,7 +16,7 @@ def export(run, path):
 
     path, n = Path(path), len(run.values)
     if path.suffix != ".parquet" or path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path}: write the name of a .parquet file, in a folder that exists")
+        raise UserError(f"{path}: write the name of a .parquet file, in a folder that exists")
     visits, loss, first = np.zeros(n, np.int32), np.zeros(n), np.full(n, np.iinfo("i4").max, np.int32)
     for part in run.parts():
         np.add.at(visits, part["chunk"], 1)
@@ -24,7 +25,7 @@ def export(run, path):
     of = dict(chunk=pa.int64(), domain=pa.string(), docs=pa.list_(pa.int64()), visits=pa.int32(), first_step=pa.int32(), loss=pa.float64())
     about = {key: str(run.info[key]) for key in ("sign", "unit", "rule", "committed_step", "data_hash")}
     schema = pa.schema(of | {f"value:{name}": pa.float32() for name in run.names}, about)
-    with ledger.atomic(path) as f, pq.ParquetWriter(str(f.name), schema) as file:  # by its name: arrow would swallow a signal's exception
+    with atomic(path) as f, pq.ParquetWriter(str(f.name), schema) as file:  # by its name: arrow would swallow a signal's exception
         for ids, ends, docs in Documents(run).by_chunk(run.used):
             domain = pa.array(run.domains).take(pa.array(run.data.train.domain[ids]))
             columns = [ids, domain, pa.ListArray.from_arrays(pa.array(ends, pa.int32()), docs), visits[ids], first[ids], loss[ids] / visits[ids]]
@@ -38,9 +39,9 @@ def compare(run, other, n=10, chars=200):
 
     ids, names = np.intersect1d(run.used, other.used, assume_unique=True), [name for name in run.names if name in other.names]
     if run.data.hash != other.data.hash:
-        raise ValueError(f"{run.path} and {other.path} were trained on different data ({run.data.path}, {other.data.path}): their chunks differ")
+        raise UserError(f"{run.path} and {other.path} were trained on different data ({run.data.path}, {other.data.path}): their chunks differ")
     if not names or not len(ids):
-        raise ValueError(f"{run.path} and {other.path} have no {'chunk' if names else 'target'} in common that both valued: nothing to compare")
+        raise UserError(f"{run.path} and {other.path} have no {'chunk' if names else 'target'} in common that both valued: nothing to compare")
     found = dict(runs=[str(run.path), str(other.path)], unit=run.info["unit"], chunks=len(ids), targets=[], domains=[], moved=[])
     domain = run.data.train.domain[ids]
     for name in names:

@@ -1,6 +1,5 @@
 """A run, as its last commit left it."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,9 @@ import numpy as np
 import ledger
 from data import Dataset, open_dataset
 from sources.tokenizers import tokenizer
+from system import terminal
+from system.errors import UserError
+from system.files import check_entries, crc32, load_array, read_json
 
 
 @dataclass
@@ -48,18 +50,18 @@ class Run:
     def target(self, name=""):
         """A target's number; of the first without a name. Raises ValueError for a name that is none."""
         if name and name not in self.names:
-            raise ValueError(f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}")
+            raise UserError(f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}")
         return self.names.index(name) if name else 0
 
     def domain(self, name):
         if name not in self.domains:
-            raise ValueError(f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}")
+            raise UserError(f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}")
         return self.domains.index(name)
 
     def domain_of(self, chunk):
         """A chunk's domain, by name. Raises ValueError for a number that is no chunk's."""
         if not 0 <= chunk < len(self.values):
-            raise ValueError(f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}")
+            raise UserError(f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}")
         return self.domains[int(self.data.train.domain[chunk])]
 
     def named(self, values):
@@ -68,8 +70,7 @@ class Run:
 
     def parts(self):
         """The visits, some whole steps at a time."""
-        size = -(-(2**20) // self.info["batch"]) * self.info["batch"]
-        return (self.visits[start : start + size] for start in range(0, len(self.visits), size))
+        return (part for part, _ in parts_of(self.visits, self.info["batch"]))
 
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""
@@ -94,64 +95,147 @@ class Run:
         return text if limit is None or len(text) <= limit else text[:limit] + "\u2026"
 
 
+# what readers take from config.json and from values.json
+SETTINGS = {"rule": str, "block_size": int, "data_dir": str, "targets": str, "max_iters": int}
+SETTINGS |= {"checkpoint_interval": int, "n_layer": int, "n_head": int, "n_embd": int}
+SETTINGS |= {"tie_weights": bool, "optimizer": str, "learning_rate": (int, float)}
+SETTINGS |= {"warmup_iters": int, "grad_clip": (int, float), "target_batch": int}
+SETTINGS |= {"book_interval": int, "audit_interval": int}
+ENTRIES = {"rule": str, "unit": str, "sign": str, "batch": int, "data_hash": str}
+ENTRIES |= {"targets": list, "files": dict}
+
+
 def open_run(path, data_dir=""):
     """A run's folder -> Run. data_dir: where the run's data is now, if it moved.
 
-    Raises ValueError, saying what to type, where there is no run, none of its values are written yet, or a file is damaged."""
+    Raises UserError, saying what to type, where there is no run, none of its values are written
+    yet, or a file is not as it was written."""
     path = Path(path)
     if not (path / "config.json").is_file():
         what = "is no run's folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
-    cfg = read(path, "config", "config")["config"]
+        raise UserError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
+    cfg = read_json(path / "config.json", again(path), {"config": dict}, unsealed=True)["config"]
+    check_entries(cfg, SETTINGS, path / "config.json", again(path))
     if cfg["rule"] == "off":
-        raise ValueError(f"{path} was trained with --rule=off: it has no values; train it with another --rule")
+        what = f"{path} was trained with --rule=off"
+        raise UserError(f"{what}: it has no values; train it with another --rule")
     while True:
-        info = read(path, "values", "committed_step") if (path / "values.json").is_file() else dict(schema=ledger.SCHEMA, committed_step=0)
-        if info.get("schema") != ledger.SCHEMA:
-            raise ValueError(f"{path}/values.json has schema {info.get('schema')}, this code reads {ledger.SCHEMA}: run train.py again")
-        if not info["committed_step"]:
-            when = f"train.py writes them with its first checkpoint, after {min(cfg['checkpoint_interval'], cfg['max_iters'])} steps"
-            raise ValueError(f"{path} has no values yet: {when}")
-        K, rows = len(info["targets"]), info["committed_step"] * info["batch"]
-        values, visits, books = (read(path, name) for name in ("values", "ledger", "books"))
-        audit = read(path, "audit") if (path / "audit.npy").is_file() else np.zeros(0, ledger.audit_dtype(K))
-        if read(path, "values", "committed_step") == info:  # else the run committed in between
+        info = read_info(path, cfg)
+        values, visits, books, audit = read_arrays(path, info)
+        if read_info(path, cfg) == info:  # else the run committed in between
             break
     folder = Path(data_dir or cfg["data_dir"])
     if not folder.is_dir():
-        raise ValueError(f"the data of {path} is not in {folder}: name the folder it is in with --data_dir=...")
+        what = f"the data of {path} is not in {folder}"
+        raise UserError(f"{what}: name the folder it is in with --data_dir=...")
     data = open_dataset(folder)
     if data.hash != info["data_hash"]:
-        raise ValueError(f"{data.path} is not the data of {path} (its hash differs): name the run's data with --data_dir=...")
-    n = len(data.train.rows)
-    if len(visits) and visits.dtype.names:
-        rows -= int(visits["step"][0]) * info["batch"]  # of a replay or a walk that began there
-    for name, array, fits in (
-        ("values", values, values.dtype == np.float32 and values.shape == ((n, K) if K > 1 else (n,))),
-        ("ledger", visits, visits.dtype == ledger.visit_dtype(K) and len(visits) >= rows),
-        ("books", books, books.dtype.names is not None and len(books) * info["batch"] >= rows),
-        ("audit", audit, audit.dtype == ledger.audit_dtype(K)),
-    ):
-        if not fits:
-            raise ValueError(f"{path}/{name}.npy is damaged, {array.dtype} {array.shape} does not fit values.json: {again(path)}")
-    if len(visits) > rows:  # a commit is under way, or was cut off: values.npy may be ahead of values.json
-        total, used = np.zeros((n, K)), np.zeros(n, bool)
-        ledger.add_visits(visits[:rows], total, used)
-        values = np.where(used[:, None], total, np.nan).astype(np.float32)
-    books, audit = books[: rows // info["batch"]], audit[audit["step"] < info["committed_step"]]
-    return Run(path, cfg, info, data, values.reshape(-1, K), visits[:rows], books, audit)
+        what = f"{data.path} is not the data of {path} (its hash differs)"
+        raise UserError(f"{what}: name the run's data with --data_dir=...")
+    if len(values) != len(data.train.rows):
+        what = f"it has {len(values)} values, {data.path} has {len(data.train.rows)} chunks"
+        raise UserError(f"{path}/values.npy is damaged, {what}: {again(path)}")
+    if not cfg["block_size"] <= data.meta["block_size"]:
+        raise UserError(f"{path}/config.json is damaged (its block_size): {again(path)}")
+    check_visits(path, info, visits, len(values))
+    return Run(path, cfg, info, data, values, visits, books, audit)
+
+
+def read_info(path, cfg):
+    """values.json, of the last commit."""
+    if not (path / "values.json").is_file():
+        info = dict(schema=ledger.SCHEMA, committed_step=0)
+    else:
+        keys = {"schema": int, "committed_step": int}
+        info = read_json(path / "values.json", again(path), keys)
+    if info["schema"] != ledger.SCHEMA:
+        what = f"{path}/values.json has schema {info['schema']}, this code reads {ledger.SCHEMA}"
+        raise UserError(f"{what}: run train.py again")
+    if not info["committed_step"]:
+        steps = min(cfg["checkpoint_interval"], cfg["max_iters"])
+        when = f"train.py writes them with its first checkpoint, after {steps} steps"
+        raise UserError(f"{path} has no values yet: {when}")
+    check_entries(info, ENTRIES, path / "values.json", again(path))
+    for target in info["targets"]:
+        if not isinstance(target, dict) or not isinstance(target.get("name"), str):
+            raise UserError(f"{path}/values.json is damaged (its targets): {again(path)}")
+    if info["batch"] < 1 or info["committed_step"] < 1 or not info["targets"]:
+        raise UserError(f"{path}/values.json is damaged (its numbers): {again(path)}")
+    return info
+
+
+def read_arrays(path, info):
+    """-> values (n, K), visits, books and audit as values.json speaks of them, each compared with
+    its checksum."""
+    K, files, cure = len(info["targets"]), info["files"], again(path)
+    check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
+    visits = read_records(path, "ledger", ledger.visit_dtype(K), files, info["batch"])
+    books = read_records(path, "books", None, files)
+    if "audit.npy" in files:
+        audit = read_records(path, "audit", ledger.audit_dtype(K), files)
+    else:
+        audit = np.zeros(0, ledger.audit_dtype(K))
+    if not is_book(books.dtype, K) or len(visits) != len(books) * info["batch"]:
+        what = f"ledger.npy has {len(visits)} visits, books.npy {len(books)} steps"
+        raise UserError(f"{path}/values.json is damaged ({what}): {cure}")
+    values = load_array(path / "values.npy", cure, np.float32)
+    if values.ndim != (2 if K > 1 else 1) or (K > 1 and values.shape[1] != K):
+        raise UserError(f"{path}/values.npy does not fit values.json, {values.shape}: {cure}")
+    values = values.reshape(-1, K)
+    if crc32(path / "values.npy") == files["values.npy"]:
+        return values, visits, books, audit
+    if len(ledger.read(path)) == len(visits):
+        raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")
+    # a commit is under way, or was cut off, and values.npy is ahead of values.json
+    total, used = np.zeros(values.shape), np.zeros(len(values), bool)
+    check_visits(path, info, visits, len(values))
+    ledger.add_visits(visits, total, used)
+    values = np.where(used[:, None], total, np.nan).astype(np.float32)
+    return values, visits, books, audit
+
+
+def read_records(path, name, dtype, files, batch=1):
+    """The records of <name>.npy that values.json counts, memmapped."""
+    repair = "type: " + terminal.command("python", "revalue.py", str(path), "--repair")
+    file = path / f"{name}.npy"
+    counted = files[file.name]
+    keys = {"rows": int, "sums": list, "start": int, "itemsize": int}
+    check_entries(counted, keys, path / "values.json", again(path))
+    records = load_array(file, repair, dtype)
+    if len(records) < counted["rows"] or records.dtype.itemsize != counted["itemsize"]:
+        what = f"{records.dtype} {records.shape} does not fit values.json"
+        raise UserError(f"{file} is damaged, {what}: {repair}")
+    if bad := ledger.damaged_blocks(file, counted):
+        rows = ledger.which_rows(bad, counted["rows"])
+        raise UserError(f"{file} is damaged ({rows}): {repair}")
+    return records[: counted["rows"]]
+
+
+def is_book(dtype, K):
+    """Whether books.npy has records of K targets, with momentum by domain or without."""
+    n_domains = 0
+    if dtype.names is not None and "momentum_by_domain" in dtype.names:
+        n_domains = dtype["momentum_by_domain"].shape[-1]
+    return dtype == ledger.book_dtype(K, n_domains)
+
+
+def check_visits(path, info, visits, n_chunks):
+    """Raises UserError where a stranger wrote visits that no run makes."""
+    batch = info["batch"]
+    first = info["committed_step"] - len(visits) // batch
+    for part, start in parts_of(visits, batch):
+        steps = np.repeat(np.arange(len(part) // batch) + first + start // batch, batch)
+        chunks = part["chunk"]
+        if (part["step"] != steps).any() or not 0 <= chunks.min() <= chunks.max() < n_chunks:
+            raise UserError(f"{path}/ledger.npy holds no visits of this run: {again(path)}")
+
+
+def parts_of(visits, batch):
+    """The visits, some whole steps at a time, and the row where each part starts."""
+    size = -(-(2**20) // batch) * batch
+    return [(visits[start : start + size], start) for start in range(0, len(visits), size)]
 
 
 def again(path):
-    return f"type: python train.py {path}/config.json --init_from=resume, which writes it again or says what is lost"
-
-
-def read(path, name, key=None):
-    """The records of <name>.npy, memmapped; with a key, what <name>.json holds: a dict that has it."""
-    try:
-        if key is None:
-            return ledger.read(path, name)
-        content = json.loads((path / f"{name}.json").read_text())
-        return content | {key: content[key]}
-    except (OSError, ValueError, EOFError, LookupError, TypeError) as e:
-        raise ValueError(f"{path}/{name}.{'json' if key else 'npy'} is missing or damaged ({e!r}): {again(path)}") from e
+    resume = terminal.command("python", "train.py", f"{path}/config.json", "--init_from=resume")
+    return f"type: {resume}, which writes it again or says what is lost"

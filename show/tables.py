@@ -1,18 +1,21 @@
 """The tables that prepare_pile.py and train.py end with, and the figures in them."""
 
+import bisect
+import itertools
 import math
 import unicodedata
 
 import numpy as np
 
 from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
+from system.terminal import visible
 
 
 def domains(total, used, data, names):
-    """The run in one table: by domain the chunks used and, per target, their mean and median value and the share of negative
+    """The run as the lines of a table: by domain the chunks used and, per target, their mean and median value and the share of negative
     ones. The median is what a single step with a gradient far above its history cannot move."""
     lines = ["", "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones"]
-    lines += [f"{'':32}" + "".join(f"{name[:26]:>28}" for name in names)]
+    lines += [f"{'':32}" + "".join("  " + fit(name, 26, right=True) for name in names)]
     lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)]
     ids = np.flatnonzero(used)
     total, domain = total[ids], data.train.domain[ids]
@@ -20,8 +23,8 @@ def domains(total, used, data, names):
     rows = sorted((row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0]))
     for name, chosen in [*rows, ("all", domain >= 0)]:
         cells = "".join(f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}" for v in total[chosen].T)
-        lines.append(f"{name[:23]:24}{chosen.sum():>8,}{cells}")
-    return "\n".join(lines)
+        lines.append(f"{fit(name, 23)} {chosen.sum():>8,}{cells}")
+    return lines
 
 
 def account(entries, audits, names, domains):
@@ -34,7 +37,7 @@ def account(entries, audits, names, domains):
             credit = measured(entries)["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
             order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
             lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / total['drop']:.1%}" for d in order))
-    return "\n".join([*lines, *(compared(name, audited(audits, k)) for k, name in enumerate(names if len(audits) else ()))])
+    return [*lines, *(compared(name, audited(audits, k)) for k, name in enumerate(names if len(audits) else ()))]
 
 
 def measured(entries):
@@ -80,26 +83,33 @@ def ratio(part, whole):
 
 
 def prepared(meta):
-    """A data folder in one table, from its meta.json."""
-    width = max(map(len, ["domain", *meta["domains"]]))
+    """A data folder as the lines of a table, from its meta.json."""
+    width = min(28, max(map(len, ["domain", *map(visible, meta["domains"])])))
     lines = [f"{'domain':<{width}} {'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}"]
     for domain, of in meta["by_domain"].items():
         documents, tokens = (of["train"][key] + of["val"][key] for key in ("documents", "tokens"))
         chunks = f"{of['train']['chunks']:>13,} {of['val']['chunks']:>11,}"
-        lines.append(f"{domain:<{width}} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
+        lines.append(f"{fit(domain, width)} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
     lines.append(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
     skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
-    return "\n".join([*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"])
+    return [*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"]
 
 
-def visible(text, keep=""):
-    """Text with what a terminal would obey, and what it would not show, written out: \\x1b."""
-    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
+def fit(text, cells, right=False):
+    """Padded or cut to a width in the cells of a terminal, where a Chinese character takes two."""
+    text = visible(text)
+    ends = list(itertools.accumulate(map(cells_of, text))) or [0]
+    if ends[-1] > cells:
+        cut = bisect.bisect_right(ends, cells - 1)
+        text, ends = text[:cut] + "\u2026", [ends[cut - 1] + 1 if cut else 1]
+    blank = " " * (cells - ends[-1])
+    return blank + text if right else text + blank
 
 
-def say(text):
-    """Prints it at once. A domain's or a target's name may be anything."""
-    print(visible(text, "\n"), flush=True)
+def cells_of(character):
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 # --- figures of values ------------------------------------------------------------

@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
-from tqdm import tqdm
 
 from sources.tokenizers import tokenizer
+from system.errors import UserError
+from system.terminal import progress
 
 MB = 1 << 20
 TXT = 64 << 10  # a .txt is one document; one longer than this is several, cut at ends of lines
@@ -55,16 +56,14 @@ def find_files(source):
     strange = [p for p in paths if not suffixes(p.name)[0]]
     if strange or not paths:
         what = f"cannot read {strange[0]}" if strange else f"{source}: nothing to read there"
-        raise ValueError(
-            f"--source {what}: it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst; --source=python needs no file"
-        )
+        raise UserError(f"--source {what}: it reads .parquet, .jsonl, .json and .txt, the last three also .gz or .zst; --source=python needs no file")
     return list(map(str, paths))
 
 
 def file_documents(name, cfg, domain=None, opener=open):
     """The documents of one file; domain: of those that have none themselves, where it is not to be the file's name."""
     (kind, zipped), size, record = suffixes(name), os.path.getsize(name) if os.path.isfile(name) else None, 0
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=Path(name).name, delay=1, disable=None)
+    bar = progress(desc=Path(name).name, total=size, unit="B", unit_scale=True, delay=1)
     # the bar is not put around the file: pyarrow asks that for `closed` and swallows the Ctrl-C that comes while Python answers
     with opener(name, "rb") as raw, bar:
         try:
@@ -75,12 +74,12 @@ def file_documents(name, cfg, domain=None, opener=open):
             domain = Path(name).resolve().parent.name if txt else domain
             while lines := stream.readlines(TXT if txt else MB):
                 if not txt and not record and lines[0].lstrip().startswith(b"["):
-                    raise ValueError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
+                    raise UserError(f"{name} is one JSON array: write a record a line, as `jq -c '.[]' {name} > {Path(name).stem}.jsonl` does")
                 yield name, record, domain, b"".join(lines) if txt else lines
                 bar.update(raw.tell() - bar.n)
                 record += 1 if txt else len(lines)
         except (OSError, pa.ArrowException) as e:
-            raise ValueError(f"{name} is damaged or cut short ({str(e).partition(chr(10))[0]}): fetch it again") from e
+            raise UserError(f"{name} is damaged or cut short ({str(e).partition(chr(10))[0]}): fetch it again") from e
 
 
 def parquet_documents(raw, name, cfg, default, bar):
@@ -96,7 +95,7 @@ def parquet_documents(raw, name, cfg, default, bar):
     for batch in file.iter_batches(batch_size=256, columns=[cfg.text_key, cfg.domain_key]):
         texts = column(batch, cfg.text_key)
         if texts is None:
-            raise ValueError(f"{name} has no column {cfg.text_key!r}: write --text_key=<one of {', '.join(file.schema_arrow.names)}>")
+            raise UserError(f"{name} has no column {cfg.text_key!r}: write --text_key=<one of {', '.join(file.schema_arrow.names)}>")
         for text, domain in zip(texts, column(batch, cfg.domain_key) or [None] * len(texts)):
             yield name, record, domain or default, text
             record += 1
@@ -117,7 +116,7 @@ def open_hub(cfg):
         stream = datasets.load_dataset(cfg.dataset, split="train", streaming=True)
     except (OSError, ValueError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"--dataset={cfg.dataset}: {why}; type --source=python for text that needs no network, or --source=PATH") from e
+        raise UserError(f"--dataset={cfg.dataset}: {why}; type --source=python for text that needs no network, or --source=PATH") from e
     return [cfg.dataset], lambda name: ((name, i, lookup(record, cfg.domain_key), lookup(record, cfg.text_key)) for i, record in enumerate(stream))
 
 

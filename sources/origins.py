@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from ledger import atomic
+from system.errors import UserError
+from system.files import atomic, short
+from system.terminal import progress
 
 
 class Documents:
@@ -17,19 +18,41 @@ class Documents:
     def __init__(self, run):
         import pyarrow.parquet
 
+        from sources.rows import DOCUMENTS
+
         self.run, self.path, self.cached = run, run.data.path / "train_docs.parquet", {}
+        self.cure = run.data.prepare_again()
+        run.data.check_table(self.path.name)
         try:
-            self.file = pyarrow.parquet.ParquetFile(self.path)
+            self.file = pyarrow.parquet.ParquetFile(self.path, page_checksum_verification=True)
         except (OSError, ValueError) as e:
-            raise ValueError(f"{self.path} is missing or damaged ({e}): type: {run.data.meta['command']} --overwrite") from e
+            raise UserError(f"{self.path} is missing or damaged ({short(e)}): {self.cure}") from e
+        if self.file.schema_arrow != DOCUMENTS:
+            raise UserError(f"{self.path} is damaged (its columns are others): {self.cure}")
         groups, column = range(self.file.num_row_groups), self.file.schema_arrow.names.index("first_chunk")
         of = [self.file.metadata.row_group(i) for i in groups]
         self.first = np.array([group.column(column).statistics.min if group.num_rows else np.iinfo("i8").max for group in of])
 
     def group(self, i):
+        """A row group -> {column: array}."""
         if i not in self.cached:
-            self.cached = {i: {name: c.to_numpy() for name, c in zip(self.file.schema_arrow.names, self.file.read_row_group(i).columns)}}
+            columns = self.read([i]).columns
+            group = {name: c.to_numpy() for name, c in zip(self.file.schema_arrow.names, columns)}
+            n, width = self.run.data.train.rows.shape
+            inside = (group["first_chunk"] >= 0) & (group["first_chunk"] < n)
+            inside &= (group["first_token"] >= 0) & (group["first_token"] < width)
+            known = np.isin(group["domain"], self.run.domains)
+            if not (inside & known & (group["n_tokens"] >= 0)).all():
+                raise UserError(f"{self.path} speaks of chunks that are not there: {self.cure}")
+            self.cached = {i: group}
         return self.cached[i]
+
+    def read(self, groups, columns=None):
+        """Row groups -> a pyarrow Table. Raises UserError where a page is damaged."""
+        try:
+            return self.file.read_row_groups(groups, columns)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.path} is damaged ({short(e)}): {self.cure}") from e
 
     def stream(self, d):
         """The chunks of a domain, in their order: documents go on from one to the next."""
@@ -55,14 +78,21 @@ class Documents:
         return found[::-1]
 
     def find(self, doc):
-        """A document's row of the table, as a dict. Raises ValueError for a number that is none there."""
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(self.path, filters=[("doc", "==", doc)]).to_pylist() if 0 <= doc < 2**63 else []
+        """A document's row of the table, as a dict. Raises UserError for a number that is none there."""
+        rows = self.rows_of(doc) if 0 <= doc < 2**63 else []
         if not rows:
             why = "it is in the validation set, fills no chunk, or does not exist"
-            raise ValueError(f"document {doc} is not in {self.path}: {why}. `values.py chunk` says which documents lie in a chunk")
+            raise UserError(f"document {doc} is not in {self.path}: {why}. `values.py chunk` says which documents lie in a chunk")
         return rows[0]
+
+    def rows_of(self, doc):
+        import pyarrow.parquet
+
+        chosen = dict(filters=[("doc", "==", doc)], page_checksum_verification=True)
+        try:
+            return pyarrow.parquet.read_table(self.path, **chosen).to_pylist()
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.path} is damaged ({short(e)}): {self.cure}") from e
 
     def pieces(self):
         """Documents by row group -> (columns {name: (n,)}, document, chunk, begin, end): four int64 (m,), one entry for every chunk a document
@@ -94,7 +124,7 @@ class Documents:
         n, (_, W), of = len(self.run.values), self.run.data.train.rows.shape, self.run.data.train.domain
         columns, names, last = ["doc", "domain", "first_chunk", "first_token"], pa.array(self.run.domains), np.zeros((3, 0), np.int64)
         for i in range(0, len(self.first), 8):
-            table = self.file.read_row_groups(range(i, min(i + 8, len(self.first))), columns)
+            table = self.read(range(i, min(i + 8, len(self.first))), columns)
             doc, domain, chunk, token = (column.to_numpy() for column in table.set_column(1, "domain", pc.index_in(table["domain"], names)).columns)
             new = np.stack([domain, (domain * np.int64(n) + chunk) * W + token, doc])
             rows = np.concatenate([last, new], 1)  # the last document of each domain so far may go on
@@ -136,7 +166,7 @@ def check_export(path):
     """Raises ValueError where write_texts cannot write."""
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")) or not path.parent.is_dir():
-        raise ValueError(f"--export={path}: write the name of a .jsonl.zst, .jsonl or .parquet file, in a folder that exists")
+        raise UserError(f"--export={path}: write the name of a .jsonl.zst, .jsonl or .parquet file, in a folder that exists")
 
 
 def write_texts(path, documents, stays, kept):
@@ -145,7 +175,7 @@ def write_texts(path, documents, stays, kept):
     import pyarrow.parquet as pq
     import zstandard
 
-    records = (r for r in tqdm(stretches(documents, stays, kept), desc="export", unit="text", delay=1, disable=None) if r["text"])
+    records = (r for r in progress(stretches(documents, stays, kept), "export", unit="text", delay=1) if r["text"])
     meta = pa.struct(dict(pile_set_name=pa.string(), doc=pa.int64(), source=pa.string(), record=pa.int64(), part=pa.int32()))
     with atomic(path) as f:
         if str(path).endswith(".parquet"):

@@ -7,12 +7,16 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from tqdm import tqdm
 
-from ledger import sync
+from system.errors import UserError
+from system.files import footer_crc32, sync
+from system.terminal import progress
 
 MB = 1 << 20
 SPLITS = ("train", "val")
+DOCUMENTS = dict(doc=pa.int64(), domain=pa.string(), source=pa.string(), record=pa.int64())
+DOCUMENTS |= dict(first_chunk=pa.int64(), first_token=pa.int32(), n_tokens=pa.int64())
+DOCUMENTS = pa.schema(DOCUMENTS)  # of train_docs.parquet and val_docs.parquet
 COLUMNS = pa.schema(dict(split=pa.string(), domain=pa.string(), source=pa.string(), record=pa.int64(), tokens=pa.binary()))
 
 
@@ -28,7 +32,7 @@ def write_part(path, encoded, limit):
             for split, domain, *_, tokens in documents:
                 held.update({"tokens": len(tokens) // 2, ("tokens", split, domain): len(tokens) // 2, ("documents", split, domain): 1})
             if len(held) > 1 << 18:  # it would grow without end
-                raise ValueError(f"--domain_key has over {1 << 16} values: name a key with fewer")
+                raise UserError(f"--domain_key has over {1 << 16} values: name a key with fewer")
             file.write_batch(pa.record_batch([*zip(*documents)] or nothing, schema=COLUMNS))
             if held["tokens"] >= limit:
                 break
@@ -52,9 +56,8 @@ class Split:
     """Packs one split's documents into rows and writes its three files."""
 
     def __init__(self, folder, name, meta):
-        i8, text = pa.int64(), pa.string()
-        columns = dict(doc=i8, domain=text, source=text, record=i8, first_chunk=i8, first_token=pa.int32(), n_tokens=i8)
-        self.table = pa.parquet.ParquetWriter(folder / f"{name}_docs.parquet", pa.schema(columns))
+        self.path = folder / f"{name}_docs.parquet"
+        self.table = pa.parquet.ParquetWriter(self.path, DOCUMENTS, write_page_checksum=True)
         self.width, self.n, n = meta["block_size"] + 1, 0, meta["chunks"][name]
         self.rows, self.domain = Array(folder / f"{name}.npy", (n, self.width)), Array(folder / f"{name}_domain.npy", (n,))
         self.numbers, self.entries = {domain: i for i, domain in enumerate(meta["domains"])}, []
@@ -86,7 +89,7 @@ class Split:
 def pack(parts, folder, meta):
     """The documents of the parts, in order -> both splits' files; adds to meta what is known after that."""
     splits, doc = {name: Split(folder, name, meta) for name in SPLITS}, 0
-    for path in tqdm(parts, desc="pack", unit="part", delay=1, disable=None):
+    for path in progress(parts, "pack", unit="part", delay=1):
         file = pa.ipc.open_file(path)
         for i in range(file.num_record_batches):
             for split, *of, tokens in zip(*(column.to_pylist() for column in file.get_batch(i))):
@@ -99,3 +102,6 @@ def pack(parts, folder, meta):
         for end, array in (("", split.rows), ("_domain", split.domain)):
             array.file.close()
             meta["sha256"][f"{name}{end}.npy"] = array.sha256.hexdigest()
+        with open(split.path, "rb") as file:
+            meta["sha256"][split.path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        meta["footers"][split.path.name] = footer_crc32(split.path)

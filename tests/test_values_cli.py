@@ -26,6 +26,7 @@ import prepare_pile
 import revalue
 import train
 import values
+from system import terminal
 
 ROOT = Path(config.__file__).parent
 SCHEMA = json.loads((ROOT / "show" / "values.schema.json").read_text())
@@ -365,7 +366,7 @@ def test_a_chunk_never_used_is_no_error(prepared, typed):
     run = values.open_run(short)
     chunk = next(c for c in range(len(run.values)) if c not in by_loops(short))
     out = typed("chunk", short, chunk)
-    assert "never used" in out and values.commands.visible(run.text(chunk), "\n\t") in out
+    assert "never used" in out and terminal.visible(run.text(chunk), "\n\t") in out
     found = json.loads(typed("chunk", short, chunk, "--json"))
     jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/chunk"})
     assert found["value"] == {"code": None} and not found["used"] and found["visits"] == []
