@@ -24,6 +24,7 @@ import prepare_pile
 import revalue
 import train
 from show.run import open_run
+from system.files import write_json
 
 ROOT = Path(config.__file__).parent
 SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --block_size=32 --warmup_iters=5 --learning_rate=5e-3 --device=cpu --dtype=float32"
@@ -194,7 +195,7 @@ def test_a_run_on_what_is_kept(folder, tmp_path):
     assert set(np.flatnonzero(np.isfinite(values))) == set(keep)
     assert np.array_equal(np.load(out / "chunks.npy"), keep)
     lines = [json.loads(line) for line in open(out / "evaluations.jsonl")]
-    assert [e["step"] for e in lines] == [*range(0, n // 2, 9), n // 2] and {"val", "prose", "code"} == set(lines[-1]["loss"])
+    assert [e["step"] for e in lines] == [*range(0, n // 2, 9), n // 2] and {"prose", "code"} == set(lines[-1]["loss"])
 
     os.remove(tmp_path / "cut" / "keep.npy")  # the run has its own
     config.main(lambda: revalue.main(config.load(revalue.Config, [str(out), "--targets=val:prose", "--replay", "--end=7"])))
@@ -224,7 +225,7 @@ def refusals(tmp_path, folder):
     np.save(tmp_path / "none.npy", np.zeros(0, int))
     (tmp_path / "text.npy").write_text("1 2 3")
     np.save(tmp_path / "other.npy", [1, 2])
-    (tmp_path / "other.json").write_text('{"data_hash": "abc"}')
+    write_json(tmp_path / "other.json", dict(data_hash="abc", files={}))
     for name, answer in dict(
         nowhere="missing", far="numbers of chunks", mask="numbers of chunks", none="numbers of chunks", text="damaged", other="other data"
     ).items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sealed import replace_records
 
 import config
 import data
@@ -22,6 +23,8 @@ from report import Config, report
 from show import payload, tables
 from show.run import open_run
 from sources.origins import Documents
+from sources.rows import DOCUMENTS
+from system.files import write_json
 
 ROOT = Path(config.__file__).parent
 HOSTILE = [
@@ -52,11 +55,16 @@ def make_data(folder, n, width=16, domains=20, a_document=10):
     first = np.arange(0, n, a_document)
     columns = dict(doc=np.arange(len(first)), domain=[names[of[chunk]] for chunk in first], source=["some/file.jsonl"] * len(first))
     columns |= dict(record=np.arange(len(first)), first_chunk=first, first_token=np.zeros(len(first), np.int32))
-    table = pyarrow.table(columns | dict(n_tokens=np.full(len(first), a_document * (width + 1) - 1)))
-    pyarrow.parquet.write_table(table, folder / "train_docs.parquet", row_group_size=1 << 20)
-    meta = dict(schema=data.SCHEMA, tokenizer="byte", vocab_size=256, eot=255, block_size=width, domains=names, command="-")
-    meta |= dict(chunks=dict(train=n, val=domains), sha256={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in arrays})
-    ledger.write_json(folder / "meta.json", meta)
+    columns |= dict(n_tokens=np.full(len(first), a_document * (width + 1) - 1))
+    table = pyarrow.table(columns, DOCUMENTS)
+    for split in ("train", "val"):
+        pyarrow.parquet.write_table(table, folder / f"{split}_docs.parquet", row_group_size=1 << 20)
+    meta = dict(schema=data.SCHEMA, tokenizer="byte", vocab_size=256, eot=255, block_size=width)
+    meta |= dict(domains=names, config={}, footers={}, chunks=dict(train=n, val=domains))
+    meta["tokens"] = {"train": n * (width + 1), "val": domains * (width + 1)}
+    digests = {path.name: hashlib.sha256(path.read_bytes()) for path in folder.iterdir()}
+    meta["sha256"] = {name: digest.hexdigest() for name, digest in digests.items()}
+    write_json(folder / "meta.json", meta)
     return folder
 
 
@@ -66,7 +74,7 @@ def make_run(out, data_dir, steps, B=8, targets=("first", "second"), measured=Tr
     opened, K, rng = data.open_dataset(data_dir), len(targets), np.random.default_rng(1)
     n = len(opened.train.rows)
     cfg = vars(train.Config(data_dir=str(data_dir), out_dir=str(out), max_iters=2 * steps, n_layer=2, n_embd=64, n_head=2, batch_size=B))
-    ledger.write_json(out / "config.json", dict(config=cfg))
+    write_json(out / "config.json", dict(config=cfg))
     visits, books = ledger.Records(out / "ledger.npy", ledger.visit_dtype(K)), ledger.Records(out / "books.npy", ledger.book_dtype(K))
     total, used = np.zeros((n, K)), np.zeros(n, bool)
     for start in range(0, steps, 1 << 16):
@@ -85,14 +93,18 @@ def make_run(out, data_dir, steps, B=8, targets=("first", "second"), measured=Tr
         visits.pending, books.pending = [rows], [book]
         visits.commit(), books.commit()
         ledger.add_visits(rows, total, used)
-    ledger.write_values(out, total, used)
+    files = {"values.npy": ledger.write_values(out, total, used), "ledger.npy": visits.counted(), "books.npy": books.counted()}
     if audits:
         audit = np.repeat(ledger.empty(ledger.audit_dtype(K)), audits)
         for name in ledger.AUDIT_ENTRIES:
             audit[name] = np.linspace(0.5, 0.9, audits)[:, None]
-        np.save(out / "audit.npy", audit)
+        records = ledger.Records(out / "audit.npy", audit.dtype)
+        records.pending = [audit]
+        records.commit()
+        files["audit.npy"] = records.counted()
     info = dict(schema=ledger.SCHEMA, rule="adamw", batch=B, data_hash=opened.hash, committed_step=steps, targets=[dict(name=t) for t in targets])
-    ledger.write_json(out / "values.json", info)
+    info |= dict(sign="positive = lowered the target's loss", unit="nats", files=files)
+    write_json(out / "values.json", info)
     return out
 
 
@@ -171,7 +183,7 @@ def test_the_page_says_what_the_files_say(trained, written, visit):
     assert "of 60 (100%), 4 chunks each" in facts and f"of {len(run.values):,}" in facts and "adamw" in facts
     assert "trained to its end" in tab.locator("#lead").inner_text()
     # the books and the audit, as the end table has them
-    told = tables.account(run.books, run.audit, run.names, run.domains)
+    told = "\n".join(tables.account(run.books, run.audit, run.names, run.domains))
     for k, card in enumerate(tab.locator(".card").all_inner_texts()):
         known = float(told.split(f"{run.names[k]}: accounted for ")[1].split("%")[0])
         assert abs(numbers([card.split(" of the drop")[0].split()[-1]])[0] - known) <= 0.51
@@ -387,7 +399,7 @@ def test_a_drop_of_early_steps_alone(tmp_path, visit):
     run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000), 400)
     books = np.load(run / "books.npy")
     books["after"][0], books["after"][20:] = 1, books["before"][20:] + 0.01
-    np.save(run / "books.npy", books)
+    replace_records(run, "books", books)
     report(Config(run=str(run)))
     cards = visit(run / "report.html").locator("#trust").inner_text()
     assert "of the drop is what values" in cards and not any(word in cards for word in ("null", "undefined", "NaN", "marked early"))

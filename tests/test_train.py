@@ -26,6 +26,7 @@ from experiments import rules
 from ledger import add_visits, read
 from model import GPT, GPTConfig
 from ops.checkpoints import Checkpoints
+from ops.folder import RunFolder
 from train import Config, train
 from valuation import Valuation
 
@@ -329,7 +330,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(python_data, tmp_path, capsys, 
         "--data_dir=nowhere": "python prepare_pile.py --data_dir=nowhere",
         "--n_head=3": "not a multiple",
         "--batch_size=0": "at least 1",
-        "--learning_rate=nan": "must not be negative",
+        "--learning_rate=nan": "not a float",
         "--optimizer=sgd": "write --rule=sgd",
         "--device=cuda:7": "--device=cpu",
         "--init_from=resume": "nothing to resume",
@@ -391,7 +392,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
     state = torch.load(out / "ckpt.pt", weights_only=True)
     state["model"]["transformer.ln_f.weight"][0] = 3e38  # the weights diverge: the next losses overflow
     state["config"]["max_iters"] = 9
-    Checkpoints(out, 1, False, out / "ckpt.pt", 3).write(3, state)
+    with RunFolder(out) as folder:
+        Checkpoints(folder, 1, False, out / "ckpt.pt", 3).write(3, state)
     spoiled = (out / "ckpt.pt").read_bytes()
     line = refused(capsys, python_data, out, *more, "--max_iters=9", "--learning_rate=1e-3", "--lr_decay_iters=3", "--init_from=resume")
     ids = global_batch(3, 4, len(open_dataset(python_data).train.rows), 1337)
@@ -439,9 +441,9 @@ def test_damaged_data_is_named(python_data, tmp_path, capsys):
 
     for name, damage, answer in [
         ("train.npy", lambda b: b[: len(b) // 2], "train.npy is missing or damaged"),
-        ("val_domain.npy", None, "val_domain.npy is missing or damaged ([Errno 2]"),
+        ("val_domain.npy", None, "val_domain.npy is missing or damaged (No such file"),
         ("meta.json", lambda b: b[:50], "meta.json is damaged"),
-        ("meta.json", lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'), "but meta.json says"),
+        ("meta.json", lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'), "its checksum does not fit"),
     ]:
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(python_data, tmp_path / "data")
@@ -511,7 +513,13 @@ def test_wandb_goes_offline_without_a_login(python_data, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "no login found, so this run is logged offline" in done.stdout
     logged = next(out.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
-    scalars, histograms, curves, tables = ["train/loss", "train/lr", "overhead/mfu", "overhead/valuation_share", "val_loss/val"], [], [], []
+    scalars, histograms, curves, tables = (
+        ["train/loss", "train/lr", "overhead/mfu", "overhead/valuation_share", "val/loss", "val_loss/Python code"],
+        [],
+        [],
+        [],
+    )
+    scalars += ["val_loss/Python code", "val_loss/Docstrings"]
     for name in ("Python code", "Docstrings"):
         scalars += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [f"audit/{name}/{x}" for x in ("pearson", "rel_l2")]
         scalars += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [f"value_by_domain/{name}/Topics"]

@@ -1,6 +1,7 @@
 """values.py for real: a small run on documents that are known, read by every command and held against plain loops over its ledger."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sealed import as_of_step, change, replace_array
 
 import config
 import data
@@ -226,6 +228,9 @@ def test_export_is_the_same_by_one_row_group_of_documents_or_by_many(prepared, f
     with pq.ParquetWriter(tmp_path / "data" / "train_docs.parquet", docs.schema) as file:  # a group a chunk, as prepare_pile.py never parts them
         for chunk in np.unique(first):
             file.write_table(docs.filter(pa.array(first == chunk)))
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    digest = hashlib.sha256((tmp_path / "data" / "train_docs.parquet").read_bytes()).hexdigest()
+    change(tmp_path / "data" / "meta.json", sha256=meta["sha256"] | {"train_docs.parquet": digest})
     for name, where in (("one", ()), ("many", (f"--data_dir={tmp_path / 'data'}",))):
         typed("export", folder, tmp_path / f"{name}.parquet", *where)
         table = pq.read_table(tmp_path / f"{name}.parquet")
@@ -445,10 +450,6 @@ def copied(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "run")
 
 
-def change(path, **entries):
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
 def test_damaged_runs_are_refused_with_what_to_type(copied, folder, refused):
     for name in ("values.npy", "ledger.npy", "books.npy", "audit.npy", "values.json", "config.json"):
         whole = (copied / name).read_bytes()
@@ -466,9 +467,11 @@ def test_damaged_runs_are_refused_with_what_to_type(copied, folder, refused):
             (copied / name).write_text(content)
             assert "damaged" in refused("summary", copied)
             (copied / name).write_bytes(whole)
-    np.save(copied / "values.npy", np.load(folder / "values.npy")[:-1])
-    assert "does not fit values.json" in refused("top", copied)
+    info = (copied / "values.json").read_bytes()
+    replace_array(copied, "values.npy", np.load(folder / "values.npy")[:-1])
+    assert "values.npy is damaged, it has" in refused("top", copied)
     shutil.copy(folder / "values.npy", copied)
+    (copied / "values.json").write_bytes(info)
     change(copied / "values.json", schema=99)
     assert "schema 99" in refused("top", copied)
 
@@ -492,7 +495,7 @@ def test_other_data_is_refused(copied, folder, prepared, refused, tmp_path):
     whole = (tmp_path / "data" / "train_docs.parquet").read_bytes()
     for broken in (b"", whole[:-9]):
         (tmp_path / "data" / "train_docs.parquet").write_bytes(broken)
-        assert "train_docs.parquet is missing or damaged" in refused("chunk", tmp_path / "b", 0)
+        assert "train_docs.parquet is damaged" in refused("chunk", tmp_path / "b", 0)
 
 
 def test_a_moved_run_and_moved_data(folder, prepared, tmp_path, typed):
@@ -504,7 +507,7 @@ def test_a_moved_run_and_moved_data(folder, prepared, tmp_path, typed):
 
 def test_a_commit_cut_off_after_values_npy(copied, folder):
     """Ledger, books and values.npy are of step 60, values.json still speaks of step 40: so must the values."""
-    change(copied / "values.json", committed_step=40)
+    as_of_step(copied, 40)
     run = values.open_run(copied)
     total = np.zeros(run.values.shape)
     for visit in np.load(folder / "ledger.npy")[: 40 * 4]:
