@@ -54,8 +54,8 @@ class Config:
     data_dir: str = ""  # where the run's data is now, if it moved
 
     def __post_init__(self):
-        if not 0 <= self.drop_fraction < 1 or not 0 <= self.confidence:
-            raise UserError(f"--drop_fraction={self.drop_fraction} --confidence={self.confidence}: write 0 <= drop_fraction < 1, 0 <= confidence")
+        least = {"drop_fraction": 0, "confidence": 0, "seed": 0}
+        config.check(self, at_least=least, below={"drop_fraction": 1})
         if self.drop_fraction and self.confidence:
             raise UserError("--drop_fraction says how many are dropped, --confidence which: write one of them")
         if not self.drop_fraction and (self.per_domain or self.score == "loss"):

@@ -285,7 +285,8 @@ def run(cfg, folder, device, data, targets):
     )  # fmt: skip
     board = None
     if (cfg.wandb_log or cfg.tensorboard_log) and parallel.rank() == 0:
-        board = dashboard.Board(cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode)
+        visits = books.read(out) if targets and start else ()
+        board = dashboard.Board(cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode, visits)
         wandb_id = board.wandb_id
     peak, ranks = parallel.size() * peak_flops(device, dtype), f" x {parallel.size()}" * (parallel.size() > 1)
     chunks = f"{len(data.keep):,} of {n_chunks:,} chunks" if cfg.keep else f"{n_chunks:,} chunks"
@@ -307,7 +308,7 @@ def run(cfg, folder, device, data, targets):
         if parallel.rank() == 0:
             files.write_lines(out / "evaluations.jsonl", evaluations)
         if board:
-            board.log({"val/loss": mean} | {f"val_loss/{name}": loss for name, loss in by_domain.items()}, step=step)
+            board.log({"val/loss": mean} | {f"val_loss/{dashboard.metric_name(name)}": loss for name, loss in by_domain.items()}, step=step)
 
     def save(step):
         """Ledger and values first, then the checkpoint that counts on them."""

@@ -16,7 +16,6 @@ Values are in nats, positive where the chunk lowered the target's loss; tables s
 
 import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +24,8 @@ from show import commands, tables
 from show.exports import compare, export
 from show.run import open_run
 from sources.origins import Documents
+from sources.targets import read_text
+from sources.tokenizers import whole_characters
 from system.errors import UserError
 
 # --- the commands: (run, options) -> plain dicts and lists; a float may be NaN ------
@@ -98,7 +99,8 @@ def doc(run, doc: int):
     used, tokens = [c for c in chunks if not np.isnan(c["value"][run.names[0]])], np.concatenate(tokens)
     found = {key: row[key] for key in ("doc", "domain", "source", "record", "n_tokens")} | dict(unit=run.info["unit"], chunks_used=len(used))
     found |= dict(value=run.named(total if used else total * np.nan), chunks=chunks, whole=len(tokens) == n)
-    return found | dict(text=run.tokenizer.decode(tokens[tokens != run.data.meta["eot"]]))
+    utf8 = run.tokenizer.decode_bytes(tokens[tokens != run.data.meta["eot"]])
+    return found | dict(text=whole_characters(utf8))
 
 
 def tokens(run, *, chunk: int, target=""):
@@ -116,10 +118,9 @@ def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
     """Which training chunks helped the model to write a text, approximately, with --text or --file; with --bottom, which hinder it."""
     if bool(text) == bool(file):
         raise UserError("query needs a text: write --text=... or --file=PATH, and not both")
-    try:
-        text = text or Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--file={file} cannot be read as UTF-8 text ({e})") from e
+    text = text or read_text(file, "--file")
+    if not text.strip() or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError("query needs a text of UTF-8 that is more than blanks: write --text=...")
     import revalue  # and torch with it, which reading values needs not
 
     return top(open_run(revalue.query(run, text), run.data.path), n, "", domain, chars, bottom)

@@ -12,7 +12,11 @@ import numpy as np
 from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
 
 SLICE = 1 << 20  # rows of the ledger held at a time
-DOMAINS, BINS, POINTS, DOCUMENTS = 60, 60, 4000, 6  # at most: domains by name, columns of a chart, points, documents named of a chunk
+# at most: domains by name, columns of a chart, points, documents named of a chunk, chunks
+DOMAINS, BINS, POINTS, DOCUMENTS, CHUNKS = 60, 60, 4000, 6, 600
+CELLS = 1200  # targets times domains: with many targets fewer domains are named
+NUMBERS = 24_000  # of a chart, for all targets and domains together
+PAGE = 1_800_000  # bytes of the whole content
 TEXTS, TOKENS = 700_000, 800_000  # bytes: of all the texts together, of all the coloured tokens
 BAD, GOOD = 0.1, 0.9  # a residual above this share of the drop, an audited step's Pearson below this: a warning
 LONE = 0.2  # a step with more than this share of the size of all values: sums, means and shares leave it out, and the page says so
@@ -29,7 +33,7 @@ def gather(run, documents):
     """A Run, and its Documents -> dict(run, targets, domains, trust, spread, time, histogram, points, chunks); one pass over the ledger."""
     used, names, of = run.used, *domains(run)
     values, K, D = run.values[used], len(run.names), len(names)  # (n, K)
-    chosen = choose(values, of[used], K, D)
+    chosen = choose(values, of[used], K, D)[: max(100, 40 * CHUNKS // (K + 40))]
     passed = Pass(run, of, D, used[chosen])
     for start in range(0, len(run.visits), SLICE):
         passed.add(run.visits[start : start + SLICE])
@@ -38,7 +42,10 @@ def gather(run, documents):
     content = dict(run=describe(run, passed), targets=[short(name) for name in run.names], domains=names, lone=lone)
     content |= dict(trust=trust(run, passed.early), spread=spread(values, tokens, of[used], passed.left[:, used]), time=over_time(run, passed))
     content |= dict(histogram=histograms(values, of[used], D), points=points(run, of))
-    return content | dict(chunks=chunks(run, documents, used[chosen], values[chosen], of, passed))
+    shown = dict(chunks=chunks(run, documents, used[chosen], values[chosen], of, passed))
+    room_for_texts = min(TEXTS, PAGE - TOKENS - len(encode(content | shown)))
+    add_texts(shown["chunks"], run, max(0, room_for_texts) // len(chosen))
+    return content | shown
 
 
 def encode(content):
@@ -64,8 +71,11 @@ def domains(run):
     size = np.bincount(all_of[run.used], minlength=len(run.domains))
     order = [d for d in np.argsort(-size, kind="stable") if size[d]]
     names, slot = [short(run.domains[d]) for d in order], np.full(len(size), -1, np.int16)
-    slot[order] = np.minimum(np.arange(len(order)), DOMAINS - 1)
-    return names if len(names) <= DOMAINS else [*names[: DOMAINS - 1], f"{len(names) - DOMAINS + 1} other domains"], slot[all_of]
+    most = min(DOMAINS, max(8, CELLS // len(run.names)))
+    slot[order] = np.minimum(np.arange(len(order)), most - 1)
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} other domains"]
+    return names, slot[all_of]
 
 
 def choose(values, of, K, D):
@@ -88,11 +98,13 @@ class Pass:
         self.run, self.of, self.D, K = run, of, D, len(run.names)
         self.first = int(run.visits["step"][0])  # not 0 of a replay or a walk that began later
         steps = run.info["committed_step"] - self.first
-        self.edges = self.first + np.unique(np.linspace(0, steps, min(steps, BINS) + 1).astype(int))  # of the columns of the cumulative chart
+        bins = min(BINS, max(10, NUMBERS // (K * D)))
+        columns = np.linspace(0, steps, min(steps, bins) + 1).astype(int)
+        self.edges = self.first + np.unique(columns)  # of the cumulative chart
         entries = [run.books[name] for name in BOOK_ENTRIES]
         self.measured = run.books["step"][np.isfinite(entries).all((0, 2))]
         # columns of the normalised chart: at least four measured steps each, or the scatter of their drops would not be known
-        self.groups = np.array_split(self.measured, max(1, min(BINS // 2, len(self.measured) // 4)))
+        self.groups = np.array_split(self.measured, max(1, min(bins // 2, len(self.measured) // 4)))
         self.group_edges = np.array([*(group[0] for group in self.groups if len(group)), self.first + steps])
         self.count = np.zeros(len(of), np.int32)
         self.position = np.full(len(of), -1, np.int32)
@@ -219,11 +231,11 @@ def scale(values):
 
 def histograms(values, of, D):
     """Of each target: s, the bins' width on asinh(value / s), where they start (0 is an edge), and counts (D, bins)."""
-    found = []
+    found, columns = [], min(44, max(12, NUMBERS // (values.shape[1] * D)))
     for v in values.T.astype(float):
         s = scale(v)
         t = np.arcsinh(v / s)
-        step = max(np.ptp(t), 1e-6) / 44
+        step = max(np.ptp(t), 1e-6) / columns
         column = np.floor(t / step).astype(int)
         first, n = column.min(), np.ptp(column) + 1
         counts = np.bincount(of * n + column - first, minlength=D * n).reshape(D, n)
@@ -246,16 +258,25 @@ def fit(text, limit):
 
 
 def chunks(run, documents, chosen, values, of, passed):
-    """One dict a chunk: its text, values and documents; `cut` where the text is."""
-    found, limit = [None] * len(chosen), TEXTS // len(chosen)
+    """One dict a chunk: its values and documents."""
+    found = [None] * len(chosen)
     for i in np.argsort(chosen):  # in the documents' order
         chunk = int(chosen[i])
-        text, docs = run.text(chunk), documents.of_chunk(chunk)
-        shown = [[doc["doc"], fit(doc["source"], 200), doc["record"]] for doc in docs[:DOCUMENTS]]
-        row = dict(chunk=chunk, domain=int(of[chunk]), values=num(values[i]), text=fit(text, limit), documents=shown, more=len(docs) - len(shown))
+        docs = documents.of_chunk(chunk)
+        shown = [[doc["doc"], fit(doc["source"], 100), doc["record"]] for doc in docs[:DOCUMENTS]]
+        row = dict(chunk=chunk, domain=int(of[chunk]), values=num(values[i]))
+        row |= dict(documents=shown, more=len(docs) - len(shown))
         row |= dict(visits=int(passed.count[chunk]), step=int(passed.met[i]), early=int(passed.met[i]) in passed.early)
-        found[i] = row | dict(loss=num(passed.loss[i] / passed.count[chunk]), cut=len(row["text"]) < len(text))
+        found[i] = row | dict(loss=num(passed.loss[i] / passed.count[chunk]))
     return found
+
+
+def add_texts(rows, run, limit):
+    """Gives each chunk its text, in so many bytes; `cut` where that is not all of it."""
+    for row in rows:
+        text = run.text(row["chunk"])
+        row["text"] = fit(text, limit)
+        row["cut"] = len(row["text"]) < len(text)
 
 
 def room(run):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sources.tokenizers import whole_characters
 from system.errors import UserError
 from system.files import atomic, short
 from system.terminal import progress
@@ -146,7 +147,7 @@ def stretches(documents, stays, kept):
     """A record for every stretch of a document whose chunks are kept, bool (n_chunks,); or, where stays is given, bool (D,), for every document
     that stays, whole. As in the Pile: {text, meta: {pile_set_name, ...}}; part counts a document's stretches, token is where it begins."""
     run, seen = documents.run, 0
-    eot, decode = run.data.meta["eot"], run.tokenizer.decode
+    eot, decode_bytes = run.data.meta["eot"], run.tokenizer.decode_bytes
     for columns, document, chunk, begin, end in documents.pieces():
         fine = kept[chunk] if stays is None else stays[seen + document]
         first = np.append(True, (document[1:] != document[:-1]) | ~fine[:-1])[: len(fine)] & fine  # of a stretch
@@ -158,7 +159,7 @@ def stretches(documents, stays, kept):
             part, last = (part + 1 if row == last else 0), row
             tokens = np.concatenate([run.data.train.rows[chunk[i], begin[i] : end[i]] for i in range(start, stop)])
             about = dict(pile_set_name=str(columns["domain"][row]), doc=int(columns["doc"][row]), source=str(columns["source"][row]))
-            yield dict(text=decode(tokens[tokens != eot]), meta=about | dict(record=int(columns["record"][row]), part=part))
+            yield dict(text=whole_characters(decode_bytes(tokens[tokens != eot])), meta=about | dict(record=int(columns["record"][row]), part=part))
         seen += len(columns["doc"])
 
 

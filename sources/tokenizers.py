@@ -1,5 +1,6 @@
 """Text -> tokens and back."""
 
+import codecs
 import importlib.util
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,10 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
 
     def decode(self, tokens):
-        return bytes(t for t in tokens if t != self.eot).decode("utf-8", "replace")
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
+
+    def decode_bytes(self, tokens):
+        return bytes(t for t in tokens if t != self.eot)
 
 
 class GPT2Tokenizer:
@@ -45,6 +49,18 @@ class GPT2Tokenizer:
 
     def decode(self, tokens):
         return self.bpe.decode([int(t) for t in tokens])
+
+    def decode_bytes(self, tokens):
+        return self.bpe.decode_bytes([int(t) for t in tokens])
+
+
+def whole_characters(utf8):
+    """Bytes cut out of a text -> the text, without the characters that were cut at its ends."""
+    start = 0
+    while start < min(3, len(utf8)) and utf8[start] & 0xC0 == 0x80:  # the rest of a character
+        start += 1
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(utf8[start:])  # it waits for the rest of a character at the end
 
 
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}

@@ -233,7 +233,7 @@ def refusals(tmp_path, folder):
     yield "curate", [], "no run given"
     yield "curate", [str(tmp_path)], "no run's folder"
     yield "curate", [str(folder / "run"), "--drop=positive"], "choose one of negative"
-    yield "curate", [str(folder / "run"), "--drop_fraction=16"], "0 <= drop_fraction < 1"
+    yield "curate", [str(folder / "run"), "--drop_fraction=16"], "it must be below 1"
     yield "curate", [str(folder / "run"), "--drop_fraction=.1", "--confidence=2"], "write one of them"
     yield "curate", [str(folder / "run"), "--per_domain"], "write --drop_fraction=.16"
     yield "curate", [str(folder / "run"), "--score=loss"], "write --drop_fraction=.16"

@@ -558,3 +558,15 @@ def test_the_page_stays_small_with_long_chunks_and_many_targets(tmp_path):
     content = payload.gather(run, Documents(run))
     payload.add_tokens(content, run, 7, np.random.default_rng(2).normal(size=(payload.room(run), run.width, 8)))  # of no model: their size counts
     assert 0.5e6 < len(payload.encode(content)) < 1.9e6
+
+
+@pytest.mark.parametrize("n_targets, n_domains", [(30, 60), (100, 60)])
+def test_the_page_stays_small_whatever_the_targets_and_domains(tmp_path, n_targets, n_domains):
+    targets = [f"target {k} of a long name" for k in range(n_targets)]
+    data_dir = make_data(tmp_path / "data", 3000, width=1024, domains=n_domains)
+    run = open_run(make_run(tmp_path / "run", data_dir, 400, targets=targets))
+    content = payload.gather(run, Documents(run))
+    most = min(20, payload.room(run))
+    payload.add_tokens(content, run, 7, np.ones((most, run.width, n_targets)))
+    assert len(content["chunks"]) >= 100
+    assert len(payload.encode(content)) < 1.9e6
