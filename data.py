@@ -152,6 +152,7 @@ def open_split(path, meta, name):
 PREPARED_BY = {"source": "", "dataset": "monology/pile-uncopyrighted", "text_key": "text"}
 PREPARED_BY |= {"domain_key": "meta.pile_set_name", "domains": "", "tokenizer": "gpt2"}
 PREPARED_BY |= {"block_size": 1024, "val_fraction": 0.01, "limit_tokens": 0}
+PREPARED_BY |= {"follow_links": False, "max_document_mb": 64}
 
 
 def prepare_again(path, meta):

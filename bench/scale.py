@@ -10,6 +10,7 @@ Stages: read (decompress, cut into lines), parse (JSON, UTF-8, split by hash), t
 Prints a table and last one JSON line.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,11 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import pyarrow.parquet
 
 import config
 import data
 import prepare_pile
-import sources.documents
+from sources.documents import find_source, size_of
+from sources.encode import Encoder
+from sources.files import stated
+from sources.rows import DOCUMENTS, pack, read_held, write_part
+from system.files import footer_crc32, write_json
 
 
 @dataclass
@@ -46,14 +51,39 @@ class Config:
 
 
 def sparse_set(folder, chunks, block_size):
-    """A data folder of that many chunks of holes, with a meta.json that fits; one val chunk."""
-    for name, shape in (("train", (chunks, block_size + 1)), ("train_domain", (chunks,)), ("val", (1, block_size + 1)), ("val_domain", (1,))):
-        with open(Path(folder, f"{name}.npy"), "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
-            file.truncate(file.tell() + 2 * int(np.prod(shape, dtype=object)))
-    meta = dict(schema=data.SCHEMA, tokenizer="gpt2", vocab_size=50257, eot=50256, block_size=block_size, domains=["none"])
-    meta |= dict(chunks=dict(train=chunks, val=1), sha256={}, command="python bench/scale.py")
-    Path(folder, "meta.json").write_text(json.dumps(meta))
+    """A data folder of that many chunks of holes, with a meta.json that fits; one val chunk, and
+    no documents."""
+    folder = Path(folder)
+    counts = {"train": chunks, "val": 1}
+    meta = {"schema": data.SCHEMA, "tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
+    meta |= {"block_size": block_size, "domains": ["none"], "chunks": counts, "config": {}}
+    meta["tokens"] = {name: n * (block_size + 1) for name, n in counts.items()}
+    meta |= {"sha256": {}, "footers": {}}
+    for name, n in counts.items():
+        table = folder / f"{name}_docs.parquet"
+        pyarrow.parquet.write_table(DOCUMENTS.empty_table(), table)
+        meta["footers"][table.name] = footer_crc32(table)
+        write_holes(folder / f"{name}.npy", (n, block_size + 1))
+        write_holes(folder / f"{name}_domain.npy", (n,))
+    for path in folder.iterdir():
+        meta["sha256"][path.name] = sha256(path)
+    write_json(folder / "meta.json", meta)
+
+
+def sha256(path):
+    """A file's; of one that is too large for open_dataset() to look at, nothing."""
+    if path.stat().st_size > data.CHECKED:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_holes(path, shape):
+    """A uint16 .npy of a shape, without contents."""
+    header = {"descr": "<u2", "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 2 * int(np.prod(shape, dtype=object)))
 
 
 def memory():
@@ -96,26 +126,38 @@ def measure_chunks(cfg):
 
 
 def stages(cfg, folder):
-    """-> {stage: (seconds, MB of text)} of one round, in this process, one stage after another."""
-    options = prepare_pile.Config(source=cfg.source, tokenizer=cfg.tokenizer, data_dir=str(Path(folder, "data")), workers=1)
-    names, read = prepare_pile.open_source(options)
+    """One round, in this process, one stage after another -> {stage: seconds}, MB of text, tokens."""
+    folder = Path(folder)
+    options = prepare_pile.Config(
+        source=cfg.source,
+        tokenizer=cfg.tokenizer,
+        data_dir=str(folder / "data"),
+        workers=1,
+    )
+    source = find_source(options)
     seconds = {}
-    seconds["read"], documents = timed(lambda: [document for name in names for document in read(name)])
-    sources.documents.CFG, sources.documents.TOKENIZER = options, NoTokenizer
-    seconds["parse"], _ = timed(lambda: [sources.documents.encode([document]) for document in documents])
-    sources.documents.TOKENIZER = data.tokenizer(cfg.tokenizer)
-    total, encoded = timed(lambda: [sources.documents.encode([document]) for document in documents])
+    seconds["read"], documents = timed(read_all, source)
+    parse = Encoder(options, NoTokenizer)
+    seconds["parse"], _ = timed(apply, parse, documents)
+    total, encoded = timed(apply, Encoder(options, data.tokenizer(cfg.tokenizer)), documents)
     seconds["tokenize"] = total - seconds["parse"]
-    part = Path(folder, "part.arrow")
-    seconds["write"], _ = timed(prepare_pile.write_part, part, encoded, float("inf"))
-    held = sum((Counter({("documents", d[0], d[1]): 1, ("tokens", d[0], d[1]): len(d[4]) // 2}) for e in encoded for d in e[0]), Counter())
-    held["tokens"] = sum(n for key, n in held.items() if key[0] == "tokens")
-    meta = prepare_pile.describe(options, held)
-    seconds["pack"], _ = timed(prepare_pile.pack, [part], Path(folder), meta)
-    text = sum(len(line) for document in documents for line in document[3])
-    for path in Path(folder).glob("*.*"):
+    part = folder / "part.arrow"
+    seconds["write"], _ = timed(write_part, part, encoded, float("inf"))
+    held = read_held(part)
+    meta = prepare_pile.describe(options, held, source, stated(source.names))
+    seconds["pack"], _ = timed(pack, [part], folder, meta)
+    text = sum(size_of(document.text) for document in documents)
+    for path in folder.glob("*.*"):
         path.unlink()
     return seconds, text / 1e6, held["tokens"]
+
+
+def read_all(source):
+    return [document for name in source.names for document in source.read(name)]
+
+
+def apply(encoder, documents):
+    return [encoder([document]) for document in documents]
 
 
 class NoTokenizer:

@@ -8,6 +8,8 @@ import unicodedata
 import numpy as np
 
 from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
+from sources.domains import LONGEST
+from sources.files import explain_left_out
 from system.terminal import visible
 
 
@@ -82,17 +84,57 @@ def ratio(part, whole):
     return float(part / whole) if whole else math.nan
 
 
+MOST_DOMAINS = 40  # rows of the table of a prepared data folder
+
+
 def prepared(meta):
-    """A data folder as the lines of a table, from its meta.json."""
-    width = min(28, max(map(len, ["domain", *map(visible, meta["domains"])])))
-    lines = [f"{'domain':<{width}} {'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}"]
-    for domain, of in meta["by_domain"].items():
-        documents, tokens = (of["train"][key] + of["val"][key] for key in ("documents", "tokens"))
-        chunks = f"{of['train']['chunks']:>13,} {of['val']['chunks']:>11,}"
-        lines.append(f"{fit(domain, width)} {documents:>10,} {chunks} {tokens:>14,} {tokens / sum(meta['tokens'].values()):>6.1%}")
-    lines.append(f"dropped at the ends of domains: {meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents")
+    """A data folder as the lines of a table, from its meta.json, and what became of the rest."""
+    by_domain, total = meta["by_domain"], sum(meta["tokens"].values())
+    tokens = {name: tokens_of(splits) for name, splits in by_domain.items()}
+    largest = sorted(tokens, key=lambda name: -tokens[name])[:MOST_DOMAINS]
+    told = [name for name in by_domain if name in set(largest)]  # in their own order
+    width = min(28, max(map(len, ["domain", *map(visible, told)])))
+    head = f"{'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}"
+    lines = [f"{'domain':<{width}} {head}"]
+    for name in told:
+        train, val = by_domain[name]["train"], by_domain[name]["val"]
+        documents = f"{train['documents'] + val['documents']:>10,}"
+        chunks = f"{train['chunks']:>13,} {val['chunks']:>11,}"
+        share = f"{tokens[name]:>14,} {tokens[name] / total:>6.1%}"
+        lines.append(f"{fit(name, width)} {documents} {chunks} {share}")
+    if len(told) < len(by_domain):
+        rest = total - sum(tokens[name] for name in told)
+        lines.append(f"and {len(by_domain) - len(told):,} smaller domains: {rest:,} tokens")
+    dropped = f"{meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents"
+    lines.append(f"dropped at the ends of domains: {dropped}")
+    return [*lines, *set_aside(meta)]
+
+
+def tokens_of(splits):
+    """{split: its counts} -> tokens of all of them."""
+    return sum(counts["tokens"] for counts in splits.values())
+
+
+def set_aside(meta):
+    """What a data folder's source held that is not in it, or not as it was meant to be."""
+    lines, settings = explain_left_out(meta["left_out"]), meta["config"]
+    fallback = "under their file's name"
+    if meta["no_domain"]:
+        documents = counted(meta["no_domain"], "document")
+        lines.append(f"{documents} without {settings['domain_key']}, {fallback}")
+    if meta["long_domain"]:
+        documents = counted(meta["long_domain"], "document")
+        lines.append(f"{documents} with a domain of over {LONGEST} characters, {fallback}")
+    if meta["skipped"]["too_long"]:
+        records = counted(meta["skipped"]["too_long"], "record")
+        limit = f"--max_document_mb={settings['max_document_mb']}"
+        lines.append(f"{records} longer than {limit}: a larger one reads more, and needs memory")
     skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
     return [*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"]
+
+
+def counted(n, what):
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def fit(text, cells, right=False):

@@ -5,6 +5,7 @@ the largest page: only so many rows are taken at a time that they would fit even
 text as large as that. Row groups with a page that is too large itself are skipped and counted.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,6 +39,37 @@ NUMBER_TYPES = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
 PRINTED_TYPES = (pa.types.is_temporal, pa.types.is_decimal)
 
 
+def parquet_documents(raw, name, cfg, default, bar):
+    """An open file -> its documents; default: the domain of those without one. bar: is moved on.
+    Raises UserError where the file is none, is damaged, or has no column for the text."""
+    with explained(name):
+        source = Rows(raw, name, cfg)
+        record = 0
+        for group in range(source.file.num_row_groups):
+            for domain, text in source.cells(group):
+                yield Document(name, record, domain, text, default)
+                record += text.number if isinstance(text, Skipped) else 1
+            if bar.total:
+                about = source.file.metadata
+                bar.update(bar.total * about.row_group(group).num_rows / about.num_rows)
+
+
+@contextmanager
+def explained(name):
+    """What pyarrow says of a file, as UserError."""
+    try:
+        yield
+    except pa.ArrowNotImplementedError as e:
+        what = f"{name} is written in a way that pyarrow cannot read ({short(e)})"
+        raise UserError(f"{what}: write it anew with another program") from e
+    except (OSError, pa.ArrowException) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise  # of the disk, not of the file
+        if "crypt" in str(e):
+            raise UserError(f"{name} is encrypted: decrypt it first") from e
+        raise UserError(f"{name} is damaged or cut short ({short(e)}): fetch it again") from e
+
+
 @dataclass(frozen=True)
 class Column:
     """Where a key leads."""
@@ -61,65 +93,111 @@ class Column:
         return ".".join(self.path)
 
 
-def parquet_documents(raw, name, cfg, default, bar):
-    """An open file -> its documents; default: the domain of those without one. bar: is moved on.
-    Raises UserError where the file is none, is damaged, or has no column for the text."""
-    with explained(name):
-        file, text, domain = open_parquet(raw, name, cfg)
-        record = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            for document in group_documents(raw, file, group, text, domain, cfg):
-                number = document.text.number if isinstance(document.text, Skipped) else 1
-                yield document._replace(source=name, record=record, default=default)
-                record += number
-            if bar.total:
-                bar.update(bar.total * rows / file.metadata.num_rows)
+class Rows:
+    """An open parquet file."""
 
+    def __init__(self, raw, name, cfg):
+        self.raw, self.name = raw, name
+        self.here = os.path.isfile(name)  # or far away, where every look at it takes time
+        self.longest = cfg.max_document_mb * MB  # bytes of a text
+        self.too_large = 4 * self.longest + 2 * ROOM  # bytes of a page
+        footer = self.look_at_ends()
+        self.file = self.open()
+        if footer == self.file.metadata.serialized_size + SIGNATURE:
+            raise UserError(f"{name} is encrypted: decrypt it first")
+        fields = list(self.file.schema_arrow)
+        self.text = locate(fields, cfg.text_key, name)
+        self.domain = locate(fields, cfg.domain_key, name)
+        if self.text is None:
+            have = listed(self.file.schema_arrow.names)
+            cure = f"write --text_key=<one of {have}>"
+            raise UserError(f"{name} has no column {cfg.text_key!r}: {cure}")
+        maps = [column for column in (self.text, self.domain) if column and column.is_map]
+        if maps:  # of a map a row can have any number of entries: each text is kept once
+            paths = [path for column in maps for path in self.leaves(column).values()]
+            self.file = self.open(paths)
 
-@contextmanager
-def explained(name):
-    """What pyarrow says of a file, as UserError."""
-    try:
-        yield
-    except pa.ArrowNotImplementedError as e:
-        what = f"{name} is written in a way that pyarrow cannot read ({short(e)})"
-        raise UserError(f"{what}: write it anew with another program") from e
-    except (OSError, pa.ArrowException) as e:
-        if isinstance(e, OSError) and e.errno is not None:
-            raise  # of the disk, not of the file
-        if "crypt" in str(e):
-            raise UserError(f"{name} is encrypted: decrypt it first") from e
-        raise UserError(f"{name} is damaged or cut short ({short(e)}): fetch it again") from e
+    def look_at_ends(self):
+        """-> the bytes of the footer. Raises UserError where the file is no parquet file."""
+        self.raw.seek(0)
+        begin = self.raw.read(4)
+        self.raw.seek(0, 2)
+        self.raw.seek(max(0, self.raw.tell() - 8))
+        footer, end = self.raw.read(4), self.raw.read(4)
+        if b"PARE" in (begin, end):
+            raise UserError(f"{self.name} is encrypted: decrypt it first")
+        if begin != b"PAR1":
+            what = f"is no parquet file (it begins with {begin!r})"
+            raise UserError(f"{self.name} {what}: name it as what it is, or fetch it again")
+        return int.from_bytes(footer, "little")
 
+    def open(self, once=None):
+        """-> pyarrow's file. once: the columns of which equal texts are to be in memory once."""
+        return pa.parquet.ParquetFile(
+            self.raw,
+            read_dictionary=once,
+            pre_buffer=False,
+            buffer_size=MB,
+            page_checksum_verification=True,
+            arrow_extensions_enabled=False,
+        )
 
-def open_parquet(raw, name, cfg):
-    """-> pyarrow's ParquetFile, the Column of the text and that of the domain, or None."""
-    raw.seek(0)
-    begin = raw.read(4)
-    raw.seek(0, 2)
-    raw.seek(max(0, raw.tell() - 8))
-    length, end = int.from_bytes(raw.read(4), "little"), raw.read(4)
-    if begin == b"PARE" or end == b"PARE":
-        raise UserError(f"{name} is encrypted: decrypt it first")
-    if begin != b"PAR1":
-        what = f"is no parquet file (it begins with {begin!r})"
-        raise UserError(f"{name} {what}: name it as what it is, or fetch it again")
-    options = dict(pre_buffer=False, buffer_size=MB, arrow_extensions_enabled=False)
-    options["page_checksum_verification"] = True
-    file = pa.parquet.ParquetFile(raw, **options)
-    if length == file.metadata.serialized_size + SIGNATURE:
-        raise UserError(f"{name} is encrypted: decrypt it first")
-    text = locate(list(file.schema_arrow), cfg.text_key, name)
-    if text is None:
-        have = listed(file.schema_arrow.names)
-        raise UserError(f"{name} has no column {cfg.text_key!r}: write --text_key=<one of {have}>")
-    domain = locate(list(file.schema_arrow), cfg.domain_key, name)
-    maps = [column for column in (text, domain) if column and column.is_map]
-    if maps:  # of a map a row can have any number of entries: each text is kept once
-        paths = [file.schema.column(i).path for column in maps for i in leaves(file, column)]
-        file = pa.parquet.ParquetFile(raw, read_dictionary=paths, **options)
-    return file, text, domain
+    def leaves(self, column):
+        """The columns, as they are stored, that a Column consists of: {number: name}."""
+        found, schema = {}, self.file.schema
+        for i in range(self.file.metadata.num_columns):
+            path = schema.column(i).path
+            if path == column.name or path.startswith(f"{column.name}."):
+                found[i] = path
+        return found
+
+    def cells(self, group):
+        """A row group -> (cell of the domain, cell of the text) of each row; a Skipped stands for
+        all of them where there is no room for the texts."""
+        text_page = self.largest_page(group, self.text)
+        if text_page > self.too_large:
+            rows = self.file.metadata.row_group(group).num_rows
+            yield None, Skipped("too_long", rows)
+            return
+        pages = {self.text: text_page}
+        if self.domain:
+            domain_page = self.largest_page(group, self.domain)
+            if domain_page <= self.too_large:
+                pages[self.domain] = domain_page
+        rows = self.rows_at_once(pages)
+        names = [column.name for column in pages]
+        options = dict(row_groups=[group], columns=names, use_threads=False)
+        for batch in self.file.iter_batches(rows, **options):
+            texts = column_cells(batch, self.text, self.longest)
+            if self.domain in pages:
+                domains = column_cells(batch, self.domain, self.longest)
+            else:
+                domains = [TOO_LONG if self.domain else None] * len(texts)
+            yield from zip(domains, map(only_text, texts))
+
+    def rows_at_once(self, pages):
+        """{Column: bytes of its largest page} -> as many rows as fit even if each held a text as
+        large as that."""
+        rows = ROWS_ONCE
+        for column, page in pages.items():
+            if not column.once:
+                rows = min(rows, ROWS, (self.longest + ROOM) // max(1, page))
+        return max(1, rows)
+
+    def largest_page(self, group, column):
+        """Bytes of a Column's largest page in a row group, or more: a small column's pages are not
+        looked at where that means to fetch them."""
+        largest = 0
+        for i in self.leaves(column):
+            chunk = self.file.metadata.row_group(group).column(i)
+            size = chunk.total_uncompressed_size
+            if self.here or size > self.longest + ROOM:
+                try:
+                    size = largest_page(self.raw, chunk)
+                except (ValueError, RecursionError) as e:
+                    raise pa.ArrowInvalid(short(e)) from e
+            largest = max(largest, size)
+        return largest
 
 
 def locate(fields, key, name, path=()):
@@ -135,55 +213,6 @@ def locate(fields, key, name, path=()):
             return locate(list(same[0].type), rest, name, here)
         return Column(here, rest, same[0].type)
     return None
-
-
-def leaves(file, column):
-    """The numbers of the columns, as they are stored, that a Column consists of."""
-    paths = [file.schema.column(i).path for i in range(file.metadata.num_columns)]
-    below = f"{column.name}."
-    return [i for i, path in enumerate(paths) if path == column.name or path.startswith(below)]
-
-
-def group_documents(raw, file, group, text, domain, cfg):
-    """A row group -> its documents, all but their source, record and default."""
-    longest = cfg.max_document_mb * MB
-    most = 4 * longest + 2 * ROOM
-    about = file.metadata.row_group(group)
-    text_page = page_of(raw, file, about, text, longest)
-    domain_page = page_of(raw, file, about, domain, longest) if domain else 0
-    if text_page > most:
-        yield Document("", 0, None, Skipped("too_long", about.num_rows))
-        return
-    pages = {text: text_page}
-    if domain and domain_page <= most:
-        pages[domain] = domain_page
-    many = [max(1, page) for column, page in pages.items() if not column.once]
-    rows = min([ROWS_ONCE, *(min(ROWS, (longest + ROOM) // page) for page in many)])
-    options = dict(row_groups=[group], columns=[column.name for column in pages])
-    for batch in file.iter_batches(max(1, rows), use_threads=False, **options):
-        texts = [only_text(cell) for cell in column_cells(batch, text, longest)]
-        if domain in pages:
-            names = column_cells(batch, domain, longest)
-        else:
-            names = [TOO_LONG if domain else None] * len(texts)
-        for cell, name in zip(texts, names):
-            yield Document("", 0, name, cell)
-
-
-def page_of(raw, file, about, column, longest):
-    """The bytes of a Column's largest page in a row group, or more. A small column's pages are
-    not looked at where that means to fetch them: they are smaller than the column."""
-    largest = 0
-    for i in leaves(file, column):
-        chunk = about.column(i)
-        size = chunk.total_uncompressed_size
-        if size > longest + ROOM or hasattr(raw, "fileno"):
-            try:
-                size = largest_page(raw, chunk)
-            except (ValueError, RecursionError) as e:
-                raise pa.ArrowInvalid(short(e)) from e
-        largest = max(largest, size)
-    return largest
 
 
 # --- cells --------------------------------------------------------------------------

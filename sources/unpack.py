@@ -4,8 +4,8 @@ Of the readers at hand, bz2's and lzma's take a damaged second stream for the en
 zstandard's takes a file that was cut short for a whole one. Here every stream must have its end.
 Behind the last one there may be zeros, as gzip(1) has it, and nothing else.
 
-A kilobyte is unpacked at a time, to 32 MB at the most, however small the file is. What zstd --long
-and xz remember of the text before (the window, up to 2 GB) comes on top.
+Two kilobytes are unpacked at a time, to 64 MB at the most, however small the file is. What zstd
+--long and xz remember of the text before (the window, up to 2 GB) comes on top.
 """
 
 import bz2
@@ -22,7 +22,7 @@ from system.errors import UserError
 from system.files import short
 from system.terminal import quoted
 
-FEED = 1 << 10  # bytes that are unpacked at a time
+FEED = 1 << 11  # bytes that are unpacked at a time
 BLOCK = 1 << 16  # bytes that are read at a time
 MOST = 1 << 20  # bytes that bz2 and xz give at a time
 LOOK = 6  # bytes that tell what a stream is

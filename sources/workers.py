@@ -1,7 +1,7 @@
 """Processes that work on jobs side by side; what comes of them, in the jobs' order.
 
-Not a ProcessPoolExecutor: that waits for ever where a worker is killed while it answers, for all hold all ends of one pipe. Here each has
-a pipe of its own, which ends with it.
+Not a ProcessPoolExecutor: that waits for ever where a worker is killed while it answers, for all
+hold all ends of one pipe. Here each has a pipe of its own, which ends with it.
 """
 
 import multiprocessing
@@ -13,32 +13,46 @@ from multiprocessing.connection import wait
 
 
 def start(n, prepare, *args):
-    """n processes, each of which calls prepare(*args) for the function that it will apply to its jobs. -> {our end of a pipe: the process}"""
+    """n processes, each of which calls prepare(*args) for the function that it will apply to its
+    jobs. -> {our end of a pipe: the process}. Raises OSError where so many cannot be started."""
     workers = {}
-    for _ in range(n):
-        ours, theirs = multiprocessing.Pipe()
-        workers[ours] = multiprocessing.Process(target=serve, args=(theirs, prepare, args), daemon=True)
-        workers[ours].start()
-        theirs.close()  # so that the pipe ends with the worker
+    try:
+        for _ in range(n):
+            ours, theirs = multiprocessing.Pipe()
+            arguments = (theirs, prepare, args)
+            worker = multiprocessing.Process(target=serve, args=arguments, daemon=True)
+            worker.start()
+            workers[ours] = worker
+            theirs.close()  # so that the pipe ends with the worker
+    except OSError:
+        stop(workers)
+        raise
     return workers
 
 
 def serve(pipe, prepare, args):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
+    # the terminal sends Ctrl-C to all; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # nobody else would end a worker whose parent was killed
+    threading.Thread(target=end_with_parent, daemon=True).start()
     function = prepare(*args)
     while True:
         pipe.send(function(pipe.recv()))
 
 
+def end_with_parent():
+    """Nobody else would end a worker whose parent was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def ordered(workers, jobs):
-    """What comes of the jobs, none of which is None, in their order; at most twice as many wait as there are workers, so memory stays
-    constant. Raises BrokenPipeError where a worker died."""
-    busy, done, first = {}, {}, 0  # {pipe: number of its job}, {number: what came of it}, the number that is next
+    """What comes of the jobs, none of which is None, in their order; at most twice as many wait as
+    there are workers, so memory stays constant. Raises BrokenPipeError where a worker died."""
+    busy, done = {}, {}  # {pipe: number of its job}, {number: what came of it}
+    first = 0  # the number that is next
     for number, job in enumerate(chain(jobs, [None])):
-        while busy and (job is None or len(busy) == len(workers) or number - first > 2 * len(workers)):
+        while busy and (job is None or is_full(workers, busy, number - first)):
             for pipe in wait(busy):
                 try:
                     done[busy.pop(pipe)] = pipe.recv()
@@ -53,6 +67,12 @@ def ordered(workers, jobs):
             busy[pipe] = number
 
 
+def is_full(workers, busy, ahead):
+    """Whether no worker is free, or what came of too many jobs waits for an earlier one."""
+    return len(busy) == len(workers) or ahead > 2 * len(workers)
+
+
 def stop(workers):
     for worker in workers.values():
-        worker.kill()  # one that is just starting would miss a SIGTERM between the handler it inherits and its own
+        # one that is just starting would miss a SIGTERM between the handler it inherits and its own
+        worker.kill()

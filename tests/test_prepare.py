@@ -17,85 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from piles import ARRAYS, TABLES, digest, found_text, lines, parquet, record, run, streams, table, texts, write
 
 import config
 import data
 from prepare_pile import Config, prepare
 from sources.rows import Split
+from system.files import write_json
 
 SCRIPT = Path(config.__file__).parent / "prepare_pile.py"
-ARRAYS = ("train.npy", "val.npy", "train_domain.npy", "val_domain.npy")
-TABLES = ("train_docs.parquet", "val_docs.parquet")
-
-
-def texts(n=150, seed=0, domains="abc", words=60):
-    """[(domain, text)]: domain "a" has words of a's, and so on, so that a chunk shows whose it is; every tenth text is long."""
-    rng = random.Random(seed)
-    found = []
-    for i in range(n):
-        domain = rng.choice(domains)
-        length = rng.randrange(1, words * (8 if i % 10 == 9 else 1))
-        found.append((domain, f"{domain}" + " ".join(domain * rng.randrange(1, 9) for _ in range(length)) + f" {i}"))
-    return found
-
-
-def record(domain, text):
-    return {"text": text, "meta": {"pile_set_name": domain}}
-
-
-def lines(documents):
-    return b"".join(json.dumps(record(*document)).encode() + b"\n" for document in documents)
-
-
-def run(folder, source, **options):
-    """Prepares folder/out from a source -> the open dataset."""
-    options = {"tokenizer": "byte", "block_size": 64, "val_fraction": 0.3, "workers": 1, "data_dir": str(folder / "out"), **options}
-    prepare(Config(source=str(source), **options))
-    return data.open_dataset(options["data_dir"])
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def table(dataset, split):
-    return pq.read_table(dataset.path / f"{split}_docs.parquet").to_pylist()
-
-
-def streams(dataset, split):
-    """{domain: (numbers of its chunks, their tokens one after another)}."""
-    part = getattr(dataset, split)
-    chunks = {name: np.flatnonzero(part.domain == d) for d, name in enumerate(dataset.domains)}
-    return {name: (own, part.rows[own].reshape(-1)) for name, own in chunks.items()}
-
-
-def found_text(dataset, split, row, stream=None):
-    """The tokens of a document, by its row of the table: from its first chunk on, through the chunks of its domain. -> (tokens, whole?)"""
-    width, eot = dataset.meta["block_size"] + 1, dataset.meta["eot"]
-    own, stream = (stream or streams(dataset, split))[row["domain"]]
-    assert row["first_chunk"] in own
-    start = int(np.searchsorted(own, row["first_chunk"])) * width + row["first_token"]
-    end = start + row["n_tokens"]
-    assert start == 0 or stream[start - 1] == eot
-    assert end >= len(stream) or stream[end] == eot
-    return stream[start:end], end <= len(stream)
-
-
-def digest(folder, names=ARRAYS + TABLES):
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 # --- what is written ----------------------------------------------------------
-
-
-def parquet(path, documents, dtype=None):
-    path.parent.mkdir(exist_ok=True)
-    meta = pa.array([{"pile_set_name": domain} for domain, _ in documents])
-    pq.write_table(
-        pa.table({"n": pa.array(range(len(documents))), "meta": meta, "text": pa.array([t for _, t in documents], dtype)}), path, row_group_size=40
-    )
 
 
 def test_every_format_gives_the_same_chunks(tmp_path):
@@ -278,7 +211,7 @@ def test_what_is_no_text_is_counted_and_skipped(tmp_path):
         parts.insert(5 + 10 * i, line)
     raw = b"".join(parts)
     dataset = run(tmp_path, write(tmp_path / "d.jsonl", raw[:-1]))  # the last line has no end
-    assert dataset.meta["skipped"] == {"not_utf8": 2, "not_json": 2, "no_text": 4, "empty": 2, "lone_surrogate": 1, "not_tokenized": 0}
+    assert dataset.meta["skipped"] == {"not_utf8": 2, "not_json": 2, "no_text": 4, "empty": 2, "lone_surrogate": 1, "too_long": 0, "not_tokenized": 0}
     assert dataset.meta["documents"] == len(good)
     numbered = raw.split(b"\n")
     for row in table(dataset, "train"):
@@ -469,7 +402,7 @@ def test_a_finished_folder_is_kept_or_replaced(tmp_path, capsys):
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     write(tmp_path / "out" / "thesis.tex", b"years of work")
-    with pytest.raises(ValueError, match="did not write: write another --data_dir"):
+    with pytest.raises(ValueError, match=r"did not write \(thesis.tex\): write another --data_dir"):
         run(tmp_path, source, overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").read_bytes() == b"years of work"
 
@@ -488,9 +421,9 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
         ("d.jsonl", {"domains": "a,z"}, "no document of 'z'; there is a, b, c"),
         ("d.jsonl", {"block_size": 10**6}, "fill no chunk of train.npy"),
         ("d.jsonl", {"val_fraction": 1e-9}, "raise --val_fraction"),
-        ("d.jsonl", {"val_fraction": 1.0}, "write --val_fraction=<0 or more, below 1>"),
-        ("d.jsonl", {"block_size": 0}, "write --block_size=<1 or more>"),
-        ("d.jsonl", {"limit_tokens": -1}, "write --limit_tokens=<0 or more>"),
+        ("d.jsonl", {"val_fraction": 1.0}, "--val_fraction=1.0: it must be below 1"),
+        ("d.jsonl", {"block_size": 0}, "--block_size=0: it must be at least 1"),
+        ("d.jsonl", {"limit_tokens": -1}, "--limit_tokens=-1: it must be at least 0"),
         ("d.jsonl", {"shard": "5/4"}, "write --shard=<i>/<n, i from 1 to n>"),
         ("d.jsonl", {"shard": "0/4"}, "write --shard=<i>/<n, i from 1 to n>"),
         ("d.jsonl", {"shard": "x"}, "write --shard=<i>/<n, i from 1 to n>"),
@@ -740,8 +673,8 @@ def test_300_million_chunks(tmp_path):
         (lambda path, meta: (path / "train.npy").write_bytes((path / "train.npy").read_bytes()[:-1]), "train.npy is missing or damaged"),
         (lambda path, meta: (path / "val_domain.npy").write_bytes(b""), "val_domain.npy is missing or damaged"),
         (lambda path, meta: (path / "train_domain.npy").unlink(), "train_domain.npy is missing or damaged"),
-        (lambda path, meta: meta["chunks"].update(train=meta["chunks"]["train"] + 1), "but meta.json says"),
-        (lambda path, meta: meta.update(block_size=63), "but meta.json says"),
+        (lambda path, meta: meta["chunks"].update(train=meta["chunks"]["train"] + 1), "its shape is"),
+        (lambda path, meta: meta.update(block_size=63), "its shape is"),
         (lambda path, meta: meta.update(schema=0), "schema 0"),
         (lambda path, meta: (path / "meta.json").unlink(), "no prepared data"),
     ],
@@ -751,7 +684,7 @@ def test_the_reader_sees_damage(tmp_path, damage, answer):
     before = json.dumps(dataset.meta)
     damage(dataset.path, dataset.meta)
     if json.dumps(dataset.meta) != before:
-        (dataset.path / "meta.json").write_text(json.dumps(dataset.meta))
+        write_json(dataset.path / "meta.json", dataset.meta)
     with pytest.raises(ValueError, match=answer):
         data.open_dataset(dataset.path)
 
