@@ -22,8 +22,8 @@ order, into a folder that takes its name when it is whole. So the files are the 
 token twice. A folder that holds anything else is never replaced, and nothing else is ever removed.
 
 Memory: 0.3 GB and 0.2 GB a worker for ordinary text. Whatever the text is, no more than
-1 GB + workers * (0.2 GB + 80 * max_document_mb MB), besides what a packed file asks for itself:
-2 GB after zstd --long=31.
+1 GB + workers * (0.2 GB + 80 * max_document_mb MB). On top comes what a packed file asks for itself
+(2 GB after zstd --long=31), and in the end 4 * block_size bytes a domain.
 
 Split: by the hash of a document's text, so equal texts are on one side. Chunks: each domain of a
 split is one stream of tokens, <eot> after every document, cut into rows of block_size + 1 tokens;

@@ -1,5 +1,7 @@
 """Domains: a document's own, and those that are asked for."""
 
+import functools
+
 from sources.files import stem
 from sources.records import Skipped
 from sources.targets import cut_at_comma
@@ -28,6 +30,7 @@ def default_domain(document):
     return document.default or printable(stem(document.source))
 
 
+@functools.lru_cache(1)  # a file has many documents
 def printable(path):
     """A file's name as text: bytes that are no UTF-8 are written out, as in caf\\xe9."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")

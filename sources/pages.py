@@ -22,7 +22,7 @@ def largest_page(file, column):
     """An open file and pyarrow's ColumnChunkMetaData -> bytes of its largest page, unpacked.
     Raises Damaged and OSError."""
     at = column.data_page_offset
-    if column.has_dictionary_page:
+    if column.has_dictionary_page and column.dictionary_page_offset:
         at = min(at, column.dictionary_page_offset)
     end = at + column.total_compressed_size
     largest = 0

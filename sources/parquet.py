@@ -49,8 +49,8 @@ def parquet_documents(raw, name, cfg, default, bar):
             for domain, text in source.cells(group):
                 yield Document(name, record, domain, text, default)
                 record += text.number if isinstance(text, Skipped) else 1
-            if bar.total:
-                about = source.file.metadata
+            about = source.file.metadata
+            if bar.total and about.num_rows:
                 bar.update(bar.total * about.row_group(group).num_rows / about.num_rows)
 
 
@@ -154,9 +154,11 @@ class Rows:
     def cells(self, group):
         """A row group -> (cell of the domain, cell of the text) of each row; a Skipped stands for
         all of them where there is no room for the texts."""
+        rows = self.file.metadata.row_group(group).num_rows
+        if not rows:
+            return
         text_page = self.largest_page(group, self.text)
         if text_page > self.too_large:
-            rows = self.file.metadata.row_group(group).num_rows
             yield None, Skipped("too_long", rows)
             return
         pages = {self.text: text_page}
@@ -164,10 +166,9 @@ class Rows:
             domain_page = self.largest_page(group, self.domain)
             if domain_page <= self.too_large:
                 pages[self.domain] = domain_page
-        rows = self.rows_at_once(pages)
         names = [column.name for column in pages]
         options = dict(row_groups=[group], columns=names, use_threads=False)
-        for batch in self.file.iter_batches(rows, **options):
+        for batch in self.file.iter_batches(self.rows_at_once(pages), **options):
             texts = column_cells(batch, self.text, self.longest)
             if self.domain in pages:
                 domains = column_cells(batch, self.domain, self.longest)
@@ -195,7 +196,8 @@ class Rows:
                 try:
                     size = largest_page(self.raw, chunk)
                 except (ValueError, RecursionError) as e:
-                    raise pa.ArrowInvalid(short(e)) from e
+                    if size > self.too_large:  # else pyarrow may see what is wrong with it
+                        raise pa.ArrowInvalid(short(e)) from e
             largest = max(largest, size)
         return largest
 
@@ -240,6 +242,11 @@ def cells(array, rest, longest):
         return [None if i is None else known[i] for i in array.indices.to_pylist()]
     if pa.types.is_map(kind) and rest:
         return map_cells(array, rest, longest)
+    if pa.types.is_struct(kind) and rest:  # in a map; others are gone into before
+        for name, deeper in ways(rest):
+            i = kind.get_field_index(name)
+            if i >= 0:
+                return cells(pa.compute.struct_field(array, [i]), deeper, longest)
     if any(is_type(kind) for is_type in TEXT_TYPES):
         found = texts(array, longest)
         return [Within(cell, rest) if rest and isinstance(cell, bytes) else cell for cell in found]

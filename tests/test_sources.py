@@ -286,6 +286,25 @@ def test_a_parquet_is_said_to_be_what_it_is(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "out"]
 
 
+def test_a_parquet_may_be_written_in_any_way(tmp_path):
+    column = ["x", "xy", "xyz"] * 20
+    ways = [
+        {"compression": "brotli"},
+        {"compression": "lz4"},
+        {"compression": "none", "data_page_version": "2.0"},
+        {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+        {"row_group_size": 7, "write_page_index": True, "write_page_checksum": True},
+    ]
+    hashes = set()
+    for way in ways:
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", **way)
+        hashes.add(run(tmp_path, tmp_path / "a.parquet", overwrite=True, **SMALL).hash)
+    assert len(hashes) == 1
+    pq.write_table(pa.table({"text": column[:0]}), tmp_path / "s.parquet")
+    with pytest.raises(UserError, match=r"no document in .*s.parquet"):
+        run(tmp_path, tmp_path / "s.parquet", overwrite=True)
+
+
 def test_one_row_that_is_no_utf8_spoils_no_other(tmp_path):
     good = [f"document {i}".encode() for i in range(40)]
     kinds = [pa.binary(), pa.large_binary(), pa.binary_view()]
