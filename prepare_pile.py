@@ -51,6 +51,7 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from tqdm import tqdm
@@ -166,7 +167,7 @@ def tokenize(cfg, parts, read, partial):
     try:
         for path, names in parts:
             if not path.exists():
-                documents = (document for name in names for document in read(name))
+                documents = chain.from_iterable(map(read, names))
                 encoded = workers.ordered(pool, jobs(documents))
                 write_part(partial / path.name, encoded, limit)
                 (partial / path.name).rename(path)

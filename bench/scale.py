@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -153,7 +154,7 @@ def stages(cfg, folder):
 
 
 def read_all(source):
-    return [document for name in source.names for document in source.read(name)]
+    return list(chain.from_iterable(map(source.read, source.names)))
 
 
 def apply(encoder, documents):

@@ -121,7 +121,8 @@ class Walk:
     nothing is read twice, so that no link leads round in a circle."""
 
     def __init__(self, follow_links, ours):
-        self.found, self.links, self.follow_links = Found(), [], follow_links
+        self.found, self.links = Found(), []
+        self.follow_links = follow_links
         self.seen = {identity(folder) for folder in ours if os.path.isdir(folder)}
 
     def go(self, top):

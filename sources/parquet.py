@@ -62,6 +62,8 @@ def explained(name):
     except pa.ArrowNotImplementedError as e:
         what = f"{name} is written in a way that pyarrow cannot read ({short(e)})"
         raise UserError(f"{what}: write it anew with another program") from e
+    except pa.ArrowMemoryError as e:
+        raise UserError(f"{name} needs more memory than this machine has ({short(e)})") from e
     except (OSError, pa.ArrowException) as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise  # of the disk, not of the file
@@ -83,6 +85,17 @@ class Column:
         return pa.types.is_map(self.kind)
 
     @property
+    def has_text(self):
+        """Whether a text may stand there."""
+        return is_any(TEXT_TYPES, values_of(self.kind)) or bool(self.is_map and self.rest)
+
+    @property
+    def has_name(self):
+        """Whether a name may stand there, of which a number is one too."""
+        printed = is_any(NUMBER_TYPES + PRINTED_TYPES, values_of(self.kind))
+        return self.has_text or (printed and not self.rest)
+
+    @property
     def once(self):
         """Whether a text that stands in many rows is in memory once."""
         return self.is_map or pa.types.is_dictionary(self.kind)
@@ -91,6 +104,17 @@ class Column:
     def name(self):
         """As pyarrow has it, of one column or of all below it."""
         return ".".join(self.path)
+
+
+def is_any(tests, kind):
+    return any(test(kind) for test in tests)
+
+
+def values_of(kind):
+    """A type -> that of the values, where they are in a dictionary or of a type of their own."""
+    if isinstance(kind, pa.BaseExtensionType):  # as arrow.json is a text
+        kind = kind.storage_type
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 class Rows:
@@ -112,10 +136,15 @@ class Rows:
             have = listed(self.file.schema_arrow.names)
             cure = f"write --text_key=<one of {have}>"
             raise UserError(f"{name} has no column {cfg.text_key!r}: {cure}")
-        maps = [column for column in (self.text, self.domain) if column and column.is_map]
-        if maps:  # of a map a row can have any number of entries: each text is kept once
-            paths = [path for column in maps for path in self.leaves(column).values()]
-            self.file = self.open(paths)
+        if self.domain and not self.domain.has_name:
+            self.domain = None
+        self.leaves, once = {}, []
+        for column in filter(None, (self.text, self.domain)):
+            self.leaves[column] = self.find_leaves(column)
+            if column.is_map:  # a row can have any number of entries: each text is kept once
+                once += self.leaves[column].values()
+        if once:
+            self.file = self.open(once)
 
     def look_at_ends(self):
         """-> the bytes of the footer. Raises UserError where the file is no parquet file."""
@@ -142,7 +171,7 @@ class Rows:
             arrow_extensions_enabled=False,
         )
 
-    def leaves(self, column):
+    def find_leaves(self, column):
         """The columns, as they are stored, that a Column consists of: {number: name}."""
         found, schema = {}, self.file.schema
         for i in range(self.file.metadata.num_columns):
@@ -156,6 +185,9 @@ class Rows:
         all of them where there is no room for the texts."""
         rows = self.file.metadata.row_group(group).num_rows
         if not rows:
+            return
+        if not self.text.has_text:
+            yield None, Skipped("no_text", rows)
             return
         text_page = self.largest_page(group, self.text)
         if text_page > self.too_large:
@@ -189,7 +221,7 @@ class Rows:
         """Bytes of a Column's largest page in a row group, or more: a small column's pages are not
         looked at where that means to fetch them."""
         largest = 0
-        for i in self.leaves(column):
+        for i in self.leaves[column]:
             chunk = self.file.metadata.row_group(group).column(i)
             size = chunk.total_uncompressed_size
             if self.here or size > self.longest + ROOM:
@@ -247,12 +279,12 @@ def cells(array, rest, longest):
             i = kind.get_field_index(name)
             if i >= 0:
                 return cells(pa.compute.struct_field(array, [i]), deeper, longest)
-    if any(is_type(kind) for is_type in TEXT_TYPES):
+    if is_any(TEXT_TYPES, kind):
         found = texts(array, longest)
         return [Within(cell, rest) if rest and isinstance(cell, bytes) else cell for cell in found]
-    if not rest and any(is_type(kind) for is_type in NUMBER_TYPES):
+    if not rest and is_any(NUMBER_TYPES, kind):
         return array.to_pylist()
-    if not rest and any(is_type(kind) for is_type in PRINTED_TYPES):
+    if not rest and is_any(PRINTED_TYPES, kind):
         if pa.types.is_timestamp(kind):
             array = array.cast(pa.timestamp(kind.unit))  # without a zone, which may be unknown
         return array.cast(pa.string()).to_pylist()

@@ -61,7 +61,8 @@ class Unpacked(io.RawIOBase):
     """The bytes of a file's streams, one after another."""
 
     def __init__(self, raw, name, packing):
-        self.raw, self.name, self.packing = raw, name, packing
+        self.raw, self.packing = raw, packing
+        self.name = name
         self.block = b""  # of the file
         self.at = 0  # where in the block the bytes begin that are not unpacked yet
         self.behind = 0  # bytes of the file before the block

@@ -221,6 +221,23 @@ def test_overwrite_may_be_killed_at_any_moment(tmp_path, capsys):
     assert old in found and new in found
 
 
+def test_a_swap_that_fails_leaves_the_old_data_set(tmp_path, monkeypatch):
+    source = write(tmp_path / "d.jsonl", lines(texts()))
+    before = digest(run(tmp_path, source, block_size=32).path)
+    rename = os.rename
+
+    def failing(old, new):
+        if str(old).endswith(".partial"):
+            raise OSError(5, "Input/output error", str(old))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(tmp_path, source, overwrite=True)
+    assert digest(tmp_path / "out") == before
+    assert [path.suffix for path in (tmp_path / "out.parts").iterdir()] == [".arrow"]
+
+
 def test_what_replaces_it_is_not_disturbed(tmp_path):
     """A data_dir that another process is just replacing: both its names are taken."""
     source = write(tmp_path / "d.jsonl", lines(texts()))
