@@ -96,7 +96,9 @@ class Folders:
         remove_empty(self.parts)
 
     def clear(self):
-        """Removes data_dir.parts, but for what other processes are writing there."""
+        """Removes data_dir.parts, but for what other processes are writing there, and the lock that
+        a run leaves in data_dir if it is killed at its very end."""
+        (self.folder / "lock").unlink(missing_ok=True)
         if not self.parts.is_dir() or self.parts.is_symlink():
             return
         for path in list(self.parts.iterdir()):

@@ -210,6 +210,7 @@ def test_overwrite_may_be_killed_at_any_moment(tmp_path, capsys):
             prepare(Config(**with_it))
             assert "already prepared" in capsys.readouterr().out
             assert not (tmp_path / "out.parts").exists()
+            assert not (tmp_path / "out" / "lock").exists()
             assert digest(tmp_path / "out") in (old, new)
         prepare(Config(**options, block_size=64, overwrite=True))
         assert digest(tmp_path / "out") == new
