@@ -130,7 +130,11 @@ def by_domain(run, kept, k):
     return [row for row in rows if row["chunks"]]
 
 
+def main(cfg):
+    commands.say_lines(commands.show_curated(curate(cfg)))
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the way out of Ctrl-C: no file is left half-written
-    config.main(lambda: commands.say_lines(commands.show_curated(curate(config.load(Config)))))
+    config.main(lambda: main(config.load(Config)))

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from system.errors import UserError
-from system.files import atomic, crc32, load_array, named
+from system.files import atomic, check_entries, crc32, load_array, named
 
 SCHEMA = 2  # of values.json
 BLOCK = 1 << 16  # records that have one checksum
@@ -157,18 +157,28 @@ def read(run, name="ledger"):
     return load_array(Path(run, name + ".npy"), "type: python train.py --verify --out_dir=<the run>")
 
 
-def check(run, counted):
+COUNTED = {"rows": int, "sums": list, "start": int, "itemsize": int}
+
+
+def check(run, counted, cure="the checkpoint before it may help"):
     """Raises UserError where a run's records are not those that {name: Records.counted()} counts."""
     for name, of in counted.items():
         path = Path(run, name + ".npy")
-        if bad := damaged_blocks(path, of):
+        bad = damaged_blocks(path, of, cure)
+        if bad:
             rows = which_rows(bad, of["rows"])
-            raise UserError(f"{path} is missing or damaged, {rows} are not as they were written")
+            what = f"{path} is missing or damaged, {rows} are not as they were written"
+            raise UserError(f"{what}: {cure}")
 
 
-def damaged_blocks(path, counted):
+def damaged_blocks(path, counted, cure="take another checkpoint"):
     """The numbers of a file's blocks of BLOCK records that are not as they were counted: all of
-    them where there is no file. On all cores."""
+    them where there is no file. On all cores. Raises UserError where `counted` is none of ours."""
+    if not isinstance(counted, dict):
+        raise UserError(f"{path} was counted by another version: {cure}")
+    check_entries(counted, COUNTED, path, cure)
+    if min(counted["rows"], counted["start"], counted["itemsize"]) < 0:
+        raise UserError(f"{path} was counted wrongly: {cure}")
     itemsize, sums = counted["itemsize"], counted["sums"]
     block, end = BLOCK * itemsize, counted["start"] + counted["rows"] * itemsize
     if not path.is_file():

@@ -77,7 +77,7 @@ def revalue(cfg):
     data, newest = open_data(of, options, checkpoints)
     targets = parse_targets(options.targets, data, options.block_size)
     if not cfg.targets:
-        check_targets(targets, newest["valuation"].get("targets", []), of)
+        check_targets(targets, newest["valuation"].get("targets", {}), of)
     name = cfg.name or files.name_for("+".join(target.name for target in targets))
     folder, last = of / "revalued" / name, max(checkpoints)
     end = cfg.end or last
@@ -157,7 +157,7 @@ def replay(cfg, of, options, checkpoints, data, targets, folder, end, about):
     files.write_json(folder / REVALUATION, about)
     try:
         if cfg.start and (anew or not (folder / "config.json").exists()):
-            state = {"records": {}, "grads": None, "domain_momentum": None, "targets": []}
+            state = {"records": {}, "grads": None, "domain_momentum": None, "targets": {}}
             branch(checkpoints, cfg.start, again, folder, state)
             again.init_from, again.overwrite = "auto", False
         train.train(again)
@@ -201,11 +201,11 @@ def repair(cfg):
     of, options, checkpoints = read(cfg)
     data, newest = open_data(of, options, checkpoints)
     last, batch = max(checkpoints), options.batch_size * options.gradient_accumulation_steps
-    counted = newest["valuation"]["records"]
+    counted = newest["valuation"].get("records", {})
     damaged = {name: ledger.damaged_blocks(of / f"{name}.npy", counted[name]) for name in counted}
     damaged = {name: blocks for name, blocks in damaged.items() if blocks}
     targets = parse_targets(options.targets, data, options.block_size)
-    check_targets(targets, newest["valuation"].get("targets", []), of)
+    check_targets(targets, newest["valuation"].get("targets", {}), of)
     if damaged:
         per_step = {"ledger": batch, "books": 1, "audit": 1 / max(1, options.audit_interval)}
         first = min(blocks[0] * ledger.BLOCK // per_step[n] for n, blocks in damaged.items())
@@ -263,13 +263,16 @@ def put_rows(path, counted, blocks, rows, skipped):
 
 def restore(of, options, newest):
     """What follows from the newest checkpoint and the rows: the other files."""
-    evaluations = json.loads(newest["evaluations"])
+    with fitting(of / "ckpt.pt"):
+        evaluations = json.loads(newest["evaluations"])
     if evaluations:
         files.write_lines(of / "evaluations.jsonl", evaluations)
+    try:
+        about = files.read_json(of / "config.json", "")
+    except UserError:
+        about = describe_run(newest["config"], 1, newest["data_hash"], config.ROOT)
     resumed = dict(out_dir=str(of), init_from="resume", max_iters=newest["iter_num"])
     train.train(train.Config(**vars(options) | resumed))  # no step, but a commit
-    settings = newest["config"]
-    about = describe_run(settings, 1, newest["data_hash"], config.ROOT)
     files.write_json(of / "config.json", about)
 
 

@@ -480,5 +480,5 @@ class Valuation:
             return {}
         grads = [parallel.gather(g, 1) if self.sharded else g for g in self.grads] if self.interval > 1 else None
         records = {name: records.counted() for name, records in self.records.items()}
-        targets = [[target.name, checksum_of(target)] for target in self.targets]
+        targets = {target.name: checksum_of(target) for target in self.targets}
         return dict(grads=grads, domain_momentum=self.domain_momentum, records=records, targets=targets)

@@ -126,8 +126,11 @@ def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
     return top(open_run(revalue.query(run, text), run.data.path), n, "", domain, chars, bottom)
 
 
+COMMANDS = (summary, top, bottom, domains, chunk, doc, export, compare, tokens, query)
+
+
 def main():
-    command, style, data_dir, options = commands.parse(__doc__, (summary, top, bottom, domains, chunk, doc, export, compare, tokens, query))
+    command, style, data_dir, options = commands.parse(__doc__, COMMANDS)
     runs = {key: open_run(options.pop(key), data_dir) for key in ("run", "other") if key in options}
     commands.show(command.__name__, command(**runs, **options), style)
 

@@ -20,6 +20,8 @@ NONE = type(None)
 ENTRIES = {"model": dict, "optimizer": dict, "model_args": dict, "iter_num": int, "config": dict}
 ENTRIES |= {"best_val_loss": float, "valuation": dict, "data_hash": str, "tokenizer": str}
 ENTRIES |= {"rng": list, "evaluations": str, "keep": (int, NONE), "wandb_id": (str, NONE)}
+OF_VALUATION = {"records": dict, "targets": dict, "grads": (list, NONE)}
+OF_VALUATION |= {"domain_momentum": (list, NONE)}
 CURE = "take another checkpoint, or one from a source you trust"
 BATCH = ("batch_size", "gradient_accumulation_steps")
 MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
@@ -52,6 +54,8 @@ def read_checkpoint(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint (it holds a {type(content).__name__}): {CURE}")
     check_entries(content, ENTRIES, path, CURE)
+    if content["valuation"]:  # it is empty with --rule=off
+        check_entries(content["valuation"], OF_VALUATION, path, CURE)
     if not all_finite(content["model"]):
         raise UserError(f"{path} has weights that are not finite: {CURE}")
     return content
@@ -260,12 +264,12 @@ def check_resumption(cfg, data, targets, checkpoint, path):
     if checkpoint["keep"] != ledger.crc(data.keep):
         what = f"--keep={cfg.keep} does not name the chunks that {out} was trained on"
         raise UserError(f"{what}: type --keep={was.get('keep', '')}")
-    check_targets(targets, checkpoint["valuation"].get("targets", []), out)
+    check_targets(targets, checkpoint["valuation"].get("targets", {}), out)
 
 
 def check_targets(targets, had, out):
-    """Raises UserError where a target's text has changed. had: [[name, checksum]] of a run."""
-    for target, (name, crc) in zip(targets, had):
-        if target.checksum() != crc:
-            what = f"the text of the target {name!r} is not the one that {out} was run with"
+    """Raises UserError where a target's text has changed. had: {name: checksum} of a run."""
+    for target in targets:
+        if target.checksum() != had.get(target.name):
+            what = f"the text of the target {target.name!r} is not the one that {out} was run with"
             raise UserError(f"{what}: put the old one back, or write another --out_dir")

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import ledger
 from ops.checkpoints import find_checkpoints, read_checkpoint
+from ops.folder import RUN_FILES
 from system.errors import UserError
 from system.files import crc32, read_json, read_lines
 from system.terminal import command, say
+
+KNOWN = {*RUN_FILES, "keep.npy", "dropped.npy"}
 
 
 def verify(run):
@@ -30,7 +33,7 @@ def verify(run):
     for path in whole:
         say(f"{path} is as it was written")
     if damaged:
-        raise UserError("; ".join(damaged))
+        raise UserError("; ".join(dict.fromkeys(damaged)))
 
 
 def checks(folder):
@@ -51,13 +54,25 @@ def checks(folder):
         path = folder / "evaluations.jsonl"
         yield path, lambda path=path: read_lines(path)
     for path in find_checkpoints(folder):
-        yield path, lambda path=path: read_checkpoint(path)
+        yield path, lambda path=path: check_checkpoint(folder, path, repair)
 
 
 def check_file(path, counted, cure):
     """counted: the CRC-32 of the file, or what ledger.Records.counted() said of it."""
+    if path.name not in KNOWN:
+        raise UserError(f"{path.parent} speaks of a file {path.name!r}, which a run does not have")
     if isinstance(counted, dict):
-        ledger.check(path.parent, {path.stem: counted})
-        ledger.read(path.parent, path.stem)  # its header
+        check_records(path.parent, path.stem, counted, cure)
     elif crc32(path) != counted:
         raise UserError(f"{path} is damaged (its checksum does not fit): {cure}")
+
+
+def check_records(folder, name, counted, cure):
+    ledger.check(folder, {name: counted}, cure)
+    ledger.read(folder, name)  # its header
+
+
+def check_checkpoint(folder, path, cure):
+    """The checkpoint itself, and the rows that it counts on."""
+    for name, counted in read_checkpoint(path)["valuation"].get("records", {}).items():
+        check_records(folder, name, counted, cure)

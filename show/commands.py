@@ -146,7 +146,7 @@ LEFT = ("target", "domain", "source", "token", "text")  # columns of words; all 
 
 def table(head, rows):
     """head: names of columns; rows: lists of strings -> aligned lines. Words are cut to 28 cells, a last column of words to the line's end."""
-    rows = [[visible(" ".join(cell.split()) if name != "token" else cell) for name, cell in zip(head, row)] for row in rows]
+    rows = [[visible(" ".join(cell.split()) if name == "text" else cell) for name, cell in zip(head, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     widths = [min(w, 28) if name in LEFT else w for name, w in zip(head, widths)]
     if head[-1] in LEFT:
@@ -286,7 +286,8 @@ def show_curated(r):
     yield from table(["domain", "chunks", "used", "kept", "share kept", "value", "value kept"], rows)
     yield ""
     yield f"-> {out}/keep.npy, keep.json, dropped.npy" + f", {cfg['export']}" * bool(cfg["export"])
-    yield f"next: python train.py <config file> --keep={out}/keep.npy --out_dir=out/curated"
+    keep = terminal.command(f"--keep={out}/keep.npy")
+    yield f"next: python train.py <config file> {keep} --out_dir=out/curated"
 
 
 def show_tokens(r):

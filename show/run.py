@@ -169,7 +169,7 @@ def read_arrays(path, info):
     its checksum."""
     K, files, cure = len(info["targets"]), info["files"], again(path)
     check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
-    visits = read_records(path, "ledger", ledger.visit_dtype(K), files, info["batch"])
+    visits = read_records(path, "ledger", ledger.visit_dtype(K), files)
     books = read_records(path, "books", None, files)
     if "audit.npy" in files:
         audit = read_records(path, "audit", ledger.audit_dtype(K), files)
@@ -194,20 +194,16 @@ def read_arrays(path, info):
     return values, visits, books, audit
 
 
-def read_records(path, name, dtype, files, batch=1):
+def read_records(path, name, dtype, files):
     """The records of <name>.npy that values.json counts, memmapped."""
     repair = "type: " + terminal.command("python", "revalue.py", str(path), "--repair")
     file = path / f"{name}.npy"
     counted = files[file.name]
-    keys = {"rows": int, "sums": list, "start": int, "itemsize": int}
-    check_entries(counted, keys, path / "values.json", again(path))
+    ledger.check(path, {name: counted}, repair)
     records = load_array(file, repair, dtype)
     if len(records) < counted["rows"] or records.dtype.itemsize != counted["itemsize"]:
         what = f"{records.dtype} {records.shape} does not fit values.json"
         raise UserError(f"{file} is damaged, {what}: {repair}")
-    if bad := ledger.damaged_blocks(file, counted):
-        rows = ledger.which_rows(bad, counted["rows"])
-        raise UserError(f"{file} is damaged ({rows}): {repair}")
     return records[: counted["rows"]]
 
 

@@ -25,7 +25,8 @@ class Documents:
         self.cure = run.data.prepare_again()
         run.data.check_table(self.path.name)
         try:
-            self.file = pyarrow.parquet.ParquetFile(self.path, page_checksum_verification=True)
+            raw = open(self.path, "rb")  # not by its name, which may be no UTF-8
+            self.file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
         except (OSError, ValueError) as e:
             raise UserError(f"{self.path} is missing or damaged ({short(e)}): {self.cure}") from e
         if self.file.schema_arrow != DOCUMENTS:
@@ -91,7 +92,8 @@ class Documents:
 
         chosen = dict(filters=[("doc", "==", doc)], page_checksum_verification=True)
         try:
-            return pyarrow.parquet.read_table(self.path, **chosen).to_pylist()
+            with open(self.path, "rb") as raw:
+                return pyarrow.parquet.read_table(raw, **chosen).to_pylist()
         except (OSError, ValueError) as e:
             raise UserError(f"{self.path} is damaged ({short(e)}): {self.cure}") from e
 

@@ -65,7 +65,15 @@ def quoted(word):
     if word.isprintable():
         return shlex.quote(word)
     word = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + ODD.sub(lambda found: f"\\u{ord(found[0]):04x}", word) + "'"
+    return "$'" + ODD.sub(lambda found: for_shell(found[0]), word) + "'"
+
+
+def for_shell(character):
+    """A character as bash takes it between $' and '."""
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def progress(things=None, desc="", **options):

@@ -1,0 +1,129 @@
+"""Every command of the project as a test runs it: in this process, or on a terminal of its own.
+
+What reads strangers' files or prints what stood in them is tested through all of these, so that a
+command added later is tested too: test_every_command_is_here fails until it stands below.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import pty
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import config
+import curate
+import prepare_pile
+import report
+import revalue
+import sample
+import train
+import values
+
+ROOT = Path(config.__file__).parent
+ENTRIES = {
+    "prepare_pile.py": lambda: prepare_pile.prepare(config.load(prepare_pile.Config)),
+    "train.py": lambda: train.train(config.load(train.Config)),
+    "values.py": values.main,
+    "report.py": lambda: report.report(config.load(report.Config)),
+    "curate.py": lambda: curate.main(config.load(curate.Config)),
+    "revalue.py": lambda: revalue.main(config.load(revalue.Config)),
+    "sample.py": lambda: sample.sample(config.load(sample.Config)),
+}
+
+
+def readers(run, other, data_dir, folder):
+    """[(script, its arguments)]: every way to read a run and a data folder. other: a run on the
+    same data. folder: where their output goes. Each of values.py's commands, too."""
+    of_values = {
+        "summary": [run],
+        "top": [run, "--n=3"],
+        "bottom": [run, "--n=3"],
+        "domains": [run],
+        "chunk": [run, "5"],
+        "doc": [run, values.Documents(values.open_run(run)).of_chunk(5)[0]["doc"]],
+        "export": [run, folder / "values.parquet"],
+        "compare": [run, other, "--n=3"],
+        "tokens": [run, "--chunk=5"],
+        "query": [run, "--text=to be", "--n=3"],
+    }
+    found = [("train.py", [f"--out_dir={run}", "--verify"])]  # before there are revaluations
+    found += [("values.py", [name, *argv]) for name, argv in of_values.items()]
+    found += [
+        ("report.py", [run, f"--out={folder / 'report.html'}", "--tokens=2"]),
+        ("curate.py", [run, f"--out={folder / 'kept'}", "--drop_fraction=.2", "--overwrite"]),
+        ("sample.py", [f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=5"]),
+        ("revalue.py", [run, "--name=walked", "--end=2", "--overwrite"]),
+        ("train.py", [run / "config.json", "--init_from=resume"]),
+        ("prepare_pile.py", [f"--data_dir={data_dir}", "--verify"]),
+    ]
+    return [(script, list(map(str, argv))) for script, argv in found]
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    def is_refusal(self):
+        """One line that says what is wrong, and exit code 2."""
+        one_line = self.err.startswith("error: ") and self.err.count("\n") == 1
+        return self.code == 2 and one_line
+
+
+def run(script, argv):
+    """A command in this process. An exception that it does not expect is raised here."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [script, *argv]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            config.main(ENTRIES[script])
+        except SystemExit as e:
+            code = e.code or 0
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+# --- on a terminal ----------------------------------------------------------------
+
+
+def on_terminal(script, argv):
+    """A command in a process of its own whose terminal is a real one -> exit code, bytes seen."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["commands", "torch._dynamo"])
+    ours, theirs = pty.openpty()
+    name = os.ttyname(theirs)
+    process = context.Process(target=run_there, args=(name, script, argv))
+    process.start()
+    os.set_blocking(ours, False)
+    seen = b""
+    while process.is_alive():
+        seen += read_all(ours)
+        process.join(0.01)
+    seen += read_all(ours)
+    os.close(ours)
+    os.close(theirs)
+    return process.exitcode, seen
+
+
+def read_all(fd):
+    seen = b""
+    with contextlib.suppress(BlockingIOError):
+        while block := os.read(fd, 1 << 16):
+            seen += block
+    return seen
+
+
+def run_there(terminal, script, argv):
+    torch.set_num_threads(1)
+    fd = os.open(terminal, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(fd, number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    os.environ.update(COLUMNS="110", LINES="24")
+    sys.argv = [script, *argv]
+    config.main(ENTRIES[script])
