@@ -215,19 +215,21 @@ def repair(cfg):
             rows = ledger.which_rows(blocks, counted[name]["rows"])
             say(f"{of}/{name}.npy is damaged: {rows}")
         say(f"training again through steps {first} to {end}")
-        folder = replay_steps(of, options, checkpoints, first, end)
-        start = ledger.read(folder, "books")["step"][0]
-        for name, blocks in damaged.items():
-            skipped = int(start * per_step[name])
-            put_rows(of / f"{name}.npy", counted[name], blocks, ledger.read(folder, name), skipped)
-        remove_revaluation(folder)
+        folder = of / "revalued" / "repair"
+        try:
+            replay_steps(folder, of, options, checkpoints, first, end)
+            start = ledger.read(folder, "books")["step"][0]
+            for name, blocks in damaged.items():
+                rows, skipped = ledger.read(folder, name), int(start * per_step[name])
+                put_rows(of / f"{name}.npy", counted[name], blocks, rows, skipped)
+        finally:
+            remove_revaluation(folder)
     restore(of, options, newest)
     say(f"{of} is whole as of step {last}")
 
 
-def replay_steps(of, options, checkpoints, first, end):
-    """Trains again through some steps, as the run did. -> the folder with their rows."""
-    folder = of / "revalued" / "repair"
+def replay_steps(folder, of, options, checkpoints, first, end):
+    """Trains again through some steps, as the run did, which leaves their rows in a folder."""
     changed = dict(out_dir=str(folder), max_iters=end, keep_checkpoints=1, eval_interval=0)
     again = train.Config(**vars(options) | changed | dict(init_from="scratch", overwrite=True))
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +241,6 @@ def replay_steps(of, options, checkpoints, first, end):
         branch(checkpoints, max(earlier), again, folder, state | {"records": {}})
         again.init_from, again.overwrite = "resume", False
     train.train(again)
-    return folder
 
 
 def put_rows(path, counted, blocks, rows, skipped):

@@ -269,10 +269,10 @@ def run(cfg, folder, device, data, targets):
             return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
+    if parallel.rank() == 0 and not checkpoint:
+        folder.set_aside()  # an older run, until the first commit of this one
     checkpoints = Checkpoints(folder, cfg.keep_checkpoints, cfg.background, used, start)
     if parallel.rank() == 0:
-        if not checkpoint:
-            folder.set_aside()  # until the first commit of this run
         if cfg.keep and not checkpoint:  # whatever becomes of the file, the run knows what it was trained on
             files.write_array(out / "chunks.npy", data.keep)
         about = describe_run(settings(cfg), parallel.size(), data.hash, config.ROOT)

@@ -148,9 +148,10 @@ class Wandb:
         options = dict(project=project_name(cfg.wandb_project), id=run_id, dir=cfg.out_dir)
         options["name"] = shorten(visible(cfg.wandb_run_name or out_name(cfg)), 128)
         options.update(config=vars(cfg), resume="allow", settings=wandb.Settings(**QUIET))
-        if "WANDB_MODE" not in os.environ and not self.has_login():
+        refused = "" if "WANDB_MODE" in os.environ else self.refused()
+        if refused:
             later = "`wandb login` and `wandb sync` send it later"
-            say(f"wandb: no login found, so this run is logged offline; {later}")
+            say(f"wandb: {refused}, so this run is logged offline; {later}")
             options["mode"] = "offline"
         try:
             self.run = wandb.init(**options)
@@ -164,12 +165,12 @@ class Wandb:
         if not self.run.offline:
             say(f"wandb: {self.run.url}")
 
-    def has_login(self):
+    def refused(self):
+        """Why nobody is logged in; empty where somebody is."""
         try:
-            return self.wandb.login(prompt=False)
-        except (self.wandb.Error, ValueError) as e:  # a key that is none
-            warn(f"wandb: {short(e)}")
-            return False
+            return "" if self.wandb.login(prompt=False) else "no login found"
+        except (self.wandb.Error, ValueError) as e:  # a key that is none, or no network
+            return short(e)
 
     def log(self, metrics, step):
         self.run.log({name: self.shown(x) for name, x in metrics.items()}, step=step)
@@ -228,7 +229,7 @@ def out_name(cfg):
     return Path(cfg.out_dir).resolve().name
 
 
-def slug(text, most=24):
+def slug(text, most=16):
     """Letters, digits, - and _, which may stand in a run's id."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:most] or "run"
 
@@ -241,7 +242,7 @@ def project_name(name):
     return cleaned
 
 
-def metric_name(name, most=64):
+def metric_name(name, most=40):
     """A domain's or a target's name as a part of a metric's, which wandb makes names of files of:
     one part, no path, and not too long."""
     cleaned = re.sub(r"/|^\.+", "_", visible(name))
