@@ -15,17 +15,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ops.folder import RUN_FILES
 from ops.machine import describe_run
 from system.errors import UserError
+from system.files import remove_folder
 
 
 def begin(cfg):
     """cfg.out, made, with run.json in it: the command, its options, versions, commit."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    about = describe_run(cfg, 1, None, ROOT) | dict(cpus=os.cpu_count(), machine=os.uname().machine)
+    about = describe_run(vars(cfg), 1, None, ROOT) | dict(cpus=os.cpu_count(), machine=os.uname().machine)
     (out / "run.json").write_text(json.dumps(about, indent=1) + "\n")
     return out
+
+
+def forget_run(out):
+    """Removes the folder of a run that has said what it was made for. Raises UserError where
+    anything else lies there."""
+    remove_folder(out, [*RUN_FILES, "lock", "keep.npy", "keep.json", "dropped.npy"], "move it away")
 
 
 def prepare(data_dir, source, **options):
@@ -42,14 +50,17 @@ def prepare(data_dir, source, **options):
 def start(threads):
     """In a worker: its share of the cores, and no progress lines of its runs among those of the others."""
     torch.set_num_threads(threads)
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def side_by_side(function, jobs, path, workers=0):
     """function(*job) -> a list of rows (dicts), the jobs in `workers` processes (0: a core each). Returns all rows; they are also
     written to path (.jsonl) as they come."""
     workers, rows = min(workers or os.cpu_count(), len(jobs)), []
-    with open(path, "w") as file, ProcessPoolExecutor(workers, initializer=start, initargs=(max(1, os.cpu_count() // workers),)) as pool:
+    with (
+        open(path, "w", encoding="utf-8") as file,
+        ProcessPoolExecutor(workers, initializer=start, initargs=(max(1, os.cpu_count() // workers),)) as pool,
+    ):
         futures = [pool.submit(function, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
             rows += future.result()
@@ -61,7 +72,7 @@ def side_by_side(function, jobs, path, workers=0):
 def read_rows(path):
     if not Path(path).is_file():
         raise UserError(f"no {path}: leave out --part=report")
-    return [json.loads(line) for line in open(path)]
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 def mean_se(values):
@@ -83,7 +94,7 @@ def markdown(head, rows):
 
 def finish(out, lines):
     """The tables, printed and in out/table.md."""
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

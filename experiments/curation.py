@@ -23,7 +23,6 @@ errors.
 import base64
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ import config
 import curate
 import train
 from data import open_dataset
-from experiments.common import begin, finish, markdown, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import begin, finish, forget_run, markdown, prepare, pyplot, read_rows, shown, side_by_side
 from prepare_pile import Config as PileConfig
 from show.run import open_run
 from sources.documents import open_source, records
@@ -136,8 +135,8 @@ def write_corpus(cfg, folder):
     junk = [(kind, text) for kind, texts in kinds.items() for text in up_to(each, texts)]
     for name, chosen in (("clean", kept), ("junk", kept + junk)):
         lines = (json.dumps(dict(text=text, meta=dict(pile_set_name=domain))) + "\n" for domain, text in chosen)
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / "target.txt").write_text("\n\n".join(text for _, text in target))
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "target.txt").write_text("\n\n".join(text for _, text in target), encoding="utf-8")
 
 
 # --- the runs -----------------------------------------------------------------------
@@ -226,7 +225,7 @@ def retrain(cfg, condition, seed, arm, options):
     junk = is_junk(data)
     row = dict(condition=condition, seed=seed, arm=arm, kept=float(kept.mean()), junk_left=float(junk[kept].mean()), curve=curve)
     row |= {f"dropped: {name}": float((~kept[data.train.domain == d]).mean()) for d, name in enumerate(data.domains) if name in JUNK}
-    shutil.rmtree(out)
+    forget_run(out)
     return [row | {"dropped: text": float((~kept[~junk]).mean())}]
 
 

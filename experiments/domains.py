@@ -20,7 +20,6 @@ Two CPU cores: about a quarter of an hour with minipile. Expected there (results
 narrow by value -.09, inverted +.33, its own domain alone -.22; broad by value +.003, inverted +.012, uniform -.007: no gain there.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config
 from data import open_dataset, tokenizer
-from experiments.common import begin, finish, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import begin, finish, forget_run, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
 from system.errors import UserError
 
 FLOOR, PASSES = 0.1, 4
@@ -150,7 +149,7 @@ def run(cfg, arm, weights, seed, test):
     row |= dict(narrow=cfg.narrow, evaluations=test_losses(out, data, test, options))
     if arm == "natural":
         row |= dict(scores=scores(out, data))
-    shutil.rmtree(out)
+    forget_run(out)
     return [row]
 
 

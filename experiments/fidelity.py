@@ -15,7 +15,6 @@ Writes rows.jsonl, targets.jsonl, table.md, fidelity.png. Two CPU cores: about a
 
 import json
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,6 +35,7 @@ import config
 import exact
 from data import global_batch, open_dataset
 from experiments import rules
+from experiments.common import forget_run
 from model import GPT, GPTConfig
 from system.errors import UserError
 
@@ -171,7 +171,7 @@ def run(cfg):
     vocabs, seeds = cfg.vocabs.split(","), numbers(cfg.seeds, int)
     jobs = [(v, lr, clip, 8, seed) for seed, v, lr, clip in product(seeds, vocabs, numbers(cfg.lrs), numbers(cfg.clips))]
     jobs = [(v, 6e-4, 1.0, 16, seeds[0]) for v in vocabs[::-1]] + jobs  # the longest first
-    with open(Path(cfg.out, "rows.jsonl"), "w") as f, ProcessPoolExecutor(cfg.workers) as pool:
+    with open(Path(cfg.out, "rows.jsonl"), "w", encoding="utf-8") as f, ProcessPoolExecutor(cfg.workers) as pool:
         futures = [pool.submit(train_and_judge, cfg, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
             f.writelines(json.dumps(row) + "\n" for row in future.result())
@@ -196,7 +196,7 @@ def run_targets(cfg):
     data = open_dataset(f"{cfg.data}-byte")
     common = dict(data_dir=f"{cfg.data}-byte", batch_size=8, max_iters=RUN_STEPS, warmup_iters=WARMUP // 2, eval_interval=0, log_interval=RUN_STEPS)
     common |= dict(targets=f"val:{cfg.target}", book_interval=10**9, checkpoint_interval=RUN_STEPS, overwrite=True, device="cpu", dtype="float32")
-    with open(Path(cfg.out, "targets.jsonl"), "w") as f:
+    with open(Path(cfg.out, "targets.jsonl"), "w", encoding="utf-8") as f:
         for seed in numbers(cfg.seeds, int):
             values, seconds = {}, {}
             arms = {"off": dict(rule="off"), "reference": dict(target_batch=REFERENCE)} | {json.dumps(s): s for s in SETTINGS}
@@ -207,7 +207,7 @@ def run_targets(cfg):
                 seconds[name] = time.perf_counter() - began
                 if name != "off":
                     values[name] = np.load(out / "values.npy")
-                shutil.rmtree(out)
+                forget_run(out)
             used = np.flatnonzero(np.isfinite(values["reference"]))
             domain = data.train.domain[used]
             by_domain = {name: np.array([v[used][domain == d].mean() for d in np.unique(domain)]) for name, v in values.items()}
@@ -224,7 +224,7 @@ def run_targets(cfg):
 
 
 def read(path):
-    return [json.loads(line) for line in open(path)] if path.is_file() else []
+    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.is_file() else []
 
 
 def mean_and_spread(rows, key):
@@ -340,7 +340,7 @@ def main(cfg):
         run_targets(cfg)
     rows, targets = read(out / "rows.jsonl"), read(out / "targets.jsonl")
     lines = [*(rule_tables(rows) if rows else []), *(target_table(targets) if targets else [])]
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if rows:
         figure(rows, out / "fidelity.png")
     print("\n".join(lines))

@@ -118,7 +118,7 @@ def vocabulary(cfg):
 def read_sets(cfg):
     """{set: {kind: text}}, each source cut to the tokens that fill a chunk with <|endoftext|>."""
     path, tok = Path(cfg.texts or Path(__file__).with_suffix(".json")), tokenizer(vocabulary(cfg))
-    sets = dict(list(json.loads(path.read_text()).items())[: cfg.sets or None])
+    sets = dict(list(json.loads(path.read_text(encoding="utf-8")).items())[: cfg.sets or None])
     for name, texts in sets.items():
         if missing := {"source", *KINDS} - texts.keys():
             raise UserError(f"{path}: {name!r} has no {', '.join(sorted(missing))}")
@@ -138,7 +138,7 @@ def plant(cfg, sets):
     if not (folder / "chunks/meta.json").is_file():
         pile, written = prepare_pile.Config(source=cfg.source), 0
         names, read = open_source(pile)
-        with open(folder / "corpus.jsonl", "w") as file:
+        with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
             for name, texts in sets.items():
                 file.write(json.dumps(dict(text=texts["source"], meta=dict(pile_set_name=f"planted: {name}"))) + "\n")
             for source, _, domain, text in chain.from_iterable(records([d], pile, Counter()) for d in chain.from_iterable(map(read, names))):
@@ -149,7 +149,7 @@ def plant(cfg, sets):
     options = dict(tokenizer=(name := vocabulary(cfg)), block_size=cfg.block_size, val_fraction=0.0, limit_tokens=tokens, workers=1)
     find_sources(prepare(folder / "chunks", folder / "corpus.jsonl", **options), tokenizer(name), sets)
     for i, (name, kind) in enumerate(product(sets, KINDS)):
-        (folder / f"texts/{i}.txt").write_text(sets[name][kind])
+        (folder / f"texts/{i}.txt").write_text(sets[name][kind], encoding="utf-8")
 
 
 def find_sources(data, tok, sets):

@@ -21,7 +21,6 @@ code at first and hinder it later; magnitudes fall five- to sevenfold after the 
 """
 
 import math
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +34,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config
-from experiments.common import begin, finish, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import begin, finish, forget_run, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
 
 CERTAIN = 3.3  # standard errors: two-sided p of .001, for a table has hundreds of cells
 QUICK = dict(seeds="1,2", steps=64, batch_size=8, target_batch=1, block_size=64, n_layer=2, n_embd=32, warmup_iters=10, stretches=3)
@@ -83,7 +82,7 @@ def run(cfg, seed):
     )
     found, data = open_run(out), open_dataset(cfg.data)
     rows = by_stretch(found.visits, found.books["lr"], data.train.domain, data.domains, found.names, found.width, cfg.stretches)
-    shutil.rmtree(out)
+    forget_run(out)
     return [dict(seed=seed, **row) for row in rows]
 
 

@@ -78,14 +78,20 @@ class Outcome:
 
 
 def run(script, argv):
-    """A command in this process. An exception that it does not expect is raised here."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    """A command in this process, whose output knows only ASCII, as old terminals do. An exception
+    that it does not expect is raised here."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    code = 0
     with mock.patch.object(sys, "argv", [script, *argv]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             config.main(ENTRIES[script])
         except SystemExit as e:
             code = e.code or 0
-    return Outcome(code, out.getvalue(), err.getvalue())
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return Outcome(code, *texts)
 
 
 # --- on a terminal ----------------------------------------------------------------

@@ -120,6 +120,28 @@ def test_values_do_not_depend_on_the_processes(python_data, tmp_path, world, sha
         assert (np.isnan(values) == np.isnan(reference)).all()
 
 
+@pytest.mark.parametrize("world", [3, 6])
+def test_where_values_depend_on_the_processes_they_are_marked_early(python_data, tmp_path, world):
+    """20 steps by one process and by 3 or 6: where a step's values are apart by more than 1e-5, its
+    visits are marked early. There v is nearly zero, and an element of g that is zero but for
+    rounding is divided by itself; such elements cancel from the sum of a step's values."""
+    log, argvs = tmp_path / "log", {}
+    more = (TWO, "--target_batch=3", "--max_iters=20", "--eval_interval=0")
+    more += ("--batch_size=6", "--gradient_accumulation_steps=1")
+    for rule in ("adamw", "adamw2")[world // 6 :]:
+        run(python_data, tmp_path / rule, *more, f"--rule={rule}")
+        argvs[rule] = arguments(python_data, tmp_path / f"{rule}-many", *more, f"--rule={rule}")
+    ranks_run(world, log, *argvs.values())
+    for rule in argvs:
+        alone, many = (read(tmp_path / name) for name in (rule, f"{rule}-many"))
+        assert (many["early"] == alone["early"]).all()
+        assert set(alone["step"][alone["early"] == 1]) == {0, 1, 2}
+        late = alone["early"] == 0
+        assert distance(many[late], alone[late], 6) < 1e-5
+        sums = [x["value"].reshape(20, 6, 2).sum(1, dtype=float) for x in (alone, many)]
+        assert np.allclose(*sums, rtol=1e-4)
+
+
 def test_reused_gradients_audits_and_domain_momentum_by_two(python_data, tmp_path):
     more = (*MORE, "--dtype=float64", "--target_interval=3", "--audit_interval=5", "--domain_momentum")
     run(python_data, tmp_path / "alone", *more)

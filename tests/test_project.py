@@ -1,6 +1,7 @@
 """The grammar of the command line, and the house rules a program can see."""
 
 import ast
+import errno
 import json
 import os
 import re
@@ -10,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+from commands import ENTRIES, run
 
 import config
 import data
 import train
+from system.errors import UserError
+from system.files import atomic
 
 ROOT = Path(config.__file__).parent
 
@@ -165,15 +170,86 @@ def test_benchmarks_end_with_one_line_of_json(command, rows):
     assert found["torch"] and len(found["rows"]) == rows
 
 
-def test_main_tells_users_errors_from_bugs(capsys):
-    def users():
-        raise OSError("no room")
-
+def ended(work, capsys):
+    """How config.main ends what a command does -> exit code, what it said on stderr."""
     with pytest.raises(SystemExit) as stop:
-        config.main(users)
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: no room\n"
-    with pytest.raises(ValueError):  # from a library's line, or a test's: a bug keeps its traceback
-        config.main(lambda: int("x"))
+        config.main(work)
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_what_a_user_can_mend_is_one_line(capsys):
+    def users():
+        raise UserError("no such domain\x1b[31m\nerror: forged")
+
+    assert ended(users, capsys) == (2, "error: no such domain\\x1b[31m\\nerror: forged\n")
+
+
+BUGS = [lambda: max([]), lambda: int("x"), lambda: [1].index(2), lambda: json.loads("{")]
+BUGS += [lambda: np.zeros(3).reshape(2), lambda: config.parse_number("1", int).nothing]
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_keeps_its_traceback(bug):
+    """Whatever it raises, and in whatever line, of this project or of C: a ValueError too."""
+    with pytest.raises((ValueError, AttributeError)):
+        config.main(bug)
+
+
+def test_a_bugs_traceback_obeys_nothing(tmp_path):
+    code = "import config\nconfig.main(lambda: {}['\\x1b[31m\\x9b'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "KeyError" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+CURED = {errno.ENOSPC: "make room", errno.EACCES: "permissions", errno.EROFS: "written to"}
+
+
+@pytest.mark.parametrize("number", CURED)
+def test_what_the_system_refuses_has_its_path_and_a_cure(tmp_path, capsys, number):
+    """Also of a write, where the system's own error knows no path."""
+
+    def full():
+        with atomic(tmp_path / "values.npy"):
+            raise OSError(number, os.strerror(number))
+
+    code, error = ended(full, capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {tmp_path}/values.npy: {os.strerror(number)}: ")
+    assert CURED[number] in error
+    assert not list(tmp_path.iterdir())
+
+
+EVIL = 'x = 1\nopen("pwned", "w")\n'
+BROKEN = {"1/0": "line 1: ZeroDivisionError", "x = (": "SyntaxError", "import nix": "line 1: Modu"}
+BROKEN |= {"a = 1\nraise KeyError(3)": "line 2: KeyError", "def f(): f()\nf()": "RecursionError"}
+
+
+@pytest.mark.parametrize("script", [name for name in ENTRIES if name != "values.py"])
+def test_what_is_no_config_file_is_not_run(tmp_path, monkeypatch, script):
+    """Data in its place is said to be data; a broken one is a line that says where."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "my.jsonl", "my.PY", "my", "py", "my.parquet"):
+        Path(name).write_text(EVIL)
+        outcome = run(script, [name])
+        assert outcome.is_refusal(), (name, outcome)
+        if script == "prepare_pile.py":
+            assert f"that is data: write --source={name}" in outcome.err
+    assert not Path("pwned").exists()
+    for content, answer in BROKEN.items():
+        Path("mine.py").write_text(content)
+        outcome = run(script, ["mine.py"])
+        assert outcome.is_refusal(), (content, outcome)
+        takes_a_run = script in ("report.py", "curate.py", "revalue.py")
+        assert takes_a_run or answer in outcome.err
+    Path("mine.py").write_bytes("caf\xe9 = 1".encode("latin-1"))
+    assert run(script, ["mine.py"]).is_refusal()
+    for content in ("[]", "{", '{"config": 3}', '{"config": {"nix": 1}}', "null"):
+        Path("mine.json").write_text(content)
+        assert run(script, ["mine.json"]).is_refusal(), content
+    Path("a folder").mkdir()
+    assert run(script, ["a folder"]).is_refusal()
 
 
 FLOORS = {
@@ -203,6 +279,20 @@ def test_imports_go_strictly_down():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
             assert (set(names) & local) <= below, f"{path} imports {names}"
+
+
+def test_system_knows_nothing_of_what_stands_on_it():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"ops", "sources", "show", "experiments"}
+    paths = list((ROOT / "system").glob("*.py"))
+    assert len(paths) >= 3
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            assert not {name.split(".")[0] for name in names} & ours, f"{path} imports {names}"
 
 
 def test_training_needs_none_of_the_optional_libraries():
