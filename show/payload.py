@@ -11,7 +11,6 @@ import numpy as np
 
 from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
 
-SLICE = 1 << 20  # rows of the ledger held at a time
 # at most: domains by name, columns of a chart, points, documents named of a chunk, chunks
 DOMAINS, BINS, POINTS, DOCUMENTS, CHUNKS = 60, 60, 4000, 6, 600
 CELLS = 1200  # targets times domains: with many targets fewer domains are named
@@ -35,8 +34,8 @@ def gather(run, documents):
     values, K, D = run.values[used], len(run.names), len(names)  # (n, K)
     chosen = choose(values, of[used], K, D)[: max(100, 40 * CHUNKS // (K + 40))]
     passed = Pass(run, of, D, used[chosen])
-    for start in range(0, len(run.visits), SLICE):
-        passed.add(run.visits[start : start + SLICE])
+    for visits in run.parts():
+        passed.add(visits)
     lone = passed.leave_out()
     tokens = passed.count[used] * run.width
     content = dict(run=describe(run, passed), targets=[short(name) for name in run.names], domains=names, lone=lone)
@@ -96,7 +95,8 @@ class Pass:
 
     def __init__(self, run, of, D, chosen):
         self.run, self.of, self.D, K = run, of, D, len(run.names)
-        self.first = int(run.visits["step"][0])  # not 0 of a replay or a walk that began later
+        self.first = run.first_step
+        self.row = 0  # of the ledger, the next to be summed up
         steps = run.info["committed_step"] - self.first
         bins = min(BINS, max(10, NUMBERS // (K * D)))
         columns = np.linspace(0, steps, min(steps, bins) + 1).astype(int)
@@ -116,7 +116,10 @@ class Pass:
         self.left = np.zeros((K, len(of)), bool)  # chunks met in a step that is left out
 
     def add(self, visits):
-        step, chunk, values, early = visits["step"], visits["chunk"], visits["value"].astype(float), visits["early"] > 0
+        rows = np.arange(self.row, self.row + len(visits))
+        step = self.first + rows // self.run.info["batch"]
+        self.row += len(visits)
+        chunk, values, early = visits["chunk"], visits["value"].astype(float), visits["early"] > 0
         np.add.at(self.count, chunk, 1)
         for k in range(values.shape[1]):
             self.into_columns(k, step, chunk, values[:, k])

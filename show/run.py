@@ -38,6 +38,11 @@ class Run:
         """Tokens of a chunk that were trained on; the row holds one more."""
         return self.cfg["block_size"] or self.data.meta["block_size"]
 
+    @property
+    def first_step(self):
+        """The step of the first visit: not 0 of a replay or a walk that began later."""
+        return self.info["committed_step"] - len(self.visits) // self.info["batch"]
+
     @cached_property
     def used(self):
         """int64: the chunks that have a value, in ascending order."""
@@ -70,7 +75,7 @@ class Run:
 
     def parts(self):
         """The visits, some whole steps at a time."""
-        return (part for part, _ in parts_of(self.visits, self.info["batch"]))
+        return checked_parts(self.path, self.visits, self.info["batch"], len(self.values))
 
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""
@@ -137,7 +142,6 @@ def open_run(path, data_dir=""):
         raise UserError(f"{path}/values.npy is damaged, {what}: {again(path)}")
     if not cfg["block_size"] <= data.meta["block_size"]:
         raise UserError(f"{path}/config.json is damaged (its block_size): {again(path)}")
-    check_visits(path, info, visits, len(values))
     return Run(path, cfg, info, data, values, visits, books, audit)
 
 
@@ -188,8 +192,8 @@ def read_arrays(path, info):
         raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")
     # a commit is under way, or was cut off, and values.npy is ahead of values.json
     total, used = np.zeros(values.shape), np.zeros(len(values), bool)
-    check_visits(path, info, visits, len(values))
-    ledger.add_visits(visits, total, used)
+    for part in checked_parts(path, visits, info["batch"], len(values)):
+        ledger.add_visits(part, total, used)
     values = np.where(used[:, None], total, np.nan).astype(np.float32)
     return values, visits, books, audit
 
@@ -215,21 +219,16 @@ def is_book(dtype, K):
     return dtype == ledger.book_dtype(K, n_domains)
 
 
-def check_visits(path, info, visits, n_chunks):
-    """Raises UserError where a stranger wrote visits that no run makes."""
-    batch = info["batch"]
-    first = info["committed_step"] - len(visits) // batch
-    for part, start in parts_of(visits, batch):
-        steps = np.repeat(np.arange(len(part) // batch) + first + start // batch, batch)
-        chunks = part["chunk"]
-        if (part["step"] != steps).any() or not 0 <= chunks.min() <= chunks.max() < n_chunks:
-            raise UserError(f"{path}/ledger.npy holds no visits of this run: {again(path)}")
-
-
-def parts_of(visits, batch):
-    """The visits, some whole steps at a time, and the row where each part starts."""
+def checked_parts(path, visits, batch, n_chunks):
+    """Yields the visits, some whole steps at a time. Raises UserError where a stranger wrote some
+    of chunks that are not there."""
     size = -(-(2**20) // batch) * batch
-    return [(visits[start : start + size], start) for start in range(0, len(visits), size)]
+    for start in range(0, len(visits), size):
+        part = visits[start : start + size]
+        chunks = part["chunk"]
+        if not 0 <= chunks.min() <= chunks.max() < n_chunks:
+            raise UserError(f"{path}/ledger.npy speaks of chunks that are not there: {again(path)}")
+        yield part
 
 
 def again(path):

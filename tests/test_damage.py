@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -342,3 +343,23 @@ def test_a_checkpoint_of_another_make_is_one_line(folders):
         write_checkpoint(folders.run / "ckpt.pt", content)
         for script, argv, outcome in read_checkpoint_by_all(folders, slice(i % 2, None, 2)):
             assert ends_well(outcome), (what, script, argv, outcome)
+
+
+@pytest.mark.parametrize("key, value", [("n_layer", 10**9), ("n_layer", 10**5), ("n_embd", 10**7)])
+def test_a_model_that_no_machine_holds_is_refused_at_once(folders, key, value):
+    """In a received config.json: nobody begins to build it."""
+    folders.restore()
+    content = read_json(folders.run / "config.json", "")
+    content["config"][key] = value
+    write_json(folders.run / "config.json", content)
+    began = time.monotonic()
+    folders.made.mkdir()
+    for script, argv in folders.readers[1:]:  # the first one would train such a model anew
+        reads_weights = script in ("train.py", "revalue.py") or argv[0] in ("tokens", "query")
+        outcome = run(script, argv)
+        assert ends_well(outcome)
+        if reads_weights and "--verify" not in argv:
+            assert outcome.code == 2, (script, argv, outcome)
+    anew = [str(folders.run / "config.json"), f"--out_dir={folders.made}/new"]
+    assert value == 10**5 or run("train.py", anew).is_refusal()
+    assert time.monotonic() - began < 20
