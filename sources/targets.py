@@ -71,20 +71,23 @@ def parse_targets(spec, dataset, block_size):
 def split_targets(spec, domains):
     """The targets' texts, parted at commas: not at those written \\,, and not within the longest
     name of a domain that stands there."""
-    parts = []
-    longest_first = sorted(domains, key=len, reverse=True)
-    while spec is not None:
-        known = [f"val:{domain}" for domain in longest_first]
-        spec = spec.lstrip()
-        whole = [text for text in known if spec == text or spec.startswith(text + ",")]
-        if whole:
-            part, comma, rest = whole[0], spec[len(whole[0]) :][:1], spec[len(whole[0]) + 1 :]
-        else:
-            part, comma, rest = cut_at_comma(spec)
-            part = part.strip()
-        parts.append(part)
-        spec = rest if comma else None
+    parts, comma = [], ","
+    while comma:
+        found = cut_at_domain(spec.lstrip(), domains)
+        part, comma, spec = found or cut_at_comma(spec)
+        parts.append(part if found else part.strip())  # a domain's blanks are its own
     return parts
+
+
+def cut_at_domain(text, domains):
+    """ "val:a, b,val" -> "val:a, b", ",", "val" where "a, b" is a domain; None where there is none
+    at the beginning."""
+    for domain in sorted(domains, key=len, reverse=True):
+        name = f"val:{domain}"
+        before, comma, rest = text[len(name) :].partition(",")
+        if text.startswith(name) and not before.strip():
+            return name, comma, rest
+    return None
 
 
 def cut_at_comma(text):

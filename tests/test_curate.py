@@ -23,6 +23,7 @@ import ledger
 import prepare_pile
 import revalue
 import train
+import values
 from show.run import open_run
 from system.files import write_json
 
@@ -172,6 +173,30 @@ def test_the_stretches_kept_of_documents(folder, tmp_path):
     assert max(r["meta"]["part"] for r in found) > 0
     again = dict(source=str(tmp_path / "kept.jsonl"), tokenizer="byte", block_size=32, workers=1, data_dir=str(tmp_path / "again"))
     prepare_pile.prepare(prepare_pile.Config(**again))  # which reads what it wrote
+
+
+@pytest.mark.parametrize("tokenizer, block_size", [("byte", 7), ("gpt2", 5)])
+def test_an_export_cuts_no_character(tmp_path, tokenizer, block_size):
+    """Of text whose characters lie across the ends of chunks."""
+    texts = ["漢字かな混じり文 🎉 é à la carte, ünïcödé " * 3 + str(i) for i in range(30)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = dict(source=str(tmp_path / "t.jsonl"), tokenizer=tokenizer, block_size=block_size, val_fraction=0.2, workers=1)
+    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
+    out = run(tmp_path, "run", f"--block_size={block_size}", "--max_iters=20", "--eval_interval=0")
+    export = tmp_path / "kept.jsonl"
+    curate.curate(curate.Config(run=str(out), out=str(tmp_path), drop_fraction=0.4, export=str(export)))
+    found = read_texts(export)
+    assert len(found) > 20
+    for row in found:
+        assert "\ufffd" not in row["text"]
+        assert row["text"] in texts[row["meta"]["record"]]
+    opened = open_run(out)
+    for number in range(10):
+        try:
+            text = values.doc(opened, number)["text"]
+        except ValueError:  # it is of the validation set
+            continue
+        assert texts[number].startswith(text)
 
 
 def test_unused_chunks(folder, tmp_path):

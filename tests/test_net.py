@@ -293,3 +293,20 @@ def test_the_example_runs(tmp_path, capsys):
     any_model.main(any_model.Config(steps=4, out=str(tmp_path)))
     said = capsys.readouterr().out
     assert "lowest: " in said and "accounted for" in said and np.isfinite(np.load(tmp_path / "values.npy")).sum() == 80
+
+
+@pytest.mark.parametrize("size, examples", [(1, "1 example"), (2, "2 examples"), (8, "8 examples")])
+def test_a_step_of_another_size_than_the_batch_is_refused(tmp_path, size, examples):
+    """The rest of a data loader's, say: its row would be written as several."""
+    torch.manual_seed(0)
+    X = np.random.default_rng(0).normal(size=(size, 3)).astype("f4")
+    Y = (X[:, 0] > 0).astype(int)
+    net = Net(nn.Linear(3, 2), F.cross_entropy)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    for rule in ("sgd", "adamw2"):
+        valuation = Valuation(net, optimizer, lambda *b: net(*b)[1], [Examples("t", X, Y)], rule, 4, 9, tmp_path)
+        x, y = torch.from_numpy(X), torch.from_numpy(Y)
+        valuation.open(0, 1e-2)
+        net(x, y, valuation.ledger(np.arange(size), x, y))[1].backward()
+        with pytest.raises(ValueError, match=f"a step of {examples}, but batch=4"):
+            valuation.before_step()
