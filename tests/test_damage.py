@@ -3,6 +3,7 @@ that hold something else, checkpoints and headers of another make."""
 
 import hashlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -16,10 +17,12 @@ from piles import lines, texts
 
 import config
 import curate
+import data
 import train
 import values
 from prepare_pile import Config as Prepare
 from prepare_pile import prepare
+from system.errors import UserError
 from system.files import crc32, read_json, write_json
 
 SMALL = "--n_layer=1 --n_head=1 --n_embd=8 --batch_size=4 --warmup_iters=2 --learning_rate=5e-3"
@@ -363,3 +366,73 @@ def test_a_model_that_no_machine_holds_is_refused_at_once(folders, key, value):
     anew = [str(folders.run / "config.json"), f"--out_dir={folders.made}/new"]
     assert value == 10**5 or run("train.py", anew).is_refusal()
     assert time.monotonic() - began < 20
+
+
+# --- one file each, wherever it is damaged -------------------------------------------------
+
+
+def test_a_file_without_its_checksum_is_refused(folders):
+    """But for config.json, which people write by hand."""
+    for name in ("run/values.json", "data/meta.json", "kept/keep.json"):
+        folders.restore()
+        path = folders.work / name
+        path.write_text(json.dumps(read_json(path, "")))
+        with pytest.raises(UserError, match="it has no checksum"):
+            values.open_run(folders.run)
+            data.open_dataset(folders.data, folders.work / "kept" / "keep.npy")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_table_of_documents_is_checked_wherever_it_is_damaged(folders, monkeypatch, large):
+    """Where it is too large to be read whenever it is opened: its footer, and each page."""
+    folders.restore()
+    run = values.open_run(folders.run)
+    path = folders.data / "train_docs.parquet"
+    content = path.read_bytes()
+    monkeypatch.setattr(data, "CHECKED", 0 if large else 1 << 20)
+    whole = everything_in(values.Documents(run))
+    assert len(whole) > 20
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    found = 0
+    for at in [*range(4, footer, 23), *range(footer, len(content), 11)]:
+        flip(path, at, 3)
+        try:
+            assert everything_in(values.Documents(run)) == whole, at
+        except UserError as e:
+            assert "train_docs.parquet is" in str(e)
+            found += 1
+        path.write_bytes(content)
+    assert found > 50
+
+
+def everything_in(documents):
+    found = []
+    for columns, *_ in documents.pieces():
+        found += [[*map(str, row)] for row in zip(*columns.values())]
+    return found
+
+
+def test_chunks_to_train_on_are_checked(folders):
+    folders.restore()
+    path = folders.work / "kept" / "keep.npy"
+    n = len(np.load(path))
+    for at in range(path.stat().st_size - 8 * n, path.stat().st_size, 97):
+        flip(path, at, 0)
+        with pytest.raises(UserError, match=r"keep.npy (is damaged|is int64)"):
+            data.open_dataset(folders.data, path)
+        flip(path, at, 0)
+    assert len(data.open_dataset(folders.data, path).keep) == n
+
+
+def test_what_is_to_be_typed_comes_from_checked_options(folders):
+    """Not from a stranger's meta.json, which may say anything."""
+    folders.restore()
+    content = read_json(folders.data / "meta.json", "")
+    content["command"] = "rm -rf ~"
+    content["config"] = {"source": "x; rm -rf ~", "evil": "$(touch evil)", "block_size": "4;5"}
+    write_json(folders.data / "meta.json", content)
+    flip(folders.data / "train.npy", -1, 0)
+    outcome = run("values.py", ["summary", str(folders.run)])
+    assert outcome.is_refusal()
+    typed = f"python prepare_pile.py --data_dir={folders.data} '--source=x; rm -rf ~' --overwrite"
+    assert outcome.err.endswith(f"type: {typed}\n")

@@ -1,18 +1,22 @@
 """What strangers write, on a real terminal: texts, names of domains, targets, files and folders that
 a terminal would obey, that forge lines, that lead elsewhere. Through every command."""
 
+import itertools
 import json
 import re
 import shutil
 import unicodedata
 
 import pytest
+import test_damage
 from commands import on_terminal, readers, run
 
 import train
 from sources.targets import with_commas
+from system import files
 
 FORGED = "error: forged"
+folders = test_damage.folders  # the fixture
 STRINGS = [
     "\x1b[31mred",
     "\x1b]0;title\x07",
@@ -140,6 +144,33 @@ def test_a_csv_has_no_formula(made):
         assert not [cell for cell in cells if cell.startswith(("-rf", "--overwrite"))]
 
 
+@pytest.mark.parametrize("name", ["run/values.json", "run/config.json", "data/meta.json"])
+def test_a_strangers_entries_obey_nothing(folders, name):
+    """Every text in the files of a received run and data folder, whose checksums fit."""
+    folders.restore()
+    path = folders.work / name
+    content = files.read_json(path, "")
+    inner = content["config"] if name == "run/config.json" else content
+    turns = itertools.cycle(range(6))
+    evil = "".join(STRINGS[:12])
+    for key, value in list(inner.items()):
+        if isinstance(value, str):
+            inner[key] = evil
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            inner[key] = [f"{evil}{i}" for i in range(len(value))]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            inner[key] = [row | {"name": f"{evil}{i}"} for i, row in enumerate(value)]
+        else:
+            continue
+        files.write_json(path, content)
+        folders.made.mkdir(exist_ok=True)
+        for script, argv in folders.readers[next(turns) :: 6]:
+            outcome = run(script, argv)
+            assert outcome.code == 0 or outcome.is_refusal(), (key, script, argv, outcome)
+            check((outcome.err + outcome.out).encode(), (key, script, argv))
+        inner[key] = value
+
+
 OPTIONS = {
     "train.py": ["data_dir", "keep", "targets", "device", "max_iters", "rule"],
     "prepare_pile.py": ["source", "domains", "shard", "text_key", "block_size"],
@@ -167,6 +198,8 @@ def test_wrong_arguments_are_one_line_that_forges_none(made, script, tmp_path, m
             assert outcome.code == 0 or outcome.is_refusal(), (key, text, outcome)
             check((outcome.err + outcome.out).encode(), (key, text))
     for text in STRINGS:
+        if text.startswith("--"):
+            continue
         outcome = run(script, [text])
         assert outcome.is_refusal(), (text, outcome)
         check(outcome.err.encode(), text)

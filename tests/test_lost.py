@@ -476,6 +476,10 @@ def test_planted_links_are_not_followed(python_data, tmp_path):
     planted.symlink_to(victim)
     revalue.query(open_run(out), "a text")
     assert not planted.is_symlink()
+    link = tmp_path / "ledger.npy"
+    link.symlink_to(victim)
+    ledger.Records(link, ledger.visit_dtype(1)).commit()  # as for a model of one's own
+    assert not link.is_symlink()
     assert victim.read_text() == "mine"
     (out / "lock").unlink()
     (out / "lock").symlink_to(victim)

@@ -196,11 +196,24 @@ def test_a_bug_keeps_its_traceback(bug):
 
 
 def test_a_bugs_traceback_obeys_nothing(tmp_path):
-    code = "import config\nconfig.main(lambda: {}['\\x1b[31m\\x9b'])"
+    code = "import config\ndef bug(): raise RuntimeError('\\x1b[31m')\nconfig.main(bug)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "KeyError" in done.stderr
+    assert "RuntimeError: \\x1b[31m" in done.stderr
     assert "\x1b" not in done.stderr
+
+
+def test_what_anybody_prints_obeys_nothing(capsys):
+    """A library's print, which knows nothing of our functions."""
+
+    def library():
+        print("one\x1b[31m\ttwo\nthree\r")
+        sys.stderr.write("\rbar\r\x9b\n")
+
+    config.main(library)
+    out, err = capsys.readouterr()
+    assert out == "one\\x1b[31m\ttwo\nthree\\r\n"
+    assert err == "\rbar\\r\\x9b\n"  # a bar begins with a carriage return
 
 
 CURED = {errno.ENOSPC: "make room", errno.EACCES: "permissions", errno.EROFS: "written to"}
