@@ -26,7 +26,9 @@ class Documents:
         run.data.check_table(self.path.name)
         try:
             raw = open(self.path, "rb")  # not by its name, which may be no UTF-8
-            self.file = pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True)
+            # Arrow's own threads sometimes abort a process as it ends (apache/arrow#34314): none
+            options = dict(pre_buffer=False, page_checksum_verification=True)
+            self.file = pyarrow.parquet.ParquetFile(raw, **options)
         except (OSError, ValueError) as e:
             raise UserError(f"{self.path} is missing or damaged ({short(e)}): {self.cure}") from e
         if self.file.schema_arrow != DOCUMENTS:
@@ -52,7 +54,7 @@ class Documents:
     def read(self, groups, columns=None):
         """Row groups -> a pyarrow Table. Raises UserError where a page is damaged."""
         try:
-            return self.file.read_row_groups(groups, columns)
+            return self.file.read_row_groups(groups, columns, use_threads=False)
         except (OSError, ValueError) as e:
             raise UserError(f"{self.path} is damaged ({short(e)}): {self.cure}") from e
 

@@ -412,6 +412,22 @@ def test_nothing_in_the_data_reaches_a_terminal_raw(folder, other, tmp_path, ref
     assert "\x1b" not in refused("top", folder, "--domain=nowhere")
 
 
+def test_documents_are_read_without_threads_of_arrows(folder):
+    """They sometimes abort the process as it ends, after all is printed (apache/arrow#34314)."""
+    code = """
+import os, sys, values
+run = values.open_run(sys.argv[1])
+import pyarrow
+before = len(os.listdir("/proc/self/task"))
+documents = values.Documents(run)
+assert documents.of_chunk(int(run.used[0]))
+assert len(list(documents.pieces()))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
+
+
 # --- what goes wrong -------------------------------------------------------------------
 
 
