@@ -38,14 +38,15 @@ from system import files, terminal
 from system.errors import UserError
 from valuation import Valuation
 
-# the least that a number may be, and what it must stay below
-AT_LEAST = {"target_batch": 1, "target_interval": 1, "book_interval": 1, "audit_permutations": 1}
-AT_LEAST |= {"log_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 1, "batch_size": 1}
-AT_LEAST |= {"gradient_accumulation_steps": 1, "n_layer": 1, "n_head": 1, "n_embd": 1}
-AT_LEAST |= {"max_iters": 1, "eval_chunks": 1, "wandb_histogram_interval": 1, "eval_interval": 0}
-AT_LEAST |= {"audit_interval": 0, "block_size": 0, "warmup_iters": 0, "lr_decay_iters": 0}
-AT_LEAST |= {"min_lr": 0, "weight_decay": 0, "grad_clip": 0, "dropout": 0, "seed": 0}
-AT_LEAST |= {"beta1": 0, "beta2": 0}
+# what a number must be: at least 1, at least 0, below 1
+POSITIVE = """
+target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval
+keep_checkpoints wandb_histogram_interval eval_chunks batch_size gradient_accumulation_steps
+n_layer n_head n_embd max_iters""".split()
+NOT_NEGATIVE = """
+eval_interval audit_interval block_size warmup_iters lr_decay_iters min_lr weight_decay grad_clip
+dropout beta1 beta2 seed""".split()
+AT_LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NOT_NEGATIVE, 0)
 BELOW = {"dropout": 1, "beta1": 1, "beta2": 1}
 
 

@@ -82,20 +82,24 @@ def directions(model, optimizer, loss, rule, lr, g, kappa=1.0, lookahead=True, e
     floor: of `adamw_linear`. lookahead, expected, known: the parts of `adamw`; expected: from adamw_pieces of a parameter its secant,
     known: per parameter None or a bool tensor of the rows whose secant is taken at kappa g. ValueError for an unknown rule.
     """
+
+    def gradient_at(steps):
+        return gradient(displaced(model, steps), loss)
+
     params = [p.detach().double() for p in model.parameters()]
-    here = displaced(model, [torch.zeros_like(p) for p in params])
+    here = [torch.zeros_like(p) for p in params]
     if rule == "sgd":
-        return [lr * g_k for g_k in gradient(here, loss)]
+        return [lr * g_k for g_k in gradient_at(here)]
     if rule == "sgd2":
-        g_k = gradient(displaced(model, [-lr * kappa * g_p / 2 for g_p in g]), loss)
+        g_k = gradient_at([-lr * kappa * g_p / 2 for g_p in g])
         return clip_path(lr, kappa, g, g_k, [1.0] * len(g), [1.0] * len(g))
     q, taken = adamw_pieces(model, optimizer), [kappa * g_p for g_p in g]
     empty = [-lr * (q_p["wd"] * p + step_direction(q_p, torch.zeros_like(p))) for q_p, p in zip(q, params)]
     first = q[0]["t"] == 1
     if rule == "adamw_linear":
-        return [lr * g_p * linearised(q_p, g_p, floor) for q_p, g_p in zip(q, gradient(here, loss))]
+        return [lr * g_p * linearised(q_p, g_p, floor) for q_p, g_p in zip(q, gradient_at(here))]
     if rule == "adamw":
-        g_k = gradient(displaced(model, empty) if lookahead and not first else here, loss)
+        g_k = gradient_at(empty if lookahead and not first else here)
         factors = [linearised(q_p, g_p) if first else expected(q_p) for q_p, g_p in zip(q, g_k)]
         for factor, q_p, g_p, rows in zip(factors, q, taken, known or [None] * len(q)):
             if rows is not None:
@@ -103,7 +107,7 @@ def directions(model, optimizer, loss, rule, lr, g, kappa=1.0, lookahead=True, e
         return [lr * g_p * factor for g_p, factor in zip(g_k, factors)]
     if rule == "adamw2":
         to_mid = [e - lr * secant(q_p, g_p) * g_p / 2 for e, q_p, g_p in zip(empty, q, taken)]
-        g_k = gradient(displaced(model, to_mid), loss)
+        g_k = gradient_at(to_mid)
         return clip_path(lr, kappa, g, g_k, [secant(q_p, g_p) for q_p, g_p in zip(q, taken)], [slope(q_p, g_p) for q_p, g_p in zip(q, taken)])
     raise ValueError(f"rule {rule!r} is unknown here: choose sgd, sgd2, adamw, adamw_linear or adamw2")
 

@@ -13,6 +13,11 @@ torch.set_num_threads(1)  # the tests run side by side
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts `pytest &` with Ctrl-C ignored, which its processes would inherit
 
 
+def pytest_xdist_auto_num_workers(config):
+    """For -n auto. One more than there are cores: some tests mostly wait."""
+    return os.cpu_count() + 1
+
+
 @pytest.fixture(scope="session")
 def python_data(tmp_path_factory):
     """A prepared folder of real text: chunks of 32 bytes in the three domains that do not depend on which packages are installed."""
