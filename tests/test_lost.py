@@ -203,7 +203,7 @@ def test_a_start_that_comes_to_nothing_leaves_the_run_before(python_data, tmp_pa
     assert not (out / "before").exists()
 
 
-EVERY = 3  # of the moments; 1 takes half a minute
+EVERY = 4  # of the moments; 1 takes half a minute
 
 
 def killed_at(number, argv):
