@@ -73,8 +73,8 @@ class Config:
 def revalue(cfg):
     """Values chunks of cfg.run for cfg.targets. Returns the folder that holds them. Raises
     UserError and OSError, with what to type."""
-    of, options, checkpoints = read(cfg)
-    data, newest = open_data(of, options, checkpoints)
+    of, options, checkpoints, newest = read(cfg)
+    data = open_data(of, options, newest)
     targets = parse_targets(options.targets, data, options.block_size)
     if not cfg.targets:
         check_targets(targets, newest["valuation"].get("targets", {}), of)
@@ -100,7 +100,8 @@ def revalue(cfg):
 
 
 def read(cfg):
-    """-> the run's folder, its train.Config with cfg's targets, {step: path of its checkpoint}."""
+    """-> the run's folder, its train.Config with cfg's targets, {step: path of its checkpoint},
+    and what the newest of them holds."""
     of = Path(cfg.run)
     if not cfg.run or not (of / "config.json").is_file():
         what = cfg.run or "no run given"
@@ -112,20 +113,18 @@ def read(cfg):
         setattr(options, key, getattr(cfg, key) or getattr(options, key))
     options.shard = options.wandb_log = options.tensorboard_log = False  # here is one process
     check_system(options)
-    newest, *older = find_checkpoints(of) or [None]
-    if newest is None:
+    path, *older = find_checkpoints(of) or [None]
+    if path is None:
         steps = min(options.checkpoint_interval, options.max_iters)
         raise UserError(f"{of} has no checkpoint yet: train.py writes one after {steps} steps")
-    steps = {int(path.stem[5:]): path for path in older}
-    return of, options, steps | {read_checkpoint(newest)["iter_num"]: newest}
-
-
-def open_data(of, options, checkpoints):
-    """-> the run's data and its newest checkpoint. Raises UserError where they do not belong
-    together."""
-    data = open_dataset(options.data_dir, options.keep)
-    path = checkpoints[max(checkpoints)]
     newest = read_checkpoint(path)
+    checkpoints = {int(path.stem[5:]): path for path in older} | {newest["iter_num"]: path}
+    return of, options, checkpoints, newest
+
+
+def open_data(of, options, newest):
+    """-> the run's data. Raises UserError where the newest checkpoint is not of it."""
+    data = open_dataset(options.data_dir, options.keep)
     if newest["data_hash"] != data.hash:
         what = f"{data.path} is not the data of {of} (its hash differs)"
         raise UserError(f"{what}: name the run's data with --data_dir=...")
@@ -133,8 +132,9 @@ def open_data(of, options, checkpoints):
         raise UserError(f"{options.keep} does not name the chunks that {of} was trained on")
     options.block_size = options.block_size or data.meta["block_size"]
     if newest["model_args"] != train.model_args(options, data):
-        raise UserError(f"{of}/config.json is of another model than {path}: take the run's own")
-    return data, newest
+        what = f"{of}/config.json is of another model than its newest checkpoint"
+        raise UserError(f"{what}: take the run's own")
+    return data
 
 
 def is_done(folder):
@@ -198,8 +198,8 @@ def branch(checkpoints, step, again, folder, valuation):
 def repair(cfg):
     """Makes again what is damaged of a run's own files. Raises UserError where that cannot be, and
     leaves everything as it is then."""
-    of, options, checkpoints = read(cfg)
-    data, newest = open_data(of, options, checkpoints)
+    of, options, checkpoints, newest = read(cfg)
+    data = open_data(of, options, newest)
     last, batch = max(checkpoints), options.batch_size * options.gradient_accumulation_steps
     counted = newest["valuation"].get("records", {})
     damaged = {name: ledger.damaged_blocks(of / f"{name}.npy", counted[name]) for name in counted}
@@ -365,7 +365,7 @@ def query(run, text):
     path = run.path / "revalued" / (name + ".txt")
     targets = f"query={with_commas(str(path))}"
     cfg = Config(str(run.path), targets, name, overwrite=True, data_dir=str(run.data.path))
-    _, _, checkpoints = read(cfg)
+    checkpoints = read(cfg)[2]
     folder = path.with_suffix("")
     if is_revaluation(folder) and is_done(folder):
         info = files.read_json(folder / "values.json", "", {"committed_step": int})
@@ -384,8 +384,8 @@ def tokens(run, chunks):
     corrects for by the batch. Two-pass rules, which need one, are stood in for by the one-pass rule of their optimizer."""
     of = run.path.parent.parent if run.path.parent.name == "revalued" else run.path
     cfg = Config(run=str(of), targets=run.cfg["targets"], data_dir=str(run.data.path))
-    of, options, checkpoints = read(cfg)
-    open_data(of, options, checkpoints)
+    of, options, checkpoints, newest = read(cfg)
+    open_data(of, options, newest)
     targets = parse_targets(options.targets, run.data, options.block_size)
     frozen, book = Frozen(options, run.data, targets, cfg.target_batch), ledger.read(of, "books")[(step := max(checkpoints)) - 1]
     frozen.valuation.directions.keeping = {}  # the rows that `adamw` values by the whole batch's gradient
