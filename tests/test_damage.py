@@ -405,6 +405,20 @@ def test_a_table_of_documents_is_checked_wherever_it_is_damaged(folders, monkeyp
     assert found > 50
 
 
+@pytest.mark.parametrize("name", ["val_domain.npy", "train_domain.npy", "val.npy"])
+def test_small_arrays_beside_a_large_one_are_checked(folders, monkeypatch, name):
+    folders.restore()
+    monkeypatch.setattr(data, "CHECKED", (folders.data / "train.npy").stat().st_size)
+    flip(folders.data / name, -1, 0)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        data.open_dataset(folders.data)
+    folders.restore()
+    flip(folders.data / "train.npy", -1, 0)
+    data.open_dataset(folders.data)  # the large one: README says so
+    with pytest.raises(UserError, match=r"train\.npy is damaged"):
+        data.open_dataset(folders.data).verify()
+
+
 def everything_in(documents):
     found = []
     for columns, *_ in documents.pieces():
