@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernel's tests; read when ghost.py is imported
 torch.set_num_threads(1)  # the tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs they start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts `pytest &` with Ctrl-C ignored, which its processes would inherit
 
 
