@@ -365,7 +365,7 @@ def query(run, text):
     path = run.path / "revalued" / (name + ".txt")
     targets = f"query={with_commas(str(path))}"
     cfg = Config(str(run.path), targets, name, overwrite=True, data_dir=str(run.data.path))
-    checkpoints = read(cfg)[2]
+    _, _, checkpoints, _ = read(cfg)
     folder = path.with_suffix("")
     if is_revaluation(folder) and is_done(folder):
         info = files.read_json(folder / "values.json", "", {"committed_step": int})

@@ -1,4 +1,4 @@
-"""Options as people type them: numbers that cannot work, targets with commas and other line ends."""
+"""Options as people type them: numbers that cannot work, targets with commas, other line ends."""
 
 import sys
 import typing
