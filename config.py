@@ -74,7 +74,9 @@ def find(name, hints):
     if path.exists():
         what = f"{name} is no config file (.py or .json)"
         if (path / "config.json").is_file():
-            raise UserError(f"{what}, it is a run's folder: write {terminal.quoted(str(path / 'config.json'))}")
+            raise UserError(
+                f"{what}, it is a run's folder: write {terminal.quoted(str(path / 'config.json'))}"
+            )
         if "source" in hints:
             raise UserError(f"{what}, that is data: write {terminal.command(f'--source={name}')}")
         raise UserError(f"{what}: name one first, then --key=value")

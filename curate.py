@@ -38,7 +38,9 @@ from system.errors import UserError
 class Config:
     run: str = ""  # the run's folder
     drop: Literal["negative"] = "negative"  # what goes, where no --drop_fraction says how much
-    drop_fraction: float = 0.0  # drop this share of the units that have a score, those with the smallest
+    drop_fraction: float = (
+        0.0  # drop this share of the units that have a score, those with the smallest
+    )
     confidence: float = 0.0  # drop only what is negative beyond so many standard errors; a single visit has none, and stays
     per_domain: bool = False  # this share of each domain, so that the mixture stays as it is
     by: Literal["chunk", "document"] = "chunk"  # the unit that is kept or dropped
@@ -57,9 +59,13 @@ class Config:
         least = {"drop_fraction": 0, "confidence": 0, "seed": 0}
         config.check(self, at_least=least, below={"drop_fraction": 1})
         if self.drop_fraction and self.confidence:
-            raise UserError("--drop_fraction says how many are dropped, --confidence which: write one of them")
+            raise UserError(
+                "--drop_fraction says how many are dropped, --confidence which: write one of them"
+            )
         if not self.drop_fraction and (self.per_domain or self.score == "loss"):
-            raise UserError(f"{'--per_domain' if self.per_domain else '--score=loss'} needs a --drop_fraction: write --drop_fraction=.16")
+            raise UserError(
+                f"{'--per_domain' if self.per_domain else '--score=loss'} needs a --drop_fraction: write --drop_fraction=.16"
+            )
         if self.invert and self.random:
             raise UserError("--invert drops the largest, --random any: write one of them")
 
@@ -71,11 +77,24 @@ def choose(cfg, score, error, domain):
     """Units with their score, its standard error and their domain, each (n,) -> those dropped, the first to go first."""
     if cfg.confidence:
         score = np.nan_to_num(score + cfg.confidence * error, nan=np.inf)
-    groups = [np.flatnonzero(domain == d) for d in np.unique(domain)] if cfg.per_domain else [np.arange(len(score))]
-    counts = [round(cfg.drop_fraction * len(group)) if cfg.drop_fraction else np.count_nonzero(score < 0) for group in groups]
-    order = np.random.default_rng(cfg.seed).permutation(len(score)) if cfg.random else np.argsort(-score if cfg.invert else score, kind="stable")
+    groups = (
+        [np.flatnonzero(domain == d) for d in np.unique(domain)]
+        if cfg.per_domain
+        else [np.arange(len(score))]
+    )
+    counts = [
+        round(cfg.drop_fraction * len(group)) if cfg.drop_fraction else np.count_nonzero(score < 0)
+        for group in groups
+    ]
+    order = (
+        np.random.default_rng(cfg.seed).permutation(len(score))
+        if cfg.random
+        else np.argsort(-score if cfg.invert else score, kind="stable")
+    )
     place = np.argsort(order)
-    dropped = np.concatenate([group[np.argsort(place[group])[:n]] for group, n in zip(groups, counts)])
+    dropped = np.concatenate(
+        [group[np.argsort(place[group])[:n]] for group, n in zip(groups, counts)]
+    )
     return dropped[np.argsort(place[dropped])]
 
 
@@ -87,10 +106,21 @@ def curate(cfg):
     if cfg.export:
         check_export(cfg.export)
     run = open_run(cfg.run, cfg.data_dir)
-    out, k, domain = Path(cfg.out or cfg.run), run.target(cfg.target), np.asarray(run.data.train.domain)
+    out, k, domain = (
+        Path(cfg.out or cfg.run),
+        run.target(cfg.target),
+        np.asarray(run.data.train.domain),
+    )
     if (out / "keep.npy").exists() and not cfg.overwrite:
-        raise UserError(f"{out}/keep.npy is there already: --overwrite replaces it, --out=... puts this one elsewhere")
-    moments, numbers, of_domain, lie = chunk_scores(run, k, cfg.score), np.arange(len(domain)), domain, None
+        raise UserError(
+            f"{out}/keep.npy is there already: --overwrite replaces it, --out=... puts this one elsewhere"
+        )
+    moments, numbers, of_domain, lie = (
+        chunk_scores(run, k, cfg.score),
+        np.arange(len(domain)),
+        domain,
+        None,
+    )
     if cfg.by == "document":
         moments, numbers, of_domain, lie = document_scores(run, moments)
     scored = np.flatnonzero(moments[0])
@@ -98,14 +128,35 @@ def curate(cfg):
     chosen = choose(cfg, score, error, of_domain[scored])
     stays = np.ones(len(of_domain), bool)
     stays[scored[chosen]] = False
-    kept = stays if lie is None else np.bincount(lie[1], np.where(stays[lie[0]], lie[2], -lie[2]), len(domain)) >= 0
+    kept = (
+        stays
+        if lie is None
+        else np.bincount(lie[1], np.where(stays[lie[0]], lie[2], -lie[2]), len(domain)) >= 0
+    )
     if cfg.unused == "drop":
         kept = kept & ~np.isnan(run.values[:, k])
     if not kept.any():
-        raise UserError("nothing would be left to train on: write --drop_fraction=.16, or another --target")
-    found = dict(run=str(run.path), data_hash=run.data.hash, committed_step=run.info["committed_step"], config=vars(cfg) | dict(target=run.names[k]))
-    found |= dict(units=len(stays), units_scored=len(scored), units_negative=int((score < 0).sum()), units_dropped=len(chosen))
-    found |= dict(chunks=len(kept), chunks_kept=int(kept.sum()), chunks_unused=len(kept) - len(run.used), tokens_kept=int(kept.sum()) * run.width)
+        raise UserError(
+            "nothing would be left to train on: write --drop_fraction=.16, or another --target"
+        )
+    found = dict(
+        run=str(run.path),
+        data_hash=run.data.hash,
+        committed_step=run.info["committed_step"],
+        config=vars(cfg) | dict(target=run.names[k]),
+    )
+    found |= dict(
+        units=len(stays),
+        units_scored=len(scored),
+        units_negative=int((score < 0).sum()),
+        units_dropped=len(chosen),
+    )
+    found |= dict(
+        chunks=len(kept),
+        chunks_kept=int(kept.sum()),
+        chunks_unused=len(kept) - len(run.used),
+        tokens_kept=int(kept.sum()) * run.width,
+    )
     found |= dict(domains=by_domain(run, kept, k))
     if cfg.export:
         write_texts(cfg.export, Documents(run), stays if lie is not None else None, kept)
@@ -123,10 +174,16 @@ def by_domain(run, kept, k):
     """What becomes of each domain's chunks; value: the sum over them, in nats."""
     domain, values = run.data.train.domain, run.values[:, k].astype(float)
     count = dict(chunks=kept >= 0, used=~np.isnan(values), kept=kept)
-    count = {key: np.bincount(domain[of], minlength=len(run.domains)).tolist() for key, of in count.items()}
+    count = {
+        key: np.bincount(domain[of], minlength=len(run.domains)).tolist()
+        for key, of in count.items()
+    }
     total = dict(value=np.nan_to_num(values), value_kept=np.nan_to_num(values) * kept)
     total = {key: np.bincount(domain, x, len(run.domains)).tolist() for key, x in total.items()}
-    rows = [dict(domain=name) | {key: x[d] for key, x in (count | total).items()} for d, name in enumerate(run.domains)]
+    rows = [
+        dict(domain=name) | {key: x[d] for key, x in (count | total).items()}
+        for d, name in enumerate(run.domains)
+    ]
     return [row for row in rows if row["chunks"]]
 
 
@@ -136,5 +193,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the way out of Ctrl-C: no file is left half-written
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # the way out of Ctrl-C: no file is left half-written
     config.main(lambda: main(config.load(Config)))

@@ -54,7 +54,9 @@ class Dataset:
     meta: dict
     train: Split
     val: Split
-    keep: np.ndarray | None = None  # int64: the chunks to train on, where not all; one that stands twice is met twice in a pass
+    keep: np.ndarray | None = (
+        None  # int64: the chunks to train on, where not all; one that stands twice is met twice in a pass
+    )
 
     @property
     def domains(self):
@@ -221,7 +223,9 @@ def permute(positions, n, key):
     def rounds(x):
         left, right = x >> half, x & mask
         for k in keys:
-            z = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's mixing; arrays wrap around silently
+            z = (right + k) * np.uint64(
+                0x9E3779B97F4A7C15
+            )  # splitmix64's mixing; arrays wrap around silently
             z = (z ^ (z >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((z ^ (z >> np.uint64(32))) & mask)
         return left << half | right

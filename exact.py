@@ -62,15 +62,25 @@ class Step:
     """
 
     def __init__(self, model, optimizer, x, losses, grad_clip=0.0):
-        self.twin, self.optimizer = copy.deepcopy((model, optimizer))  # the copied optimizer steps the copied model
+        self.twin, self.optimizer = copy.deepcopy(
+            (model, optimizer)
+        )  # the copied optimizer steps the copied model
         self.twin.double().eval()
-        self.params, self.x, self.losses, self.grad_clip = list(self.twin.parameters()), x, losses, grad_clip
+        self.params, self.x, self.losses, self.grad_clip = (
+            list(self.twin.parameters()),
+            x,
+            losses,
+            grad_clip,
+        )
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if key != "step" and torch.is_tensor(value):
                     state[key] = value.double()
         self.young = not self.optimizer.state  # no step was taken yet
-        self.moving = [*(p.data for p in self.params), *(v for s in self.optimizer.state.values() for v in s.values() if torch.is_tensor(v))]
+        self.moving = [
+            *(p.data for p in self.params),
+            *(v for s in self.optimizer.state.values() for v in s.values() if torch.is_tensor(v)),
+        ]
         self.start = [t.clone() for t in self.moving]
         self.members = np.zeros(len(x), bool)
         self.g = [torch.zeros_like(p) for p in self.params]
@@ -79,7 +89,9 @@ class Step:
     def land(self, members):
         """Puts the twin where the members' step lands."""
         for i in np.flatnonzero(members != self.members):
-            torch._foreach_add_(self.g, [g.double() for g in self.x[i]], alpha=1 if members[i] else -1)
+            torch._foreach_add_(
+                self.g, [g.double() for g in self.x[i]], alpha=1 if members[i] else -1
+            )
         self.members = members.copy()
         torch._foreach_copy_(self.moving, self.start)
         if self.young:
@@ -96,7 +108,9 @@ class Step:
         return np.array([float(loss(self.twin)) for loss in self.losses])
 
     def __call__(self, members):
-        return self.nobody - self.losses_at(members) if members.any() else np.zeros(len(self.losses))
+        return (
+            self.nobody - self.losses_at(members) if members.any() else np.zeros(len(self.losses))
+        )
 
 
 def shapley(utility, n, progress=iter):
@@ -139,8 +153,13 @@ def monte_carlo(utility, n, permutations=1000, tolerance=0.0, seed=0, progress=i
                 pair[i] += (after - before) / 2
                 before = after
         pairs.append(pair)
-        values, errors = np.mean(pairs, 0), np.std(pairs, 0, ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else np.inf
-        if len(pairs) >= 8 and np.sqrt(np.mean(errors**2)) < tolerance * np.sqrt(np.mean(values**2)):
+        values, errors = (
+            np.mean(pairs, 0),
+            np.std(pairs, 0, ddof=1) / math.sqrt(len(pairs)) if len(pairs) > 1 else np.inf,
+        )
+        if len(pairs) >= 8 and np.sqrt(np.mean(errors**2)) < tolerance * np.sqrt(
+            np.mean(values**2)
+        ):
             break
     return values, errors
 
@@ -148,7 +167,9 @@ def monte_carlo(utility, n, permutations=1000, tolerance=0.0, seed=0, progress=i
 def leave_one_out(utility, n):
     """What each player adds to all the others: (n,) or (n, K)."""
     everybody = np.ones(n, bool)
-    return np.stack([utility(everybody) - utility(everybody & (np.arange(n) != i)) for i in range(n)])
+    return np.stack(
+        [utility(everybody) - utility(everybody & (np.arange(n) != i)) for i in range(n)]
+    )
 
 
 def solve(utility, n, permutations=200, tolerance=0.0, seed=0, progress=iter):

@@ -26,7 +26,9 @@ from torch import Tensor
 
 from ops import weight_grad as kernel
 
-TILE = 2**21  # elements of the weight gradient worked on at a time on CPU: a tile and its direction stay in cache
+TILE = (
+    2**21
+)  # elements of the weight gradient worked on at a time on CPU: a tile and its direction stay in cache
 # How Linear contracts. running: reads the values off the weight gradient as it accumulates, chunk after chunk; fused: the same in one Triton
 # kernel; matmul: one more matmul of the layer's size. auto: what `choose` finds the fastest.
 FORM = "auto"
@@ -42,7 +44,9 @@ class Tape:
     def __init__(self, ops=()):
         self.ops, self.inputs, self.gy, self.marks = list(ops), [], {}, []
         for i, (_, shape, dtype, device) in enumerate(ops):
-            mark = torch.zeros((), dtype=dtype, device=device, requires_grad=True).expand(shape)  # takes no memory
+            mark = torch.zeros((), dtype=dtype, device=device, requires_grad=True).expand(
+                shape
+            )  # takes no memory
             mark.register_hook(partial(self.gy.__setitem__, i))
             self.marks.append(mark)
 
@@ -66,7 +70,9 @@ class Tape:
             i, gy = self.gy.popitem()
             inputs, self.inputs[i] = self.inputs[i], None
             if each_token:  # then it is a chunk of its own
-                gy, *inputs = (t.flatten(0, 1)[:, None] if t.dim() > 1 else t for t in (gy, *inputs))
+                gy, *inputs = (
+                    t.flatten(0, 1)[:, None] if t.dim() > 1 else t for t in (gy, *inputs)
+                )
             total = total + self.ops[i][0](gy, *inputs)
         return total
 
@@ -130,18 +136,34 @@ CHOSEN = {}  # on a GPU: for which operands which form, and its tiling
 
 def choose(gy_BTO, x_BTI, h_KOI):
     """The fastest form for such operands, and its tiling. On a GPU each that can run and is right is timed the first time they come."""
-    (_, O, I), T, key = h_KOI.shape, x_BTI.shape[1], (gy_BTO.shape, x_BTI.shape, len(h_KOI), x_BTI.dtype, x_BTI.device)
-    if x_BTI.device.type == "cpu":  # a chunk's inner product costs what the matmul does for 9 tokens, its calls for 2^20 / (O I): bench/kernels.py
+    (_, O, I), T, key = (
+        h_KOI.shape,
+        x_BTI.shape[1],
+        (gy_BTO.shape, x_BTI.shape, len(h_KOI), x_BTI.dtype, x_BTI.device),
+    )
+    if (
+        x_BTI.device.type == "cpu"
+    ):  # a chunk's inner product costs what the matmul does for 9 tokens, its calls for 2^20 / (O I): bench/kernels.py
         return "running" if (T - 9) * O * I > 2**20 else "matmul", None
     if key not in CHOSEN:
         forms = {("matmul", None): lambda: weight_grad(gy_BTO, x_BTI, h_KOI, "matmul")}
         truth = forms["matmul", None]()[0]
-        for tiling in kernel.tilings(gy_BTO, x_BTI, h_KOI) if kernel.triton and h_KOI.dtype == torch.float32 else ():
-            with contextlib.suppress(kernel.triton.OutOfResources, kernel.triton.CompilationError):  # not on this GPU; FORM = "fused" says why
+        for tiling in (
+            kernel.tilings(gy_BTO, x_BTI, h_KOI)
+            if kernel.triton and h_KOI.dtype == torch.float32
+            else ()
+        ):
+            with contextlib.suppress(
+                kernel.triton.OutOfResources, kernel.triton.CompilationError
+            ):  # not on this GPU; FORM = "fused" says why
                 fused = partial(kernel.fused, gy_BTO, x_BTI, h_KOI, tiling)
                 if torch.linalg.norm(fused()[0] - truth) < 1e-2 * torch.linalg.norm(truth):
                     forms["fused", tiling] = fused
-        CHOSEN[key] = min(forms, key=lambda form: kernel.triton.testing.do_bench(forms[form], rep=20)) if len(forms) > 1 else ("matmul", None)
+        CHOSEN[key] = (
+            min(forms, key=lambda form: kernel.triton.testing.do_bench(forms[form], rep=20))
+            if len(forms) > 1
+            else ("matmul", None)
+        )
     return CHOSEN[key]
 
 
@@ -159,7 +181,13 @@ def opaque(function, fake):
     return lambda *args: (op if torch.compiler.is_compiling() else function)(*args)
 
 
-contract = opaque(weight_grad, lambda gy_BTO, x_BTI, h_KOI, form: (h_KOI.new_empty(h_KOI.shape[1:]), h_KOI.new_empty(len(x_BTI), len(h_KOI))))
+contract = opaque(
+    weight_grad,
+    lambda gy_BTO, x_BTI, h_KOI, form: (
+        h_KOI.new_empty(h_KOI.shape[1:]),
+        h_KOI.new_empty(len(x_BTI), len(h_KOI)),
+    ),
+)
 
 
 # --- y = x W^T + b ------------------------------------------------------------
@@ -168,7 +196,9 @@ contract = opaque(weight_grad, lambda gy_BTO, x_BTI, h_KOI, form: (h_KOI.new_emp
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, hw, hb, ledger, each, rows, form):
-        w_low = w.to(x.dtype)  # under autocast x is low precision; w stays whole and gets its gradient whole
+        w_low = w.to(
+            x.dtype
+        )  # under autocast x is low precision; w stays whole and gets its gradient whole
         ctx.save_for_backward(x, w_low, hw, hb, rows)
         ctx.form = form
         return F.linear(x, w_low, None if b is None else b.to(x.dtype))
@@ -200,11 +230,25 @@ def linear(x, weight, bias, ledger):
     """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>. A weight of
     more dimensions (O, ...) stands for the matrix it flattens to (ops/net.py: convolutions)."""
     if isinstance(ledger, Tape):
-        return ledger.watch(F.linear(x, weight, bias), lambda gy, x: linear_values(gy, x, weight.h, getattr(bias, "h", None)), x)
+        return ledger.watch(
+            F.linear(x, weight, bias),
+            lambda gy, x: linear_values(gy, x, weight.h, getattr(bias, "h", None)),
+            x,
+        )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     each, rows = getattr(weight, "each", None), getattr(weight, "rows", None)
-    return _Linear.apply(x, weight.flatten(1), bias, weight.h.flatten(2), getattr(bias, "h", None), ledger, each, rows, FORM)
+    return _Linear.apply(
+        x,
+        weight.flatten(1),
+        bias,
+        weight.h.flatten(2),
+        getattr(bias, "h", None),
+        ledger,
+        each,
+        rows,
+        FORM,
+    )
 
 
 # --- y = W[idx] ---------------------------------------------------------------
@@ -220,26 +264,41 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, gy):
         idx, h, rows = ctx.saved_tensors
         gy, idx = gy.reshape(len(idx), -1, gy.shape[-1]), idx.reshape(len(idx), -1)
-        gw, each = torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False) if ctx.needs_input_grad[1] else None, None
+        gw, each = (
+            torch.ops.aten.embedding_dense_backward(gy, idx, h.shape[1], -1, False)
+            if ctx.needs_input_grad[1]
+            else None,
+            None,
+        )
         if ctx.needs_input_grad[4]:
             place = torch.searchsorted(rows, idx.contiguous()).clamp(max=len(rows) - 1)  # (B, T)
             found = (rows[place] == idx)[..., None]
-            place = place + len(rows) * torch.arange(len(idx), device=idx.device)[:, None]  # each chunk has rows of its own
-            each = gy.new_zeros(len(idx) * len(rows), gy.shape[-1]).index_add_(0, place.flatten(), (gy * found).flatten(0, 1))
+            place = (
+                place + len(rows) * torch.arange(len(idx), device=idx.device)[:, None]
+            )  # each chunk has rows of its own
+            each = gy.new_zeros(len(idx) * len(rows), gy.shape[-1]).index_add_(
+                0, place.flatten(), (gy * found).flatten(0, 1)
+            )
             each = each.view(len(idx), len(rows), -1)
         return None, gw, None, embedding_values(gy, idx, h), each, None
 
 
 def embedding_values(gy, idx, h):
     """(B, K): the rows of the direction that the chunk used, against the gradient of what it read."""
-    return torch.stack([torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), gy.flatten(1)) for h_k in h], 1)
+    return torch.stack(
+        [torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), gy.flatten(1)) for h_k in h], 1
+    )
 
 
 def embedding(idx, weight, ledger):
     """F.embedding for idx (B, ...), with the values as in `linear`."""
     if isinstance(ledger, Tape):
-        return ledger.watch(F.embedding(idx, weight), lambda gy, idx: embedding_values(gy, idx, weight.h), idx)
-    return _Embedding.apply(idx, weight, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
+        return ledger.watch(
+            F.embedding(idx, weight), lambda gy, idx: embedding_values(gy, idx, weight.h), idx
+        )
+    return _Embedding.apply(
+        idx, weight, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None)
+    )
 
 
 # --- y = (x - mean) / std * w + b ---------------------------------------------
@@ -255,13 +314,24 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, mean, rstd, w, b, hw, hb = ctx.saved_tensors
-        gx = torch.ops.aten.native_layer_norm_backward(gy.contiguous(), x, w.shape, mean, rstd, w, b, [True, False, False])[0]
+        gx = torch.ops.aten.native_layer_norm_backward(
+            gy.contiguous(), x, w.shape, mean, rstd, w, b, [True, False, False]
+        )[0]
         gw_BC = layer_norm_grad(gy, x, mean, rstd)
         values, gb = gw_BC @ hw.t(), None
         if b is not None:
             gb_BC = over_tokens(gy)
             gb, values = gb_BC.sum(0), values + gb_BC @ hb.t()
-        return gx, gw_BC.sum(0), gb, None, None, values, gw_BC if ctx.needs_input_grad[6] else None, None
+        return (
+            gx,
+            gw_BC.sum(0),
+            gb,
+            None,
+            None,
+            values,
+            gw_BC if ctx.needs_input_grad[6] else None,
+            None,
+        )
 
 
 def layer_norm_grad(gy, x, mean, rstd):
@@ -286,4 +356,13 @@ def layer_norm(x, weight, bias, eps, ledger):
             return of_weight if bias is None else of_weight + over_tokens(gy) @ bias.h.t()
 
         return ledger.watch(y, values, x, mean, rstd)
-    return _LayerNorm.apply(x.to(weight.dtype), weight, bias, weight.h, getattr(bias, "h", None), ledger, getattr(weight, "each", None), eps)
+    return _LayerNorm.apply(
+        x.to(weight.dtype),
+        weight,
+        bias,
+        weight.h,
+        getattr(bias, "h", None),
+        ledger,
+        getattr(weight, "each", None),
+        eps,
+    )

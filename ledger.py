@@ -40,23 +40,51 @@ BLOCK = 1 << 16  # records that have one checksum
 def visit_dtype(K):
     """grad_norm: the chunk's gradient norm over the weights values.json names, NaN if not computed. early: 1 where AdamW's moments
     are too young for its rules to be trusted."""
-    return np.dtype([("step", "<i4"), ("chunk", "<i8"), ("loss", "<f4"), ("value", "<f4", (K,)), ("grad_norm", "<f4"), ("early", "u1")])
+    return np.dtype(
+        [
+            ("step", "<i4"),
+            ("chunk", "<i8"),
+            ("loss", "<f4"),
+            ("value", "<f4", (K,)),
+            ("grad_norm", "<f4"),
+            ("early", "u1"),
+        ]
+    )
 
 
-BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")  # of each target, in nats
+BOOK_ENTRIES = (
+    "before",
+    "after",
+    "data",
+    "momentum",
+    "decay",
+    "residual",
+)  # of each target, in nats
 
 
 def book_dtype(K, domains=0):
     per_target = [(name, "<f4", (K,)) for name in BOOK_ENTRIES]
     if domains:
         per_target.append(("momentum_by_domain", "<f4", (K, domains)))
-    return np.dtype([("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4"), *per_target])
+    return np.dtype(
+        [("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4"), *per_target]
+    )
 
 
 # Of each target: the values beside the exact Shapley values (rmse in nats; rel_l2 = |values - truth| / |truth|); utility: what the whole batch
 # did, loss where momentum and decay alone land - loss where the step lands; efficiency_gap: sum of the values - utility; standard_error of
 # the truth, if by permutations: root mean square, relative; loo_: the values beside leave-one-out.
-AUDIT_ENTRIES = ("pearson", "spearman", "rmse", "rel_l2", "efficiency_gap", "utility", "standard_error", "loo_pearson", "loo_spearman")
+AUDIT_ENTRIES = (
+    "pearson",
+    "spearman",
+    "rmse",
+    "rel_l2",
+    "efficiency_gap",
+    "utility",
+    "standard_error",
+    "loo_pearson",
+    "loo_spearman",
+)
 
 
 def audit_dtype(K):
@@ -141,8 +169,12 @@ def add_sums(sums, size, new, block):
 def write_values(run, total, used):
     """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy; returns its file's CRC-32."""
     shape = total.shape if total.shape[1] > 1 else total.shape[:1]
-    with atomic(Path(run, "values.npy")) as f:  # np.save would hide why a disk refuses, and want the whole array
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with atomic(
+        Path(run, "values.npy")
+    ) as f:  # np.save would hide why a disk refuses, and want the whole array
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
         for part in (slice(start, start + 2**20) for start in range(0, len(total), 2**20)):
             f.write(np.where(used[part, None], total[part], np.nan).astype("<f4").data)
         f.flush()
@@ -154,7 +186,9 @@ def write_values(run, total, used):
 
 def read(run, name="ledger"):
     """The committed rows of a run's ledger, books or audit, memmapped."""
-    return load_array(Path(run, name + ".npy"), "type: python train.py --verify --out_dir=<the run>")
+    return load_array(
+        Path(run, name + ".npy"), "type: python train.py --verify --out_dir=<the run>"
+    )
 
 
 COUNTED = {"rows": int, "sums": list, "start": int, "itemsize": int}

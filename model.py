@@ -20,7 +20,11 @@ from ops import head
 
 class Linear(nn.Linear):
     def forward(self, x, ledger=None):
-        return super().forward(x) if ledger is None else ghost.linear(x, self.weight, self.bias, ledger)
+        return (
+            super().forward(x)
+            if ledger is None
+            else ghost.linear(x, self.weight, self.bias, ledger)
+        )
 
 
 class Embedding(nn.Embedding):
@@ -30,7 +34,11 @@ class Embedding(nn.Embedding):
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x, ledger=None):
-        return super().forward(x) if ledger is None else ghost.layer_norm(x, self.weight, self.bias, self.eps, ledger)
+        return (
+            super().forward(x)
+            if ledger is None
+            else ghost.layer_norm(x, self.weight, self.bias, self.eps, ledger)
+        )
 
 
 # --- the transformer ----------------------------------------------------------
@@ -39,7 +47,9 @@ class LayerNorm(nn.LayerNorm):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads
+        self.c_attn = Linear(
+            config.n_embd, 3 * config.n_embd, bias=config.bias
+        )  # query, key, value of all heads
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
@@ -52,8 +62,12 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # re-assemble all head outputs side by side
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0, is_causal=True
+        )
+        y = (
+            y.transpose(1, 2).contiguous().view(B, T, C)
+        )  # re-assemble all head outputs side by side
         return self.resid_dropout(self.c_proj(y, ledger))
 
 
@@ -85,12 +99,16 @@ class Block(nn.Module):
 @dataclass
 class GPTConfig:
     block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2 vocab_size of 50257, padded up to nearest multiple of 64 for efficiency
+    vocab_size: int = (
+        50304  # GPT-2 vocab_size of 50257, padded up to nearest multiple of 64 for efficiency
+    )
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    bias: bool = (
+        True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    )
     tie_weights: bool = True  # wte and lm_head share one matrix, like GPT-2
 
 
@@ -110,9 +128,13 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
-            self.transformer.wte.weight = self.lm_head.weight  # https://paperswithcode.com/method/weight-tying
+            self.transformer.wte.weight = (
+                self.lm_head.weight
+            )  # https://paperswithcode.com/method/weight-tying
         for weight in {self.transformer.wte.weight, self.lm_head.weight}:
-            weight.tokens = True  # its rows are tokens: valuation knows before a step which of them will move
+            weight.tokens = (
+                True  # its rows are tokens: valuation knows before a step which of them will move
+            )
         self.apply(self._init_weights)
         # special scaled init to the residual projections, per GPT-2 paper
         for pn, p in self.named_parameters():
@@ -127,7 +149,9 @@ class GPT(nn.Module):
         args, weights = checkpoint["model_args"], checkpoint["model"]
         layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
         if args["n_layer"] != len(layers):  # before a billion of them are built
-            raise ValueError(f"model_args speak of {args['n_layer']} layers, there are {len(layers)}")
+            raise ValueError(
+                f"model_args speak of {args['n_layer']} layers, there are {len(layers)}"
+            )
         with torch.device("meta"):  # which takes no memory
             model = cls(GPTConfig(**args))
         model.load_state_dict(weights, assign=True)
@@ -151,7 +175,9 @@ class GPT(nn.Module):
         """
         B, T = idx.size()
         if T > self.config.block_size:
-            raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
+            raise ValueError(
+                f"a sequence of {T} tokens does not fit block_size={self.config.block_size}"
+            )
         pos = torch.arange(T, device=idx.device)  # (T,)
         if ledger is not None:
             pos = pos.expand(B, T)  # a chunk's use of wpe is its own
@@ -162,9 +188,13 @@ class GPT(nn.Module):
             x = block(x, ledger)
         x = self.transformer.ln_f(x, ledger)
 
-        if targets is None:  # inference-time mini-optimization: only forward the lm_head on the very last position
+        if (
+            targets is None
+        ):  # inference-time mini-optimization: only forward the lm_head on the very last position
             return self.lm_head(x[:, [-1], :]), None
-        if head.chunked(x, self.lm_head.weight, ledger):  # the logits, the largest tensor of the step, never exist whole
+        if head.chunked(
+            x, self.lm_head.weight, ledger
+        ):  # the logits, the largest tensor of the step, never exist whole
             loss, self.chunk_loss = head.loss(x, self.lm_head.weight, targets, ledger)
             return None, loss
         logits = self.lm_head(x, ledger)
@@ -182,7 +212,9 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, fused=device_type == "cuda" or None)
+        return torch.optim.AdamW(
+            optim_groups, lr=learning_rate, betas=betas, fused=device_type == "cuda" or None
+        )
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Model flops utilization (MFU) in units of peak_flops, A100 bfloat16 by default; PaLM paper, appendix B."""

@@ -29,7 +29,9 @@ def start(device):
     # NCCL for the GPUs, gloo for what never leaves the host, as whether to stop; a rank that is slow for an hour is only slow
     backend, timeout = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timedelta(hours=1)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # which may hold what processes before a restart left
+    store = dist.PrefixStore(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
+    )  # which may hold what processes before a restart left
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return device
 
@@ -53,14 +55,18 @@ def mine(n):
     """This rank's slice of 0..n-1: the slices in the order of the ranks are the whole. Raises ValueError where they would not be equal."""
     each, left = divmod(n, size())
     if left:
-        raise UserError(f"{size()} processes cannot share {n} chunks evenly: change --batch_size or --gradient_accumulation_steps")
+        raise UserError(
+            f"{size()} processes cannot share {n} chunks evenly: change --batch_size or --gradient_accumulation_steps"
+        )
     return slice(rank() * each, (rank() + 1) * each)
 
 
 def add(tensors):
     """Sums each tensor over the ranks, in place, the small ones in one message. Returns them."""
     if size() > 1:
-        small, large = ([t for t in tensors if (t.numel() < SMALL) == is_small] for is_small in (True, False))
+        small, large = (
+            [t for t in tensors if (t.numel() < SMALL) == is_small] for is_small in (True, False)
+        )
         flat = [torch.cat([t.flatten() for t in small])] if small else []
         for work in [dist.all_reduce(t, async_op=True) for t in flat + large]:
             work.wait()
@@ -123,13 +129,17 @@ def shard(model, blocks, K):
     A sharded parameter p has p.h, this rank's slice of its direction (K, rows, ...), and p.seen, the whole parameter as the
     layers see it, whose own .h is the whole direction. Raises ValueError where the ranks cannot share the rows evenly.
     """
-    from torch.distributed.fsdp import fully_shard  # takes seconds to import, as whatever of torch knows DTensor
+    from torch.distributed.fsdp import (
+        fully_shard,
+    )  # takes seconds to import, as whatever of torch knows DTensor
     from torch.distributed.tensor import Shard
 
     directions, olds = {}, dict(model.named_parameters())
     for name, p in olds.items():
         if len(p) % size():
-            raise UserError(f"--shard: {size()} processes cannot share the {len(p)} rows of {name}: choose sizes that are multiples of {size()}")
+            raise UserError(
+                f"--shard: {size()} processes cannot share the {len(p)} rows of {name}: choose sizes that are multiples of {size()}"
+            )
         if K:
             directions[p] = nn.Parameter(p.new_zeros(K, *p.shape), requires_grad=False)
     for module in list(model.modules()) if K else ():
@@ -137,7 +147,11 @@ def shard(model, blocks, K):
             module.register_parameter(name + "_h", directions[p])
     wholes, of_direction = {}, {id(h) for h in directions.values()}
     for module in (*blocks, model):
-        fully_shard(module, reshard_after_forward=True, shard_placement_fn=lambda p: Shard(1) if id(p) in of_direction else None)
+        fully_shard(
+            module,
+            reshard_after_forward=True,
+            shard_placement_fn=lambda p: Shard(1) if id(p) in of_direction else None,
+        )
     sharded = dict(model.named_parameters())
     for module in (*blocks, model):
         module.unshard()

@@ -31,18 +31,34 @@ class Config:
 def report(cfg):
     run = open_run(cfg.run, cfg.data_dir)
     if not 0 <= cfg.tokens <= payload.room(run):
-        raise UserError(f"--tokens={cfg.tokens}: a page has room for the tokens of {payload.room(run)} chunks: type --tokens={payload.room(run)}")
+        raise UserError(
+            f"--tokens={cfg.tokens}: a page has room for the tokens of {payload.room(run)} chunks: type --tokens={payload.room(run)}"
+        )
     content = payload.gather(run, Documents(run))
     if cfg.tokens:
         import revalue
 
         try:
-            payload.add_tokens(content, run, *revalue.tokens(run, [row["chunk"] for row in content["chunks"][: cfg.tokens]]))
+            payload.add_tokens(
+                content,
+                run,
+                *revalue.tokens(run, [row["chunk"] for row in content["chunks"][: cfg.tokens]]),
+            )
         except UserError as e:
             say(f"the page is without coloured tokens: {e}")
-    parts = {name: Path(config.ROOT, "show", f"report.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    hashes = {f"{name}_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
-    page = jinja2.Template(parts["html"], autoescape=True).render(parts | hashes, data=payload.encode(content).decode()).encode()
+    parts = {
+        name: Path(config.ROOT, "show", f"report.{name}").read_text(encoding="utf-8")
+        for name in ("html", "css", "js")
+    }
+    hashes = {
+        f"{name}_hash": base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for name, text in parts.items()
+    }
+    page = (
+        jinja2.Template(parts["html"], autoescape=True)
+        .render(parts | hashes, data=payload.encode(content).decode())
+        .encode()
+    )
     with atomic(out := cfg.out or run.path / "report.html") as f:
         f.write(page)
     say(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")

@@ -297,7 +297,9 @@ class Frozen:
     def loss(self, X, Y, ledger=None):
         device = self.options.device.split(":")[0]
         with torch.amp.autocast(device, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-            return self.model(*(torch.as_tensor(a, device=self.options.device) for a in (X, Y)), ledger)[1]
+            return self.model(
+                *(torch.as_tensor(a, device=self.options.device) for a in (X, Y)), ledger
+            )[1]
 
     def restore(self, path, book):
         """The weights and moments of a checkpoint, and there the targets' gradients, for the learning rate of the book."""
@@ -316,7 +318,9 @@ class Frozen:
         """The step's chunks, as if the run had been at these weights then."""
         tokens = self.data.train.batch(ids, self.options.block_size)
         self.open(step, book, tokens)
-        for micro, X, Y in zip(*(np.split(a, self.options.gradient_accumulation_steps) for a in (ids, *tokens))):
+        for micro, X, Y in zip(
+            *(np.split(a, self.options.gradient_accumulation_steps) for a in (ids, *tokens))
+        ):
             X, Y = (torch.as_tensor(a, device=self.options.device) for a in (X, Y))
             loss = self.loss(X, Y, self.valuation.ledger(micro, X, Y))
             (loss / self.options.gradient_accumulation_steps).backward()
@@ -387,7 +391,10 @@ def tokens(run, chunks):
     of, options, checkpoints, newest = read(cfg)
     open_data(of, options, newest)
     targets = parse_targets(options.targets, run.data, options.block_size)
-    frozen, book = Frozen(options, run.data, targets, cfg.target_batch), ledger.read(of, "books")[(step := max(checkpoints)) - 1]
+    frozen, book = (
+        Frozen(options, run.data, targets, cfg.target_batch),
+        ledger.read(of, "books")[(step := max(checkpoints)) - 1],
+    )
     frozen.valuation.directions.keeping = {}  # the rows that `adamw` values by the whole batch's gradient
     frozen.restore(checkpoints[step], book)
     frozen.model.eval()
@@ -395,7 +402,11 @@ def tokens(run, chunks):
     for chunk in progress(chunks, "tokens", unit="chunk", leave=False, delay=2):
         tape = ghost.Tape()
         frozen.loss(*run.data.train.batch([chunk], options.block_size), tape).backward()
-        found.append(tape.values(each_token=True).double().cpu().numpy() * float(book["lr"] * book["kappa"]) / frozen.batch)
+        found.append(
+            tape.values(each_token=True).double().cpu().numpy()
+            * float(book["lr"] * book["kappa"])
+            / frozen.batch
+        )
         frozen.optimizer.zero_grad(set_to_none=True)
     return step, np.stack(found)
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # CPU: large tensors in huge pages, or half the time goes into page faults
+os.environ.setdefault(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # CPU: large tensors in huge pages, or half the time goes into page faults
 
 import numpy as np
 import torch
@@ -29,9 +31,23 @@ import ledger as books
 import parallel
 from data import open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
-from ops.checkpoints import STARTS, Checkpoints, find_checkpoint, fitting, load_optimizer, settings_of
+from ops.checkpoints import (
+    STARTS,
+    Checkpoints,
+    find_checkpoint,
+    fitting,
+    load_optimizer,
+    settings_of,
+)
 from ops.folder import RUN_FILES, RunFolder
-from ops.machine import Interrupted, check_system, describe_run, peak_flops, rng_state, set_rng_state
+from ops.machine import (
+    Interrupted,
+    check_system,
+    describe_run,
+    peak_flops,
+    rng_state,
+    set_rng_state,
+)
 from ops.verify import verify
 from show import dashboard, tables
 from system import files, terminal
@@ -56,17 +72,27 @@ class Config:
     data_dir: str = "data/pile"  # what prepare_pile.py wrote
     keep: str = ""  # keep.npy of curate.py: train on these chunks only
     out_dir: str = ""  # where the run goes; default out/<name of the config file>
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"  # resume: go on from out_dir's checkpoint; auto: if there is one
+    init_from: Literal["scratch", "resume", "auto"] = (
+        "scratch"  # resume: go on from out_dir's checkpoint; auto: if there is one
+    )
     overwrite: bool = False  # start over in an out_dir that holds a run, which goes with the first checkpoint of the new one
     verify: bool = False  # only check the files in out_dir against their checksums
     seed: int = 1337  # initial weights, order of chunks, draws of target chunks
     # valuation
-    rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw"  # what a value is (math in valuation.py)
+    rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = (
+        "adamw"  # what a value is (math in valuation.py)
+    )
     targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file.txt>
-    target_batch: int = 1  # chunks of each target that speak for it in a step; its cost beside batch chunks
-    target_sampling: Literal["fixed", "redraw"] = "redraw"  # the same target chunks all along, or new ones every time
+    target_batch: int = (
+        1  # chunks of each target that speak for it in a step; its cost beside batch chunks
+    )
+    target_sampling: Literal["fixed", "redraw"] = (
+        "redraw"  # the same target chunks all along, or new ones every time
+    )
     target_interval: int = 1  # steps for which a target's gradient serves
-    book_interval: int = 20  # steps between those whose change of the targets' losses is measured and accounted for
+    book_interval: int = (
+        20  # steps between those whose change of the targets' losses is measured and accounted for
+    )
     audit_interval: int = 0  # steps between those whose values are compared with the exact truth; 0: never, for it is slow
     audit_permutations: int = 200  # for the truth where a step has more than 12 chunks
     domain_momentum: bool = False  # credit momentum to domains: one copy of the parameters a domain, and forward and backward again
@@ -76,7 +102,9 @@ class Config:
     log_interval: int = 10  # steps between progress lines
     checkpoint_interval: int = 250  # steps between checkpoints; a run that ends writes one
     keep_checkpoints: int = 2  # ckpt.pt and older ones, ckpt-<step>.pt
-    background: bool = torch.cuda.is_available()  # copy a checkpoint to host memory and go on while it is written
+    background: bool = (
+        torch.cuda.is_available()
+    )  # copy a checkpoint to host memory and go on while it is written
     wandb_log: bool = False  # offline when there is no login
     wandb_project: str = "nanoshapley"
     wandb_run_name: str = ""  # default: the name of out_dir
@@ -108,9 +136,13 @@ class Config:
     min_lr: float = 6e-5
     # system
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16" if torch.cuda.is_available() else "float32"  # bfloat16: autocast
+    dtype: Literal["float32", "bfloat16", "float64"] = (
+        "bfloat16" if torch.cuda.is_available() else "float32"
+    )  # bfloat16: autocast
     compile: bool = False  # torch.compile the model
-    shard: bool = False  # under torchrun: FSDP2, every process holds a slice of the model, instead of DDP
+    shard: bool = (
+        False  # under torchrun: FSDP2, every process holds a slice of the model, instead of DDP
+    )
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
@@ -118,14 +150,24 @@ class Config:
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
         if self.optimizer == "adamw" and not self.beta2 > 0:
-            raise UserError(f"--beta2={self.beta2}: AdamW's formulas need it above 0: write --beta2=0.95")
+            raise UserError(
+                f"--beta2={self.beta2}: AdamW's formulas need it above 0: write --beta2=0.95"
+            )
         if self.optimizer != "adamw" and (self.rule.startswith("adamw") or self.domain_momentum):
-            what = "--domain_momentum speaks" if self.domain_momentum else f"--rule={self.rule} speaks"
-            raise UserError(f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum")
+            what = (
+                "--domain_momentum speaks" if self.domain_momentum else f"--rule={self.rule} speaks"
+            )
+            raise UserError(
+                f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum"
+            )
         if self.shard and (self.compile or self.audit_interval or self.domain_momentum):
-            raise UserError("--shard knows no --compile, and not whole gradients as --audit_interval and --domain_momentum do: leave those out")
+            raise UserError(
+                "--shard knows no --compile, and not whole gradients as --audit_interval and --domain_momentum do: leave those out"
+            )
         if self.audit_interval and self.batch_size * self.gradient_accumulation_steps < 2:
-            raise UserError(f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size")
+            raise UserError(
+                f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size"
+            )
 
     @classmethod
     def of_run(cls, path):
@@ -154,7 +196,9 @@ def build_model(cfg, data, device):
 
 def build_optimizer(cfg, model):
     if cfg.optimizer == "adamw":
-        return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device.split(":")[0])
+        return model.configure_optimizers(
+            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device.split(":")[0]
+        )
     return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=cfg.learning_rate)
 
 
@@ -187,7 +231,9 @@ def evaluate(model, loss_of, data, cfg):
     batches = []
     for d in domains:
         ids = np.flatnonzero(data.val.domain == d)
-        ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]  # the first ones would be of one document
+        ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][
+            : cfg.eval_chunks
+        ]  # the first ones would be of one document
         batches += [(d, b) for b in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size))]
     losses, n, ranks = torch.zeros(len(batches)), len(batches), parallel.size()
     model.eval()
@@ -222,7 +268,9 @@ def train(cfg):
     data = open_dataset(cfg.data_dir, cfg.keep)
     if cfg.block_size > data.meta["block_size"]:
         fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
-        raise UserError(f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}")
+        raise UserError(
+            f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}"
+        )
     cfg.block_size = cfg.block_size or data.meta["block_size"]
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
     parallel.mine(cfg.batch_size * cfg.gradient_accumulation_steps)  # or they cannot share a step
@@ -233,7 +281,11 @@ def train(cfg):
 def run(cfg, folder, device, data, targets):
     """The run in its folder, from the newest checkpoint or from nothing."""
     say = terminal.say if parallel.rank() == 0 else lambda line: None
-    out, n_chunks, B = folder.path, len(data.train.rows), cfg.batch_size * cfg.gradient_accumulation_steps
+    out, n_chunks, B = (
+        folder.path,
+        len(data.train.rows),
+        cfg.batch_size * cfg.gradient_accumulation_steps,
+    )
     own = parallel.mine(B)  # this rank's chunks of a step
     used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data, targets))
     checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
@@ -253,11 +305,17 @@ def run(cfg, folder, device, data, targets):
         with fitting(used):
             load_optimizer(optimizer, checkpoint["optimizer"])
             evaluations = json.loads(checkpoint["evaluations"])
-        start, best_val_loss, wandb_id, valuation_state = (checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation"))
-    torch._dynamo.config.force_parameter_static_shapes = False  # `adamw` keeps another number of rows (weight.each) at every step
+        start, best_val_loss, wandb_id, valuation_state = (
+            checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation")
+        )
+    torch._dynamo.config.force_parameter_static_shapes = (
+        False  # `adamw` keeps another number of rows (weight.each) at every step
+    )
     torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
     model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
-    trained = model if cfg.shard else parallel.replicate(model)  # whose backward makes the ranks' gradients one
+    trained = (
+        model if cfg.shard else parallel.replicate(model)
+    )  # whose backward makes the ranks' gradients one
 
     def to_device(*arrays):
         tensors = [torch.as_tensor(a) for a in arrays]
@@ -267,14 +325,18 @@ def run(cfg, folder, device, data, targets):
 
     def loss_of(X, Y, ledger=None, model=model):
         with torch.amp.autocast(device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model(*to_device(X, Y), ledger)[1]  # the logits are not kept: they are the largest tensor of the step
+            return model(*to_device(X, Y), ledger)[
+                1
+            ]  # the logits are not kept: they are the largest tensor of the step
 
     # the run's folder: from here on something is written
     if parallel.rank() == 0 and not checkpoint:
         folder.set_aside()  # an older run, until the first commit of this one
     checkpoints = Checkpoints(folder, cfg.keep_checkpoints, cfg.background, used, start)
     if parallel.rank() == 0:
-        if cfg.keep and not checkpoint:  # whatever becomes of the file, the run knows what it was trained on
+        if (
+            cfg.keep and not checkpoint
+        ):  # whatever becomes of the file, the run knows what it was trained on
             files.write_array(out / "chunks.npy", data.keep)
         about = describe_run(settings(cfg), parallel.size(), data.hash, config.ROOT)
         files.write_json(out / "config.json", about)
@@ -287,13 +349,20 @@ def run(cfg, folder, device, data, targets):
     board = None
     if (cfg.wandb_log or cfg.tensorboard_log) and parallel.rank() == 0:
         visits = books.read(out) if targets and start else ()
-        board = dashboard.Board(cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode, visits)
+        board = dashboard.Board(
+            cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode, visits
+        )
         wandb_id = board.wandb_id
-    peak, ranks = parallel.size() * peak_flops(device, dtype), f" x {parallel.size()}" * (parallel.size() > 1)
+    peak, ranks = (
+        parallel.size() * peak_flops(device, dtype),
+        f" x {parallel.size()}" * (parallel.size() > 1),
+    )
     chunks = f"{len(data.keep):,} of {n_chunks:,} chunks" if cfg.keep else f"{n_chunks:,} chunks"
     run = f"{chunks} of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
     say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {run}")
-    say(f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}")
+    say(
+        f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}"
+    )
 
     def validate(step):
         """A line of evaluations.jsonl (ledger.py), and what the terminal and the board show."""
@@ -309,22 +378,50 @@ def run(cfg, folder, device, data, targets):
         if parallel.rank() == 0:
             files.write_lines(out / "evaluations.jsonl", evaluations)
         if board:
-            board.log({"val/loss": mean} | {f"val_loss/{dashboard.metric_name(name)}": loss for name, loss in by_domain.items()}, step=step)
+            board.log(
+                {"val/loss": mean}
+                | {
+                    f"val_loss/{dashboard.metric_name(name)}": loss
+                    for name, loss in by_domain.items()
+                },
+                step=step,
+            )
 
     def save(step):
         """Ledger and values first, then the checkpoint that counts on them."""
         valuation.commit()
-        weights = {name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad}
-        content = dict(model=weights, optimizer=optimizer.state_dict(), model_args=vars(raw_model.config), iter_num=step)
-        content |= dict(best_val_loss=best_val_loss, config=settings(cfg), wandb_id=wandb_id, valuation=valuation.state_dict())
-        content |= dict(data_hash=data.hash, keep=books.crc(data.keep), tokenizer=data.meta["tokenizer"], rng=parallel.gather_objects(rng_state()))
+        weights = {
+            name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad
+        }
+        content = dict(
+            model=weights,
+            optimizer=optimizer.state_dict(),
+            model_args=vars(raw_model.config),
+            iter_num=step,
+        )
+        content |= dict(
+            best_val_loss=best_val_loss,
+            config=settings(cfg),
+            wandb_id=wandb_id,
+            valuation=valuation.state_dict(),
+        )
+        content |= dict(
+            data_hash=data.hash,
+            keep=books.crc(data.keep),
+            tokenizer=data.meta["tokenizer"],
+            rng=parallel.gather_objects(rng_state()),
+        )
         content |= dict(evaluations=json.dumps(evaluations))
         checkpoints.write(step, content)
 
     n = own.stop - own.start  # in as few micro-batches as batch_size allows
     micro_steps = next(m for m in range(1, n + 1) if n % m == 0 and n // m <= cfg.batch_size)
-    if trained is not model:  # DDP orders its buckets by the first backward: if that were a step's, a resumed run would add up in another order
-        loss_of(*data.train.batch(np.zeros(n // micro_steps, int), cfg.block_size), None, trained).backward()
+    if (
+        trained is not model
+    ):  # DDP orders its buckets by the first backward: if that were a step's, a resumed run would add up in another order
+        loss_of(
+            *data.train.batch(np.zeros(n // micro_steps, int), cfg.block_size), None, trained
+        ).backward()
         optimizer.zero_grad(set_to_none=True)
     if parallel.rank():
         torch.manual_seed(cfg.seed + parallel.rank())  # other dropout masks
@@ -349,7 +446,9 @@ def run(cfg, folder, device, data, targets):
         tokens = data.train.batch(ids, cfg.block_size)
 
         valuation.open(step, lr, tokens)  # one-pass rules: the targets' gradients -> directions
-        for i, (micro, X, Y) in enumerate(zip(*(np.split(a[own], micro_steps) for a in (ids, *tokens))), 1):
+        for i, (micro, X, Y) in enumerate(
+            zip(*(np.split(a[own], micro_steps) for a in (ids, *tokens))), 1
+        ):
             X, Y = to_device(X, Y)
             ledger = valuation.ledger(micro, X, Y)  # zeros (b, K); None when valuation is off
             trained.require_backward_grad_sync = i == micro_steps  # of DDP: only the last
@@ -358,8 +457,12 @@ def run(cfg, folder, device, data, targets):
             losses.append(loss.detach())
         kappa = 1.0
         if cfg.grad_clip:
-            norm = parallel.full(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip))
-            kappa = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # what it multiplied the gradients by
+            norm = parallel.full(
+                torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
+            )
+            kappa = (cfg.grad_clip / (norm + 1e-6)).clamp(
+                max=1.0
+            )  # what it multiplied the gradients by
         valuation.before_step(kappa)  # two-pass rules: the batch's gradient is known now
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -371,7 +474,9 @@ def run(cfg, folder, device, data, targets):
             recent = valuation.flush()  # names the chunks if a loss or a value is not finite
             loss = float(parallel.add([torch.stack(losses).mean()])[0]) / parallel.size()
             if not math.isfinite(loss):
-                raise UserError(f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole")
+                raise UserError(
+                    f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole"
+                )
             history.append((done, loss))
             now = time.perf_counter()
             dt = (now - clock - paused) / (done - since)
@@ -379,13 +484,25 @@ def run(cfg, folder, device, data, targets):
             mfu = raw_model.estimate_mfu(B, dt, peak)
             line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
             if targets:
-                line += f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
+                line += (
+                    f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
+                )
             say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left")
             if board:
-                metrics = {"train/loss": loss, "train/lr": lr, "train/tokens_per_s": B * cfg.block_size / dt}
-                metrics |= {"overhead/ms_per_step": dt * 1e3, "overhead/mfu": mfu, "overhead/valuation_share": share}
+                metrics = {
+                    "train/loss": loss,
+                    "train/lr": lr,
+                    "train/tokens_per_s": B * cfg.block_size / dt,
+                }
+                metrics |= {
+                    "overhead/ms_per_step": dt * 1e3,
+                    "overhead/mfu": mfu,
+                    "overhead/valuation_share": share,
+                }
                 if targets:
-                    metrics |= board.values(recent, histogram=done % cfg.wandb_histogram_interval < done - since)
+                    metrics |= board.values(
+                        recent, histogram=done % cfg.wandb_histogram_interval < done - since
+                    )
                 board.log(metrics, step=done)
             losses, since, clock, paused = [], done, time.perf_counter(), 0.0
         if cfg.eval_interval and done == cfg.max_iters:
@@ -398,7 +515,9 @@ def run(cfg, folder, device, data, targets):
             program = ["python"]
             if parallel.size() > 1:
                 program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-            following = terminal.command(*program, "train.py", f"{out}/config.json", "--init_from=resume")
+            following = terminal.command(
+                *program, "train.py", f"{out}/config.json", "--init_from=resume"
+            )
             say(f"stopped after step {done}; to go on: {following}")
             break
     checkpoints.wait()
@@ -407,13 +526,18 @@ def run(cfg, folder, device, data, targets):
     if start >= cfg.max_iters:
         say(f"already at step {start}: raise --max_iters to go on")
     if targets and valuation.used is not None and valuation.used.any():
-        names, audits = [t.name for t in targets], books.read(out, "audit") if cfg.audit_interval else []
+        names, audits = (
+            [t.name for t in targets],
+            books.read(out, "audit") if cfg.audit_interval else [],
+        )
         end = tables.domains(valuation.total, valuation.used, data, names)
         for line in [*end, *tables.account(books.read(out, "books"), audits, names, data.domains)]:
             say(line)
     written = ", ".join(name for name in RUN_FILES if (out / name).exists())
     say("")
-    say(f"Done in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {written}")
+    say(
+        f"Done in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {written}"
+    )
     if board:
         board.finish()
     return history

@@ -68,7 +68,11 @@ def settle(columns, K, lr, kappa):
     if columns.shape[1] == K + 1:
         return values, losses, np.nan
     q, squares = columns[:, K + 1 :].T
-    return values - np.log(kappa) * (values - values.sum(0) * (q / max(q.sum(), TINY))[:, None]), losses, squares
+    return (
+        values - np.log(kappa) * (values - values.sum(0) * (q / max(q.sum(), TINY))[:, None]),
+        losses,
+        squares,
+    )
 
 
 class Valuation:
@@ -85,40 +89,103 @@ class Valuation:
         audit_permutations), clipping by grad_clip. domains: per chunk of the training data its domain, if momentum is to be credited to domains.
         info: more entries for values.json. step, state: where to go on (state_dict's), reading the ledger back up to there.
         """
-        self.model, self.optimizer, self.loss, self.targets, self.rule = model, optimizer, loss, targets, rule
-        self.batch, self.run, self.seed, self.step, self.grad_clip, self.compile = batch, run, seed, step, grad_clip, compile
-        self.target_batch, self.sampling, self.interval, self.micro_batch = target_batch, target_sampling, target_interval, micro_batch
-        self.book_interval, self.audit_interval, self.audit_permutations = book_interval, audit_interval, audit_permutations
+        self.model, self.optimizer, self.loss, self.targets, self.rule = (
+            model,
+            optimizer,
+            loss,
+            targets,
+            rule,
+        )
+        self.batch, self.run, self.seed, self.step, self.grad_clip, self.compile = (
+            batch,
+            run,
+            seed,
+            step,
+            grad_clip,
+            compile,
+        )
+        self.target_batch, self.sampling, self.interval, self.micro_batch = (
+            target_batch,
+            target_sampling,
+            target_interval,
+            micro_batch,
+        )
+        self.book_interval, self.audit_interval, self.audit_permutations = (
+            book_interval,
+            audit_interval,
+            audit_permutations,
+        )
         self.on = rule != "off"
         self.records, self.total, self.used = {}, None, None
         self.seconds = 0.0  # spent in open, before_step and close
-        self.micro, self.pending, self.ops = [], [], {}  # micro-batches of this step, closed steps, a tape's ops by the shape of X
+        self.micro, self.pending, self.ops = (
+            [],
+            [],
+            {},
+        )  # micro-batches of this step, closed steps, a tape's ops by the shape of X
         if not self.on:
             return
-        self.directions = d = Directions(model, optimizer, rule, batch, len(targets) == target_interval == 1, compile)
+        self.directions = d = Directions(
+            model, optimizer, rule, batch, len(targets) == target_interval == 1, compile
+        )
         self.params, self.seen, self.sharded = d.params, d.seen, d.sharded
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        self.dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self.dropout = any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+        )
         self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
         K = len(targets)
-        self.dtypes = dict(ledger=books.visit_dtype(K), books=books.book_dtype(K, n_domains), audit=books.audit_dtype(K))
+        self.dtypes = dict(
+            ledger=books.visit_dtype(K),
+            books=books.book_dtype(K, n_domains),
+            audit=books.audit_dtype(K),
+        )
         if run and parallel.rank() == 0:  # the one that writes
-            counted, names = state["records"] if state else {}, ["ledger", "books", "audit"][: 3 if audit_interval else 2]
-            self.records = {name: books.Records(run / f"{name}.npy", self.dtypes[name], counted.get(name)) for name in names}
+            counted, names = (
+                state["records"] if state else {},
+                ["ledger", "books", "audit"][: 3 if audit_interval else 2],
+            )
+            self.records = {
+                name: books.Records(run / f"{name}.npy", self.dtypes[name], counted.get(name))
+                for name in names
+            }
             self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
             if step:
                 books.add_visits(books.read(run), self.total, self.used)
-            self.files = {"chunks.npy": crc32(run / "chunks.npy")} if (run / "chunks.npy").is_file() else {}
-        self.info = dict(schema=books.SCHEMA, sign="positive = lowered the target's loss", unit="nats", rule=rule, batch=batch, **(info or {}))
+            self.files = (
+                {"chunks.npy": crc32(run / "chunks.npy")} if (run / "chunks.npy").is_file() else {}
+            )
+        self.info = dict(
+            schema=books.SCHEMA,
+            sign="positive = lowered the target's loss",
+            unit="nats",
+            rule=rule,
+            batch=batch,
+            **(info or {}),
+        )
         self.info |= (
-            dict(grad_norm_over=[n + ", rows of the batch's tokens" * hasattr(p, "tokens") for n, p in d.keeping.items()]) if d.keeping else {}
+            dict(
+                grad_norm_over=[
+                    n + ", rows of the batch's tokens" * hasattr(p, "tokens")
+                    for n, p in d.keeping.items()
+                ]
+            )
+            if d.keeping
+            else {}
         )
         self.info["targets"] = [self.describe(k) for k in range(K)]
         self.grads = None  # per parameter (K, *shape): the targets' gradients; the directions themselves unless reused
-        self.domain_momentum = [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
+        self.domain_momentum = (
+            [p.new_zeros(n_domains, *p.shape) for p in self.params] if n_domains else None
+        )
         if state:
-            self.domain_momentum, grads = ([t.to(self.params[0].device) for t in state[key] or ()] for key in ("domain_momentum", "grads"))
-            self.grads = [g[:, parallel.mine(g.shape[1])] if self.sharded else g for g in grads] or None
+            self.domain_momentum, grads = (
+                [t.to(self.params[0].device) for t in state[key] or ()]
+                for key in ("domain_momentum", "grads")
+            )
+            self.grads = [
+                g[:, parallel.mine(g.shape[1])] if self.sharded else g for g in grads
+            ] or None
         if step:
             self.commit()  # a crash between values.npy and the checkpoint left them apart
 
@@ -128,23 +195,33 @@ class Valuation:
         """Which of target k's chunks speak for it at a step: a pure function of (seed, k, step)."""
         n = len(self.targets[k])
         draw = step if self.sampling == "redraw" else 0
-        return np.random.default_rng((self.seed, k, draw)).choice(n, min(n, self.target_batch), replace=False)
+        return np.random.default_rng((self.seed, k, draw)).choice(
+            n, min(n, self.target_batch), replace=False
+        )
 
     def describe(self, k):
         target = self.targets[k]
-        entry = dict(name=target.name, chunks=len(target), source=getattr(target, "source", "text" if target.ids is None else "val.npy"))
+        entry = dict(
+            name=target.name,
+            chunks=len(target),
+            source=getattr(target, "source", "text" if target.ids is None else "val.npy"),
+        )
         entry["crc32"] = checksum_of(target)
         if self.sampling == "fixed":
             picks = self.picks(k, 0)
             return entry | dict(ids=(picks if target.ids is None else target.ids[picks]).tolist())
         how = f"numpy.random.default_rng(({self.seed}, {k}, step)).choice({len(target)}, {min(len(target), self.target_batch)}, replace=False)"
-        return entry | dict(drawn=f"where step % {self.interval} == 0: {how} of the target's chunks, in order of their ids")
+        return entry | dict(
+            drawn=f"where step % {self.interval} == 0: {how} of the target's chunks, in order of their ids"
+        )
 
     def target_batches(self, k):
         """This rank's part of the chunks that speak for target k at this step, in slices, each with its share of all their labels.
         Every rank has as many slices, for sharded models compute in step: where chunks are wanting, some of share 0."""
         X, Y = self.targets[k].batch(self.picks(k, self.step - self.step % max(1, self.interval)))
-        labels = (Y >= 0 if Y.dtype.kind in "iu" else Y == Y).reshape(len(Y), -1).sum(1)  # of each chunk: -1 or NaN is none
+        labels = (
+            (Y >= 0 if Y.dtype.kind in "iu" else Y == Y).reshape(len(Y), -1).sum(1)
+        )  # of each chunk: -1 or NaN is none
         part = parallel.mine(len(X) + -len(X) % parallel.size())
         for i in range(part.start, part.stop, size := self.micro_batch or len(X)):
             own = slice(i, min(i + size, part.stop))
@@ -163,7 +240,10 @@ class Valuation:
     def target_losses(self):
         """(K,) at the weights as they are."""
         with self.evaluating():
-            losses = [sum(self.loss(X, Y) * share for X, Y, share in self.target_batches(k)) for k in range(len(self.targets))]
+            losses = [
+                sum(self.loss(X, Y) * share for X, Y, share in self.target_batches(k))
+                for k in range(len(self.targets))
+            ]
         return parallel.add([torch.stack(losses)])[0]
 
     def target_gradient(self, k):
@@ -172,7 +252,9 @@ class Valuation:
         with self.evaluating():
             for X, Y, share in self.target_batches(k):
                 loss = self.loss(X, Y) * share
-                (loss * parallel.size() if self.sharded else loss).backward()  # sharded gradients are the ranks' mean already
+                (
+                    loss * parallel.size() if self.sharded else loss
+                ).backward()  # sharded gradients are the ranks' mean already
                 total = total + loss.detach()
         grads = [local(g) for g in self.take_grads()]
         parallel.add([total, *([] if self.sharded else grads)])
@@ -180,8 +262,12 @@ class Valuation:
 
     def take_grads(self):
         """The parameters' .grad, which they lose. Raises ValueError if one has none."""
-        if unused := [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]:
-            raise UserError(f"the loss does not depend on {', '.join(unused)}: freeze it with requires_grad_(False)")
+        if unused := [
+            name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None
+        ]:
+            raise UserError(
+                f"the loss does not depend on {', '.join(unused)}: freeze it with requires_grad_(False)"
+            )
         grads = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -193,7 +279,11 @@ class Valuation:
         for p in self.params if not self.sharded else ():
             p.h = None
         losses, gradients = zip(*map(self.target_gradient, range(len(self.targets))))
-        of_one = zip(*gradients) if len(gradients) == 1 else ([g.pop(0) for g in gradients] for _ in self.params)  # never all of them twice
+        of_one = (
+            zip(*gradients)
+            if len(gradients) == 1
+            else ([g.pop(0) for g in gradients] for _ in self.params)
+        )  # never all of them twice
         self.grads = [g[0][None] if len(g) == 1 else torch.stack(g) for g in of_one]
         return torch.stack(losses)
 
@@ -228,19 +318,29 @@ class Valuation:
                     self.target_gradients()
             else:
                 self.book["before"] = self.target_gradients()
-        for p, g in zip(self.params, self.grads):  # directions take the place of gradients, unless these serve again
+        for p, g in zip(
+            self.params, self.grads
+        ):  # directions take the place of gradients, unless these serve again
             if self.sharded:
                 p.h.copy_(g)
             else:
                 p.h = g if self.interval == 1 or self.rule == "sgd" else g.clone()
-        self.directions.of_two(batch, self.kappa) if self.rule in TWO_PASS else self.directions.of_one(self.grads)
+        self.directions.of_two(
+            batch, self.kappa
+        ) if self.rule in TWO_PASS else self.directions.of_one(self.grads)
 
     def credit(self):
         """What momentum and decay do to the targets' losses at this step, into the book: by the target's gradient halfway between
         the weights and where those two alone would land, so that data's part (from there on) and theirs add up to third order."""
         with self.weights_at(self.directions.landings(0.5)) as weights:
-            credits = [self.credit_of(self.target_gradient(k)[1], weights) for k in range(len(self.targets))]
-        self.book |= {name: torch.stack(of) for name, of in zip(("momentum", "decay", "momentum_by_domain"), zip(*credits))}
+            credits = [
+                self.credit_of(self.target_gradient(k)[1], weights)
+                for k in range(len(self.targets))
+            ]
+        self.book |= {
+            name: torch.stack(of)
+            for name, of in zip(("momentum", "decay", "momentum_by_domain"), zip(*credits))
+        }
 
     @torch.no_grad()
     def credit_of(self, gradients, weights):
@@ -256,7 +356,10 @@ class Valuation:
             if self.domain_momentum:
                 g = g * displacement(q, torch.ones_like(m), v).flatten()  # a / (sqrt(c v) + eps)
                 by_domain = by_domain + self.domain_momentum[i].flatten(1) @ g
-        return [self.directions.over_ranks(x) for x in ((momentum, decay, by_domain) if self.domain_momentum else (momentum, decay))]
+        return [
+            self.directions.over_ranks(x)
+            for x in ((momentum, decay, by_domain) if self.domain_momentum else (momentum, decay))
+        ]
 
     # --- a step: open, one ledger for each micro-batch, before_step, close ----
 
@@ -281,13 +384,31 @@ class Valuation:
             return None
         self._collect()
         if self.rule in TWO_PASS:
-            ledger = None if self.sharded or len(ids) * parallel.size() < self.batch else self.tape(X, Y)
+            ledger = (
+                None if self.sharded or len(ids) * parallel.size() < self.batch else self.tape(X, Y)
+            )
         else:
             ledger = self.zeros(len(ids), len(self.targets))
             for p, g in self.directions.kept.items():
-                self.seen[p].each, self.seen[p].rows = self.zeros(len(ids), *g.shape[1:]), self.directions.rows[p]
-        part = SimpleNamespace(ids=ids, X=X, Y=Y, ledger=ledger, losses=None, values=None, rng=rng_state() if self.dropout else None)
-        part.each, part.added, part.products, part.squares = {}, 0.0, 0.0, 0.0  # of the kept weights
+                self.seen[p].each, self.seen[p].rows = (
+                    self.zeros(len(ids), *g.shape[1:]),
+                    self.directions.rows[p],
+                )
+        part = SimpleNamespace(
+            ids=ids,
+            X=X,
+            Y=Y,
+            ledger=ledger,
+            losses=None,
+            values=None,
+            rng=rng_state() if self.dropout else None,
+        )
+        part.each, part.added, part.products, part.squares = (
+            {},
+            0.0,
+            0.0,
+            0.0,
+        )  # of the kept weights
         self.micro.append(part)
         return ledger
 
@@ -366,8 +487,15 @@ class Valuation:
             these = these.to(part.Y.device)
             with replaying(part.rng):
                 # dropout's masks belong to the whole micro-batch
-                nothing, others = np.nan if part.Y.is_floating_point() else -1, ~these.view(-1, *[1] * (part.Y.dim() - 1))
-                X, Y = (part.X, part.Y.masked_fill(others, nothing)) if self.dropout else (part.X[these], part.Y[these])
+                nothing, others = (
+                    np.nan if part.Y.is_floating_point() else -1,
+                    ~these.view(-1, *[1] * (part.Y.dim() - 1)),
+                )
+                X, Y = (
+                    (part.X, part.Y.masked_fill(others, nothing))
+                    if self.dropout
+                    else (part.X[these], part.Y[these])
+                )
                 loss = self.loss(X, Y)
                 grads = torch.autograd.grad(loss * (these.sum() / self.batch), self.params)
             torch._foreach_add_(total, grads)
@@ -379,15 +507,29 @@ class Valuation:
         x = [self.gradient_of(np.arange(self.batch) == i) for i in range(self.batch)]
         drawn, device = self.step - self.step % self.interval, self.params[0].device
         batches = [target.batch(self.picks(k, drawn)) for k, target in enumerate(self.targets)]
-        losses = [exact.batch_loss(*(torch.as_tensor(a, device=device) for a in batch)) for batch in batches]
+        losses = [
+            exact.batch_loss(*(torch.as_tensor(a, device=device) for a in batch))
+            for batch in batches
+        ]
         step = exact.Step(self.model, self.optimizer, x, losses, self.grad_clip)
-        values, errors = exact.solve(step, self.batch, self.audit_permutations, seed=self.step, progress=progress)
-        return SimpleNamespace(values=values, errors=errors, alone=exact.leave_one_out(step, self.batch), whole=step(np.ones(self.batch, bool)))
+        values, errors = exact.solve(
+            step, self.batch, self.audit_permutations, seed=self.step, progress=progress
+        )
+        return SimpleNamespace(
+            values=values,
+            errors=errors,
+            alone=exact.leave_one_out(step, self.batch),
+            whole=step(np.ones(self.batch, bool)),
+        )
 
     def follow_momentum(self):
         """One AdamW first moment a domain, from the gradient of its chunks: they add up to the optimizer's own."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
-        domains = self.domains[parallel.gather(torch.from_numpy(np.concatenate([part.ids for part in self.micro]))).numpy()]
+        domains = self.domains[
+            parallel.gather(
+                torch.from_numpy(np.concatenate([part.ids for part in self.micro]))
+            ).numpy()
+        ]
         for m in self.domain_momentum:
             m.mul_(beta1)
         for d in np.unique(domains):
@@ -399,13 +541,30 @@ class Valuation:
         """After the optimizer's step. Nothing is read off the device yet."""
         self._collect()
         self.check_batch()
-        columns = [part.ledger.grad / parallel.size() + part.added if part.values is None else part.values for part in self.micro]
+        columns = [
+            part.ledger.grad / parallel.size() + part.added if part.values is None else part.values
+            for part in self.micro
+        ]
         columns = [torch.cat(columns), torch.cat([part.losses for part in self.micro])[:, None]]
-        columns += [torch.cat([getattr(part, name) for part in self.micro])[:, None] for name in ("products", "squares") if self.directions.kept]
+        columns += [
+            torch.cat([getattr(part, name) for part in self.micro])[:, None]
+            for name in ("products", "squares")
+            if self.directions.kept
+        ]
         if self.measured:
             self.book["after"] = self.target_losses()
-        closed = SimpleNamespace(step=self.step, t=self.directions.t, lr=self.lr, kappa=self.kappa, book=self.book, truth=self.truth)
-        closed.ids, closed.columns = np.concatenate([part.ids for part in self.micro]), torch.cat(columns, 1)
+        closed = SimpleNamespace(
+            step=self.step,
+            t=self.directions.t,
+            lr=self.lr,
+            kappa=self.kappa,
+            book=self.book,
+            truth=self.truth,
+        )
+        closed.ids, closed.columns = (
+            np.concatenate([part.ids for part in self.micro]),
+            torch.cat(columns, 1),
+        )
         self.pending.append(closed)
         self.micro = []
         self.step += 1
@@ -415,23 +574,42 @@ class Valuation:
         are none. Raises ValueError at the first loss or value that is not finite."""
         new, K = SimpleNamespace(ledger=[], books=[], audit=[]), len(self.targets)
         if self.pending:  # (steps, B, K + 1 or 3)
-            columns = host(parallel.gather(torch.stack([closed.columns for closed in self.pending]), 1))
-            ids = parallel.gather(torch.from_numpy(np.stack([closed.ids for closed in self.pending])), 1).numpy()
+            columns = host(
+                parallel.gather(torch.stack([closed.columns for closed in self.pending]), 1)
+            )
+            ids = parallel.gather(
+                torch.from_numpy(np.stack([closed.ids for closed in self.pending])), 1
+            ).numpy()
         for i, closed in enumerate(self.pending):
             visits = np.zeros(self.batch, self.dtypes["ledger"])
-            values, visits["loss"], squares = settle(columns[i], K, closed.lr, kappa := float(closed.kappa))
-            visits["step"], visits["chunk"], visits["early"] = closed.step, ids[i], self.rule.startswith("adamw") and closed.t <= EARLY
+            values, visits["loss"], squares = settle(
+                columns[i], K, closed.lr, kappa := float(closed.kappa)
+            )
+            visits["step"], visits["chunk"], visits["early"] = (
+                closed.step,
+                ids[i],
+                self.rule.startswith("adamw") and closed.t <= EARLY,
+            )
             visits["value"], visits["grad_norm"] = values, self.batch * squares**0.5
             bad = ~(np.isfinite(visits["loss"]) & np.isfinite(visits["value"]).all(1))
             if bad.any():
                 what = "loss" if not np.isfinite(visits["loss"]).all() else "value"
                 chunks = ", ".join(map(str, ids[i][bad]))
-                raise UserError(f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks")
+                raise UserError(
+                    f"step {closed.step}: the {what} of chunks {chunks} is not finite. Lower --learning_rate, or look at these chunks"
+                )
             entries = {name: host(x) for name, x in closed.book.items()}
-            entries |= dict(data=visits["value"].sum(0, dtype=np.float64), loss=visits["loss"].mean(dtype=np.float64))
+            entries |= dict(
+                data=visits["value"].sum(0, dtype=np.float64),
+                loss=visits["loss"].mean(dtype=np.float64),
+            )
             entries |= dict(step=closed.step, lr=closed.lr, kappa=kappa)
             if "after" in entries:
-                entries["residual"] = entries["before"] - entries["after"] - sum(entries[name] for name in ("data", "momentum", "decay"))
+                entries["residual"] = (
+                    entries["before"]
+                    - entries["after"]
+                    - sum(entries[name] for name in ("data", "momentum", "decay"))
+                )
             book = books.empty(self.dtypes["books"])
             for name, x in entries.items():
                 book[name] = x
@@ -450,7 +628,11 @@ class Valuation:
     def compare(self, closed, values):
         """An audited step's record: its values beside the truth, target by target."""
         audit, truth = books.empty(self.dtypes["audit"]), closed.truth
-        audit["step"], audit["utility"], audit["efficiency_gap"] = closed.step, truth.whole, values.sum(0) - truth.whole
+        audit["step"], audit["utility"], audit["efficiency_gap"] = (
+            closed.step,
+            truth.whole,
+            values.sum(0) - truth.whole,
+        )
         audit["standard_error"] = np.sqrt((truth.errors**2).mean(0) / (truth.values**2).mean(0))
         for k in range(len(self.targets)):
             for name, figure in exact.agreement(values[:, k], truth.values[:, k]).items():
@@ -478,7 +660,13 @@ class Valuation:
         """What cannot be recomputed from the weights at the next step: gradients still to be reused, the domains' momentum."""
         if not self.on:
             return {}
-        grads = [parallel.gather(g, 1) if self.sharded else g for g in self.grads] if self.interval > 1 else None
+        grads = (
+            [parallel.gather(g, 1) if self.sharded else g for g in self.grads]
+            if self.interval > 1
+            else None
+        )
         records = {name: records.counted() for name, records in self.records.items()}
         targets = {target.name: checksum_of(target) for target in self.targets}
-        return dict(grads=grads, domain_momentum=self.domain_momentum, records=records, targets=targets)
+        return dict(
+            grads=grads, domain_momentum=self.domain_momentum, records=records, targets=targets
+        )

@@ -33,13 +33,32 @@ from system.errors import UserError
 
 def summary(run):
     """What was valued, how far the run is, and how far to trust its values: the books and the audit."""
-    values, done, most, batch = run.values[run.used].astype(float), run.info["committed_step"], run.cfg["max_iters"], run.info["batch"]
-    found = dict(run=str(run.path), steps=done, max_iters=most, finished=done >= most, **{key: run.info[key] for key in ("rule", "sign", "unit")})
-    found |= dict(batch=batch, chunks=len(run.values), chunks_used=len(values), visits=len(run.visits))
-    found |= dict(approximate=run.info.get("approximate"), early_steps=int(np.count_nonzero(run.visits["early"][::batch])), targets=[])
+    values, done, most, batch = (
+        run.values[run.used].astype(float),
+        run.info["committed_step"],
+        run.cfg["max_iters"],
+        run.info["batch"],
+    )
+    found = dict(
+        run=str(run.path),
+        steps=done,
+        max_iters=most,
+        finished=done >= most,
+        **{key: run.info[key] for key in ("rule", "sign", "unit")},
+    )
+    found |= dict(
+        batch=batch, chunks=len(run.values), chunks_used=len(values), visits=len(run.visits)
+    )
+    found |= dict(
+        approximate=run.info.get("approximate"),
+        early_steps=int(np.count_nonzero(run.visits["early"][::batch])),
+        targets=[],
+    )
     for k, name in enumerate(run.names):
         trust = dict(books=tables.booked(run.books, k), audit=tables.audited(run.audit, k))
-        found["targets"].append(dict(target=name, **tables.spread(values[:, k]), sum=float(values[:, k].sum()), **trust))
+        found["targets"].append(
+            dict(target=name, **tables.spread(values[:, k]), sum=float(values[:, k].sum()), **trust)
+        )
     return found
 
 
@@ -51,10 +70,22 @@ def top(run, n=10, target="", domain="", chars=200, bottom=False):
     documents, visits, rows = Documents(run), run.visits_of(best), []
     for rank, chunk in enumerate(best.tolist(), 1):
         own = visits[visits["chunk"] == chunk]
-        row = dict(rank=rank, chunk=chunk, value=float(run.values[chunk, k]), domain=run.domain_of(chunk), visits=len(own))
-        row |= dict(first_step=int(own["step"].min()), loss=float(own["loss"].mean(dtype=float)), text=run.text(chunk, chars))
+        row = dict(
+            rank=rank,
+            chunk=chunk,
+            value=float(run.values[chunk, k]),
+            domain=run.domain_of(chunk),
+            visits=len(own),
+        )
+        row |= dict(
+            first_step=int(own["step"].min()),
+            loss=float(own["loss"].mean(dtype=float)),
+            text=run.text(chunk, chars),
+        )
         rows.append(row | dict(documents=documents.of_chunk(chunk)))
-    found = dict(target=run.names[k], unit=run.info["unit"], approximate=run.info.get("approximate"))
+    found = dict(
+        target=run.names[k], unit=run.info["unit"], approximate=run.info.get("approximate")
+    )
     return found | dict(order="bottom" if bottom else "top", chunks=rows)
 
 
@@ -71,15 +102,31 @@ def domains(run):
     for k, name in enumerate(run.names):
         values = run.values[run.used[order], k].astype(float)
         for d, v in zip(found, np.split(values, starts[1:])):
-            row = dict(target=name, domain=run.domains[d], chunks=len(v), tokens=len(v) * run.width, share=len(v) / len(values))
-            rows.append(row | tables.spread(v / run.width) | dict(sum=float(v.sum()), share_of_sum=float(v.sum() / values.sum())))
+            row = dict(
+                target=name,
+                domain=run.domains[d],
+                chunks=len(v),
+                tokens=len(v) * run.width,
+                share=len(v) / len(values),
+            )
+            rows.append(
+                row
+                | tables.spread(v / run.width)
+                | dict(sum=float(v.sum()), share_of_sum=float(v.sum() / values.sum()))
+            )
     return dict(unit=run.info["unit"], domains=rows)
 
 
 def chunk(run, chunk: int):
     """One chunk: its text, its documents, its values, and every visit."""
-    found, fields = dict(chunk=chunk, domain=run.domain_of(chunk), unit=run.info["unit"]), ("step", "loss", "grad_norm", "early")
-    visits = [{key: v[key].item() for key in fields} | dict(value=run.named(v["value"])) for v in run.visits_of([chunk])]
+    found, fields = (
+        dict(chunk=chunk, domain=run.domain_of(chunk), unit=run.info["unit"]),
+        ("step", "loss", "grad_norm", "early"),
+    )
+    visits = [
+        {key: v[key].item() for key in fields} | dict(value=run.named(v["value"]))
+        for v in run.visits_of([chunk])
+    ]
     found |= dict(used=bool(visits), value=run.named(run.values[chunk]), visits=visits)
     return found | dict(documents=Documents(run).of_chunk(chunk), text=run.text(chunk))
 
@@ -88,17 +135,42 @@ def doc(run, doc: int):
     """One document: its chunks, its text, its value: the sum over its chunks used of a chunk's value times the document's share of its tokens."""
     documents, (_, W), tokens, chunks = Documents(run), run.data.train.rows.shape, [], []
     row = documents.find(doc)
-    stream, total, n = documents.stream(run.domain(row["domain"])), np.zeros(len(run.names)), row["n_tokens"] + 1  # with its <eot>
-    for i, chunk in enumerate(stream[np.searchsorted(stream, row["first_chunk"]) :][: -(-(row["first_token"] + n) // W)].tolist()):
+    stream, total, n = (
+        documents.stream(run.domain(row["domain"])),
+        np.zeros(len(run.names)),
+        row["n_tokens"] + 1,
+    )  # with its <eot>
+    for i, chunk in enumerate(
+        stream[np.searchsorted(stream, row["first_chunk"]) :][
+            : -(-(row["first_token"] + n) // W)
+        ].tolist()
+    ):
         begins = row["first_token"] - i * W
         inside = slice(max(begins, 0), min(begins + n, W))
-        held = max(0, min(inside.stop, run.width + 1) - inside.start)  # of those that were trained on
+        held = max(
+            0, min(inside.stop, run.width + 1) - inside.start
+        )  # of those that were trained on
         tokens.append(run.data.train.rows[chunk, inside])
-        chunks.append(dict(chunk=chunk, begins=begins, tokens=held, share=held / (run.width + 1), value=run.named(run.values[chunk])))
+        chunks.append(
+            dict(
+                chunk=chunk,
+                begins=begins,
+                tokens=held,
+                share=held / (run.width + 1),
+                value=run.named(run.values[chunk]),
+            )
+        )
         total += np.nan_to_num(run.values[chunk].astype(float)) * chunks[-1]["share"]
-    used, tokens = [c for c in chunks if not np.isnan(c["value"][run.names[0]])], np.concatenate(tokens)
-    found = {key: row[key] for key in ("doc", "domain", "source", "record", "n_tokens")} | dict(unit=run.info["unit"], chunks_used=len(used))
-    found |= dict(value=run.named(total if used else total * np.nan), chunks=chunks, whole=len(tokens) == n)
+    used, tokens = (
+        [c for c in chunks if not np.isnan(c["value"][run.names[0]])],
+        np.concatenate(tokens),
+    )
+    found = {key: row[key] for key in ("doc", "domain", "source", "record", "n_tokens")} | dict(
+        unit=run.info["unit"], chunks_used=len(used)
+    )
+    found |= dict(
+        value=run.named(total if used else total * np.nan), chunks=chunks, whole=len(tokens) == n
+    )
     utf8 = run.tokenizer.decode_bytes(tokens[tokens != run.data.meta["eot"]])
     return found | dict(text=whole_characters(utf8))
 
@@ -110,8 +182,19 @@ def tokens(run, *, chunk: int, target=""):
 
     step, values = revalue.tokens(run, [chunk])
     values = [*values[0, :, k].tolist(), np.nan]
-    rows = [dict(position=t, token=piece, value=v) for t, (piece, v) in enumerate(zip(run.pieces(chunk), values))]
-    return dict(chunk=chunk, domain=domain, target=run.names[k], unit=run.info["unit"], step=step, sum=sum(values[:-1]), tokens=rows)
+    rows = [
+        dict(position=t, token=piece, value=v)
+        for t, (piece, v) in enumerate(zip(run.pieces(chunk), values))
+    ]
+    return dict(
+        chunk=chunk,
+        domain=domain,
+        target=run.names[k],
+        unit=run.info["unit"],
+        step=step,
+        sum=sum(values[:-1]),
+        tokens=rows,
+    )
 
 
 def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
@@ -137,5 +220,7 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the way out of Ctrl-C: no file is left half-written
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # the way out of Ctrl-C: no file is left half-written
     config.main(main)

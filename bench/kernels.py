@@ -47,11 +47,15 @@ GPU_LAYERS = "768x2304,768x768,768x3072,3072x768,768x50304"
 class Config:
     layers: str = ""  # comma-separated, in x out features; default: a small GPT's on a CPU, GPT-2 small's on a GPU
     chunks: str = ""  # comma-separated, chunks x tokens of a micro-batch; default 8x32,8x64,8x128,8x256,2x512 on a CPU, 16x1024 on a GPU
-    heads: str = ""  # comma-separated, in x words; default: 384x256,384x50304 on a CPU, 768x50304 on a GPU
+    heads: str = (
+        ""  # comma-separated, in x words; default: 384x256,384x50304 on a CPU, 768x50304 on a GPU
+    )
     K: int = 1  # targets
     rounds: int = 9
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"  # of activations and their gradients
+    dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16" if torch.cuda.is_available() else "float32"
+    )  # of activations and their gradients
 
     def __post_init__(self):
         config.check(self, at_least={"K": 1, "rounds": 1})
@@ -76,11 +80,16 @@ def check(gy, x, h):
     """The worst form's error over the plain product's, of the weight gradient and of the values."""
     truth = torch.stack([g.double().t() @ c.double() for g, c in zip(gy, x)])
     values = truth.flatten(1) @ h.double().flatten(1).t()
-    each = torch.stack([(g.t() @ c).to(h.dtype) for g, c in zip(gy, x)]).flatten(1) @ h.flatten(1).t()
+    each = (
+        torch.stack([(g.t() @ c).to(h.dtype) for g, c in zip(gy, x)]).flatten(1) @ h.flatten(1).t()
+    )
     worst = 0.0
     for form in FORMS:
         gw, v = ghost.weight_grad(gy, x, h, form)
-        ratio = max(error(gw, truth.sum(0)) / error(plain(gy, x), truth.sum(0)), error(v, values) / error(each, values))
+        ratio = max(
+            error(gw, truth.sum(0)) / error(plain(gy, x), truth.sum(0)),
+            error(v, values) / error(each, values),
+        )
         assert ratio < MARGIN * max(1.0, len(x) / 16) ** 0.5, (
             f"{form}: {ratio:.2f} times the plain product's error at {tuple(gy.shape)} {tuple(x.shape)}"
         )
@@ -108,12 +117,21 @@ def heads(cfg, words, chunks):
     import torch.nn.functional as F
 
     rows = []
-    print(f"\n{'in x words':14}{'B x T':>10}{'plain ms':>10}{'error':>18}" + "".join(f"{form:>10}" for form in HEADS))
+    print(
+        f"\n{'in x words':14}{'B x T':>10}{'plain ms':>10}{'error':>18}"
+        + "".join(f"{form:>10}" for form in HEADS)
+    )
     for (inputs, outputs), (B, T) in itertools.product(words, chunks):
         torch.manual_seed(0)
-        x, w = torch.randn(B, T, inputs, device=cfg.device), torch.randn(outputs, inputs, device=cfg.device) * 0.02
+        x, w = (
+            torch.randn(B, T, inputs, device=cfg.device),
+            torch.randn(outputs, inputs, device=cfg.device) * 0.02,
+        )
         x, w = (t.requires_grad_() for t in (x.to(getattr(torch, cfg.dtype)), w))
-        w.h, y = torch.randn(cfg.K, outputs, inputs, device=cfg.device), torch.randint(outputs, (B, T), device=cfg.device)
+        w.h, y = (
+            torch.randn(cfg.K, outputs, inputs, device=cfg.device),
+            torch.randint(outputs, (B, T), device=cfg.device),
+        )
         ledger = torch.zeros(B, cfg.K, device=cfg.device, requires_grad=True)
 
         def plain(x=x, w=w, y=y):
@@ -121,49 +139,96 @@ def heads(cfg, words, chunks):
             return torch.autograd.grad(loss, (x, w))
 
         def whole(x=x, w=w, y=y, ledger=ledger):
-            loss = F.cross_entropy(ghost.linear(x, w, None, ledger).flatten(0, 1).float(), y.flatten())
+            loss = F.cross_entropy(
+                ghost.linear(x, w, None, ledger).flatten(0, 1).float(), y.flatten()
+            )
             return torch.autograd.grad(loss, (x, w, ledger))
 
         def chunked(x=x, w=w, y=y, ledger=ledger):
             return torch.autograd.grad(head.loss(x, w, y, ledger)[0], (x, w, ledger))
 
         apart = max(error(a, b.double()) for a, b in zip(chunked(), whole()))
-        assert apart < (2e-2 if x.dtype == torch.bfloat16 else 1e-4), f"the two heads differ by {apart:.1e}"
+        assert apart < (2e-2 if x.dtype == torch.bfloat16 else 1e-4), (
+            f"the two heads differ by {apart:.1e}"
+        )
         seconds = fastest(dict(plain=plain, whole=whole, chunked=chunked), cfg.rounds, cfg.device)
-        row = dict(head=f"{inputs}x{outputs}", B=B, T=T, plain_ms=1e3 * seconds["plain"], error=apart)
+        row = dict(
+            head=f"{inputs}x{outputs}", B=B, T=T, plain_ms=1e3 * seconds["plain"], error=apart
+        )
         rows.append(row | {form: seconds[form] / seconds["plain"] for form in HEADS})
         over = "".join(f"{rows[-1][form]:10.2f}" for form in HEADS)
-        print(f"{row['head']:14}{f'{B} x {T}':>10}{row['plain_ms']:10.2f}{apart:18.1e}{over}", flush=True)
+        print(
+            f"{row['head']:14}{f'{B} x {T}':>10}{row['plain_ms']:10.2f}{apart:18.1e}{over}",
+            flush=True,
+        )
     return rows
 
 
 def main(cfg):
     gpu, rows = "cuda" in cfg.device, []
     layers = sizes(cfg.layers or (GPU_LAYERS if gpu else CPU_LAYERS))
-    print(f"{'in x out':14}{'B x T':>10}{'plain ms':>10}{'TFLOP/s':>9}{'error':>8}{'bf16 h':>10}" + "".join(f"{form:>10}" for form in FORMS))
+    print(
+        f"{'in x out':14}{'B x T':>10}{'plain ms':>10}{'TFLOP/s':>9}{'error':>8}{'bf16 h':>10}"
+        + "".join(f"{form:>10}" for form in FORMS)
+    )
     for inputs, outputs in layers:
         for B, T in sizes(cfg.chunks or ("16x1024" if gpu else "8x32,8x64,8x128,8x256,2x512")):
             torch.manual_seed(0)
             dtype = getattr(torch, cfg.dtype)
-            gy, x = (torch.randn(B, T, n, device=cfg.device, dtype=dtype) for n in (outputs, inputs))
+            gy, x = (
+                torch.randn(B, T, n, device=cfg.device, dtype=dtype) for n in (outputs, inputs)
+            )
             h = torch.randn(cfg.K, outputs, inputs, device=cfg.device)
             small = min(outputs, 4096)  # the truth keeps every chunk's gradient
             ratio = check(gy[..., :small], x, h[:, :small].contiguous())
             work = {"plain": lambda gy=gy, x=x: plain(gy, x)}
-            work |= {form: lambda gy=gy, x=x, h=h, form=form: ghost.weight_grad(gy, x, h, form) for form in FORMS}
+            work |= {
+                form: lambda gy=gy, x=x, h=h, form=form: ghost.weight_grad(gy, x, h, form)
+                for form in FORMS
+            }
             seconds = fastest(work, cfg.rounds, cfg.device)
             values = ghost.weight_grad(gy, x, h, "matmul")[1].double()
             rounded = error(ghost.weight_grad(gy, x, h.bfloat16().float(), "matmul")[1], values)
-            row = dict(layer=f"{inputs}x{outputs}", B=B, T=T, plain_ms=1e3 * seconds["plain"], error=ratio, bf16_h=rounded)
+            row = dict(
+                layer=f"{inputs}x{outputs}",
+                B=B,
+                T=T,
+                plain_ms=1e3 * seconds["plain"],
+                error=ratio,
+                bf16_h=rounded,
+            )
             row |= {form: seconds[form] / seconds["plain"] for form in FORMS}
             rows.append(row)
             rate = 2 * B * T * inputs * outputs / seconds["plain"] / 1e12
             over = "".join(f"{row[form]:10.2f}" for form in FORMS)
-            print(f"{row['layer']:14}{f'{B} x {T}':>10}{row['plain_ms']:10.2f}{rate:9.2f}{ratio:8.2f}{rounded:10.1e}{over}", flush=True)
-    rows += heads(cfg, sizes(cfg.heads or ("768x50304" if gpu else "384x256,384x50304")), [(16, 1024) if gpu else (8, 256)])
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(json.dumps({"device": device, "torch": torch.__version__, "commit": commit, **vars(cfg), "rows": rows}))
+            print(
+                f"{row['layer']:14}{f'{B} x {T}':>10}{row['plain_ms']:10.2f}{rate:9.2f}{ratio:8.2f}{rounded:10.1e}{over}",
+                flush=True,
+            )
+    rows += heads(
+        cfg,
+        sizes(cfg.heads or ("768x50304" if gpu else "384x256,384x50304")),
+        [(16, 1024) if gpu else (8, 256)],
+    )
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    device = (
+        torch.cuda.get_device_name()
+        if gpu
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        json.dumps(
+            {
+                "device": device,
+                "torch": torch.__version__,
+                "commit": commit,
+                **vars(cfg),
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

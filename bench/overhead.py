@@ -49,7 +49,14 @@ SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
     "gpt2-small-1024": (12, 12, 768, 1024, 50304, 16),
     "gpt2-medium": (24, 16, 1024, 1024, 50304, 8),
     "tiny": (2, 2, 64, 32, 256, 4),
-    "thin": (12, 2, 16, 8, 256, 2),  # twelve layers of next to nothing: what is left is the host's own work, which a GPU has to wait for
+    "thin": (
+        12,
+        2,
+        16,
+        8,
+        256,
+        2,
+    ),  # twelve layers of next to nothing: what is left is the host's own work, which a GPU has to wait for
 }
 PLAIN, TARGET = "plain", "plain + target"
 
@@ -87,19 +94,34 @@ class Bench:
         torch.manual_seed(0)
         ghost.FORM = cfg.form
         self.cfg, self.device = cfg, cfg.device
-        self.raw_model = GPT(GPTConfig(self.T, vocab, n_layer, n_head, n_embd, bias=False)).to(cfg.device)
+        self.raw_model = GPT(GPTConfig(self.T, vocab, n_layer, n_head, n_embd, bias=False)).to(
+            cfg.device
+        )
         torch._dynamo.config.force_parameter_static_shapes = False  # as train.py does
-        self.model = torch.compile(self.raw_model, fullgraph=True) if cfg.compile else self.raw_model
+        self.model = (
+            torch.compile(self.raw_model, fullgraph=True) if cfg.compile else self.raw_model
+        )
         self.trained = parallel.replicate(self.model)
-        self.optimizer = self.raw_model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), cfg.device.split(":")[0])
+        self.optimizer = self.raw_model.configure_optimizers(
+            0.1, 1e-4, (0.9, 0.95), cfg.device.split(":")[0]
+        )
         bf16 = cfg.dtype == "bfloat16"
-        self.ctx = torch.amp.autocast(cfg.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
+        self.ctx = (
+            torch.amp.autocast(cfg.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
+        )
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(0, vocab, (self.B, self.T + 1))
-        self.own = np.arange(self.B)[parallel.mine(self.B)]  # this rank's chunks of the global batch, and of a target
+        self.own = np.arange(self.B)[
+            parallel.mine(self.B)
+        ]  # this rank's chunks of the global batch, and of a target
         self.rows = torch.from_numpy(self.tokens[self.own]).to(cfg.device)
-        targets = [Target(str(k), rng.integers(0, vocab, (cfg.target, self.T + 1)), None) for k in range(cfg.K)]
-        self.target = [torch.from_numpy(t.rows[parallel.mine(cfg.target)]).to(cfg.device) for t in targets]
+        targets = [
+            Target(str(k), rng.integers(0, vocab, (cfg.target, self.T + 1)), None)
+            for k in range(cfg.K)
+        ]
+        self.target = [
+            torch.from_numpy(t.rows[parallel.mine(cfg.target)]).to(cfg.device) for t in targets
+        ]
         self.valuations = {}
         for rule in set(arms) - {PLAIN, TARGET}:
             (run := Path(folder, rule)).mkdir()
@@ -113,7 +135,9 @@ class Bench:
             return (self.model if model is None else model)(X, Y, ledger)[1]
 
     def valuation_loss(self, X, Y, ledger=None):
-        return self.loss(torch.as_tensor(X).to(self.device), torch.as_tensor(Y).to(self.device), ledger)
+        return self.loss(
+            torch.as_tensor(X).to(self.device), torch.as_tensor(Y).to(self.device), ledger
+        )
 
     def step(self, arm):
         valuation, X, Y = self.valuations.get(arm), self.rows[:, :-1], self.rows[:, 1:]
@@ -153,8 +177,16 @@ class Bench:
 def peak_memory(cfg, shape, arm):
     """Bytes, from a process that runs nothing but this arm."""
     keys = ("target", "K", "accumulation", "form", "device", "dtype", "compile")
-    command = [sys.executable, __file__, f"--shapes={shape}", f"--arm={arm}", *(f"--{key}={getattr(cfg, key)}" for key in keys)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        f"--shapes={shape}",
+        f"--arm={arm}",
+        *(f"--{key}={getattr(cfg, key)}" for key in keys),
+    ]
+    return int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def run_arm(cfg):
@@ -165,7 +197,9 @@ def run_arm(cfg):
     if "cuda" in cfg.device:
         print(torch.cuda.max_memory_allocated())
     else:
-        status = Path("/proc/self/status").read_text()  # not ru_maxrss: on Linux a child starts from its parent's
+        status = Path(
+            "/proc/self/status"
+        ).read_text()  # not ru_maxrss: on Linux a child starts from its parent's
         print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
@@ -177,12 +211,18 @@ def measure(cfg, shape):
             bench.step(arm)
         seconds = {arm: [] for arm in arms}
         for i in range(cfg.rounds):
-            for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:  # no arm always comes after the same one
+            for arm in (
+                arms[i % len(arms) :] + arms[: i % len(arms)]
+            ):  # no arm always comes after the same one
                 seconds[arm].append(bench.timed(arm))
         B = bench.B * cfg.accumulation
         tokens, mfu_of = (
             B * bench.T,
-            partial(bench.raw_model.estimate_mfu, B, peak_flops=parallel.size() * peak_flops(cfg.device, getattr(torch, cfg.dtype))),
+            partial(
+                bench.raw_model.estimate_mfu,
+                B,
+                peak_flops=parallel.size() * peak_flops(cfg.device, getattr(torch, cfg.dtype)),
+            ),
         )
         params = sum(p.numel() * p.element_size() for p in bench.raw_model.parameters())
         del bench
@@ -190,18 +230,38 @@ def measure(cfg, shape):
     limit = B / (B + cfg.target * cfg.K)
     rows = []
     for arm in arms:
-        ratio = {base: statistics.median(b / a for a, b in zip(seconds[arm], seconds[base])) for base in (PLAIN, TARGET)}
-        row = {"shape": shape, "arm": arm, "ms": 1e3 * statistics.median(seconds[arm]), "tokens_per_s": tokens / statistics.median(seconds[arm])}
-        row |= {"to_plain": ratio[PLAIN], "to_plain_target": ratio[TARGET], "to_limit": ratio[PLAIN] / limit}
-        row |= {"best_to_plain_target": min(seconds[TARGET]) / min(seconds[arm]), "mfu": mfu_of(statistics.median(seconds[arm]))}
+        ratio = {
+            base: statistics.median(b / a for a, b in zip(seconds[arm], seconds[base]))
+            for base in (PLAIN, TARGET)
+        }
+        row = {
+            "shape": shape,
+            "arm": arm,
+            "ms": 1e3 * statistics.median(seconds[arm]),
+            "tokens_per_s": tokens / statistics.median(seconds[arm]),
+        }
+        row |= {
+            "to_plain": ratio[PLAIN],
+            "to_plain_target": ratio[TARGET],
+            "to_limit": ratio[PLAIN] / limit,
+        }
+        row |= {
+            "best_to_plain_target": min(seconds[TARGET]) / min(seconds[arm]),
+            "mfu": mfu_of(statistics.median(seconds[arm])),
+        }
         if memory:
-            row |= {"peak_mb": memory[arm] / 1e6, "above_plain_in_params": (memory[arm] - memory[PLAIN]) / params}
+            row |= {
+                "peak_mb": memory[arm] / 1e6,
+                "above_plain_in_params": (memory[arm] - memory[PLAIN]) / params,
+            }
         rows.append(row)
     return rows
 
 
 def show(rows):
-    print(f"{'shape':16}{'arm':16}{'ms':>9}{'tok/s':>10}{'mfu':>7}{'/plain':>9}{'/+target':>10}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}")
+    print(
+        f"{'shape':16}{'arm':16}{'ms':>9}{'tok/s':>10}{'mfu':>7}{'/plain':>9}{'/+target':>10}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}"
+    )
     for r in rows:
         memory = f"{r['peak_mb']:9.0f}{r['above_plain_in_params']:9.2f}" if "peak_mb" in r else ""
         ratios = f"{r['to_plain']:9.3f}{r['to_plain_target']:10.3f}{r['best_to_plain_target']:8.3f}{r['to_limit']:8.3f}"
@@ -213,8 +273,12 @@ def main(cfg):
     if cfg.arm:
         return run_arm(cfg)
     cfg.device, rows = parallel.start(cfg.device), []
-    if cfg.target % parallel.size() or any(SHAPES[shape][-1] % parallel.size() for shape in cfg.shapes.split(",")):
-        raise UserError(f"{parallel.size()} processes cannot share --target={cfg.target} or a shape's B evenly: write --target={parallel.size()}")
+    if cfg.target % parallel.size() or any(
+        SHAPES[shape][-1] % parallel.size() for shape in cfg.shapes.split(",")
+    ):
+        raise UserError(
+            f"{parallel.size()} processes cannot share --target={cfg.target} or a shape's B evenly: write --target={parallel.size()}"
+        )
     cfg.memory = cfg.memory and parallel.size() == 1
     for shape in cfg.shapes.split(","):
         rows += measure(cfg, shape)
@@ -222,9 +286,26 @@ def main(cfg):
             show(rows[-2 - len(cfg.rules.split(",")) :])
     if parallel.rank():
         return
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(json.dumps({"device": device, "processes": parallel.size(), "torch": torch.__version__, "commit": commit, **vars(cfg), "rows": rows}))
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    device = (
+        torch.cuda.get_device_name()
+        if "cuda" in cfg.device
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        json.dumps(
+            {
+                "device": device,
+                "processes": parallel.size(),
+                "torch": torch.__version__,
+                "commit": commit,
+                **vars(cfg),
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -118,10 +118,13 @@ def measure_chunks(cfg):
         show("open", seconds)
         for step in map(int, cfg.steps.split(",")):
             seconds, ids = timed(data.global_batch, step, cfg.batch, cfg.chunks, 1337)
-            assert len(np.unique(ids)) >= cfg.batch - 1 and 0 <= ids.min() and ids.max() < cfg.chunks
+            assert len(np.unique(ids)) >= cfg.batch - 1
+            assert 0 <= ids.min()
+            assert ids.max() < cfg.chunks
             show(f"order, step {step}", seconds)
             seconds, (X, _) = timed(dataset.train.batch, ids, cfg.block_size)
-            assert X.shape == (cfg.batch, cfg.block_size) and not X.any()
+            assert X.shape == (cfg.batch, cfg.block_size)
+            assert not X.any()
             show(f"rows, step {step}", seconds)
     return rows
 
@@ -173,13 +176,24 @@ def measure_stages(cfg):
     with tempfile.TemporaryDirectory(dir=cfg.folder or None) as folder:
         found = [stages(cfg, folder) for _ in range(cfg.rounds)]
     rows, (_, megabytes, tokens) = [], found[0]
-    print(f"{cfg.source}: {megabytes:.1f} MB, {tokens:,} tokens ({cfg.tokenizer}), one core, {cfg.rounds} rounds")
+    print(
+        f"{cfg.source}: {megabytes:.1f} MB, {tokens:,} tokens ({cfg.tokenizer}), one core, {cfg.rounds} rounds"
+    )
     print(f"{'stage':12}{'best MB/s':>12}{'median MB/s':>14}{'share of the best':>20}")
     best = {stage: min(seconds[stage] for seconds, *_ in found) for stage in found[0][0]}
     for stage in best:
         median = float(np.median([seconds[stage] for seconds, *_ in found]))
-        rows.append(dict(stage=stage, best_mb_s=megabytes / best[stage], median_mb_s=megabytes / median, share=best[stage] / sum(best.values())))
-        print(f"{stage:12}{rows[-1]['best_mb_s']:12.1f}{rows[-1]['median_mb_s']:14.1f}{rows[-1]['share']:20.1%}")
+        rows.append(
+            dict(
+                stage=stage,
+                best_mb_s=megabytes / best[stage],
+                median_mb_s=megabytes / median,
+                share=best[stage] / sum(best.values()),
+            )
+        )
+        print(
+            f"{stage:12}{rows[-1]['best_mb_s']:12.1f}{rows[-1]['median_mb_s']:14.1f}{rows[-1]['share']:20.1%}"
+        )
     return rows
 
 
@@ -187,9 +201,19 @@ def main(cfg):
     rows = measure_chunks(cfg)
     if cfg.source:
         rows += measure_stages(cfg)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     print(
-        json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} cores", "numpy": np.__version__, "commit": commit, **vars(cfg), "rows": rows})
+        json.dumps(
+            {
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "numpy": np.__version__,
+                "commit": commit,
+                **vars(cfg),
+                "rows": rows,
+            }
+        )
     )
 
 

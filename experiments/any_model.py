@@ -30,7 +30,9 @@ from valuation import Valuation
 
 @dataclass
 class Config:
-    rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw2"  # what a value is (math in ops/directions.py)
+    rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = (
+        "adamw2"  # what a value is (math in ops/directions.py)
+    )
     steps: int = 500
     batch: int = 20  # examples of a step
     learning_rate: float = 3e-3
@@ -55,7 +57,15 @@ def main(cfg):
     wrong = np.arange(len(Y)) < 100
     Y[wrong] = (Y[wrong] + 1) % 4
     torch.manual_seed(cfg.seed)
-    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3, stride=2), nn.GELU(), nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 4))
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3),
+        nn.GELU(),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.LayerNorm(64),
+        nn.Linear(64, 4),
+    )
 
     # from here on: any model, any loss that takes reduction="none", any arrays X, Y
     net, out = Net(model, F.cross_entropy), Path(cfg.out)
@@ -63,24 +73,43 @@ def main(cfg):
     optimizer = torch.optim.AdamW(net.parameters(), cfg.learning_rate, betas=(0.9, 0.95))
     target = Examples("validation", *draw(200, cfg.seed + 1000))
     options = dict(target_batch=50, grad_clip=1.0)  # a step's target: 50 of the 200, drawn anew
-    valuation = Valuation(net, optimizer, lambda *batch: net(*batch)[1], [target], cfg.rule, cfg.batch, len(X), out, **options)
+    valuation = Valuation(
+        net,
+        optimizer,
+        lambda *batch: net(*batch)[1],
+        [target],
+        cfg.rule,
+        cfg.batch,
+        len(X),
+        out,
+        **options,
+    )
     for step in range(cfg.steps):
         ids = global_batch(step, cfg.batch, len(X), cfg.seed)
         x, y = torch.from_numpy(X[ids]), torch.from_numpy(Y[ids])
-        lr = optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / 100)  # warm-up, or the first steps outweigh all others
+        lr = optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(
+            1.0, (step + 1) / 100
+        )  # warm-up, or the first steps outweigh all others
         valuation.open(step, lr)
         net(x, y, valuation.ledger(ids, x, y))[1].backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        valuation.before_step((1.0 / (norm + 1e-6)).clamp(max=1.0))  # what the gradients were multiplied by; without clipping: before_step()
+        valuation.before_step(
+            (1.0 / (norm + 1e-6)).clamp(max=1.0)
+        )  # what the gradients were multiplied by; without clipping: before_step()
         optimizer.step()
         optimizer.zero_grad()
         valuation.close()
     valuation.commit()  # in a long run, now and then
 
     values = np.load(out / "values.npy")  # (n,): nats, positive = lowered the validation loss
-    order = np.argsort(values)[: np.count_nonzero(np.isfinite(values))]  # NaN, sorted last: never used
+    order = np.argsort(values)[
+        : np.count_nonzero(np.isfinite(values))
+    ]  # NaN, sorted last: never used
     for name, ids in (("lowest", order[:10]), ("highest", order[:-11:-1])):
-        print(f"{name}: " + ", ".join(f"{i}{' (wrong label)' if wrong[i] else ''} {values[i]:+.4f}" for i in ids))
+        print(
+            f"{name}: "
+            + ", ".join(f"{i}{' (wrong label)' if wrong[i] else ''} {values[i]:+.4f}" for i in ids)
+        )
     print(tables.account(np.load(out / "books.npy"), [], [target.name], []))
 
 

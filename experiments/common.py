@@ -25,7 +25,9 @@ def begin(cfg):
     """cfg.out, made, with run.json in it: the command, its options, versions, commit."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    about = describe_run(vars(cfg), 1, None, ROOT) | dict(cpus=os.cpu_count(), machine=os.uname().machine)
+    about = describe_run(vars(cfg), 1, None, ROOT) | dict(
+        cpus=os.cpu_count(), machine=os.uname().machine
+    )
     (out / "run.json").write_text(json.dumps(about, indent=1) + "\n")
     return out
 
@@ -59,7 +61,9 @@ def side_by_side(function, jobs, path, workers=0):
     workers, rows = min(workers or os.cpu_count(), len(jobs)), []
     with (
         open(path, "w", encoding="utf-8") as file,
-        ProcessPoolExecutor(workers, initializer=start, initargs=(max(1, os.cpu_count() // workers),)) as pool,
+        ProcessPoolExecutor(
+            workers, initializer=start, initargs=(max(1, os.cpu_count() // workers),)
+        ) as pool,
     ):
         futures = [pool.submit(function, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
@@ -78,13 +82,17 @@ def read_rows(path):
 def mean_se(values):
     """(mean, its standard error; NaN of a single value)."""
     values = np.asarray(values, float)
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(
+        values
+    ) > 1 else math.nan
 
 
 def shown(values, digits=3):
     """Mean ± standard error, as text."""
     mean, error = mean_se(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{mean:.{digits}f}"
+    return (
+        f"{mean:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{mean:.{digits}f}"
+    )
 
 
 def markdown(head, rows):

@@ -37,7 +37,17 @@ import config
 import curate
 import train
 from data import open_dataset
-from experiments.common import begin, finish, forget_run, markdown, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import (
+    begin,
+    finish,
+    forget_run,
+    markdown,
+    prepare,
+    pyplot,
+    read_rows,
+    shown,
+    side_by_side,
+)
 from prepare_pile import Config as PileConfig
 from show.run import open_run
 from sources.documents import open_source, records
@@ -75,12 +85,27 @@ class Config:
     eval_chunks: int = 12  # of each domain
     workers: int = 0  # runs side by side; 0: a core each
     quick: bool = False
-    part: Literal["all", "retrain", "report"] = "all"  # retrain: the value runs are there; report: only the tables and the figure
+    part: Literal["all", "retrain", "report"] = (
+        "all"  # retrain: the value runs are there; report: only the tables and the figure
+    )
 
     def __post_init__(self):
         if self.quick:
-            self.tokens, self.value_iters, self.iters, self.seeds, self.fractions, self.eval_interval = 60_000, 20, 20, "1,2", ".2", 5
-            self.eval_chunks, self.n_embd, self.target_batch, self.data, self.out = 2, 32, 4, f"{self.data}-quick", f"{self.out}-quick"
+            (
+                self.tokens,
+                self.value_iters,
+                self.iters,
+                self.seeds,
+                self.fractions,
+                self.eval_interval,
+            ) = 60_000, 20, 20, "1,2", ".2", 5
+            self.eval_chunks, self.n_embd, self.target_batch, self.data, self.out = (
+                2,
+                32,
+                4,
+                f"{self.data}-quick",
+                f"{self.out}-quick",
+            )
 
 
 # --- the text -----------------------------------------------------------------------
@@ -99,7 +124,10 @@ def documents(cfg):
 
 
 def chance(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest()) / 2**48
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest())
+        / 2**48
+    )
 
 
 def write_corpus(cfg, folder):
@@ -109,7 +137,7 @@ def write_corpus(cfg, folder):
     found = sorted(set(documents(cfg)), key=lambda d: chance(d[1]))
     foreign = [text for domain, text in found if domain == cfg.foreign]
     clean = [d for d in found if d[0] != cfg.foreign]
-    size = lambda text: len(encode.encode(text))  # noqa: E731
+    size = lambda text: len(encode.encode(text))
 
     def up_to(tokens, texts):
         """As many of them as make this many tokens."""
@@ -118,7 +146,9 @@ def write_corpus(cfg, folder):
             yield item
             if tokens < 0:
                 return
-        raise UserError(f"--source={cfg.source} has too little text for --tokens={cfg.tokens}: lower --tokens")
+        raise UserError(
+            f"--source={cfg.source} has too little text for --tokens={cfg.tokens}: lower --tokens"
+        )
 
     rest = iter(clean)
     target = list(up_to(cfg.tokens // 12, rest))
@@ -126,15 +156,25 @@ def write_corpus(cfg, folder):
     spare = [text for _, text in up_to(cfg.tokens // 2, rest)]
 
     def shuffle(text):
-        return encode.decode(rng.permutation(encode.encode(text))) if cfg.tokenizer == "gpt2" else "".join(rng.permutation(list(text)))
+        return (
+            encode.decode(rng.permutation(encode.encode(text)))
+            if cfg.tokenizer == "gpt2"
+            else "".join(rng.permutation(list(text)))
+        )
 
-    kinds = {JUNK[0]: (shuffle(text) for text in spare), JUNK[1]: (base64.b64encode(text.encode()).decode() for text in spare[::-1])}
+    kinds = {
+        JUNK[0]: (shuffle(text) for text in spare),
+        JUNK[1]: (base64.b64encode(text.encode()).decode() for text in spare[::-1]),
+    }
     kinds[JUNK[2]] = (f"{i}\n{spare[i % 3]}" for i in range(10**9))
     kinds |= {JUNK[3]: iter(foreign)} if cfg.foreign else {}
     each = cfg.tokens * cfg.junk / (1 - cfg.junk) / len(kinds) * 1.1
     junk = [(kind, text) for kind, texts in kinds.items() for text in up_to(each, texts)]
     for name, chosen in (("clean", kept), ("junk", kept + junk)):
-        lines = (json.dumps(dict(text=text, meta=dict(pile_set_name=domain))) + "\n" for domain, text in chosen)
+        lines = (
+            json.dumps(dict(text=text, meta=dict(pile_set_name=domain))) + "\n"
+            for domain, text in chosen
+        )
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "target.txt").write_text("\n\n".join(text for _, text in target), encoding="utf-8")
 
@@ -143,10 +183,26 @@ def write_corpus(cfg, folder):
 
 
 def settings(cfg, condition, seed, out, **more):
-    common = dict(data_dir=f"{cfg.data}/{condition}", out_dir=str(out), overwrite=True, seed=seed, targets=f"clean={cfg.data}/target.txt")
-    common |= dict(batch_size=cfg.batch_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size)
+    common = dict(
+        data_dir=f"{cfg.data}/{condition}",
+        out_dir=str(out),
+        overwrite=True,
+        seed=seed,
+        targets=f"clean={cfg.data}/target.txt",
+    )
     common |= dict(
-        learning_rate=cfg.learning_rate, min_lr=cfg.learning_rate, warmup_iters=cfg.iters // 15, book_interval=10**9, eval_chunks=cfg.eval_chunks
+        batch_size=cfg.batch_size,
+        n_layer=cfg.n_layer,
+        n_head=cfg.n_head,
+        n_embd=cfg.n_embd,
+        block_size=cfg.block_size,
+    )
+    common |= dict(
+        learning_rate=cfg.learning_rate,
+        min_lr=cfg.learning_rate,
+        warmup_iters=cfg.iters // 15,
+        book_interval=10**9,
+        eval_chunks=cfg.eval_chunks,
     )
     return train.Config(**common | dict(checkpoint_interval=10**9, log_interval=100) | more)
 
@@ -160,7 +216,12 @@ def arms(cfg, condition):
     found["as many documents at random"] = documents | dict(score="share", random=True), None
     for text in cfg.fractions.split(","):
         fraction, common = f"{float(text):.0%}", documents | dict(drop_fraction=float(text))
-        for name, options in dict(share=dict(score="share"), value={}, loss=dict(score="loss"), largest=dict(score="share", invert=True)).items():
+        for name, options in dict(
+            share=dict(score="share"),
+            value={},
+            loss=dict(score="loss"),
+            largest=dict(score="share", invert=True),
+        ).items():
             if name in ("share", "loss") or text == cfg.fractions.split(",")[-1]:
                 found[f"{fraction} by {name}"] = common | options, f"{fraction} at random"
         found[f"{fraction} at random"] = common | dict(random=True), None
@@ -177,7 +238,18 @@ def value(cfg, condition, seed):
     from scipy import stats
 
     out, rows = Path(cfg.data, "runs", f"{condition}-{seed}"), []
-    train.train(settings(cfg, condition, seed, out, rule=cfg.rule, target_batch=cfg.target_batch, max_iters=cfg.value_iters, eval_interval=0))
+    train.train(
+        settings(
+            cfg,
+            condition,
+            seed,
+            out,
+            rule=cfg.rule,
+            target_batch=cfg.target_batch,
+            max_iters=cfg.value_iters,
+            eval_interval=0,
+        )
+    )
     run = open_run(out)
     names = np.array(run.domains)
     for score in ("value", "share", "loss"):
@@ -188,8 +260,13 @@ def value(cfg, condition, seed):
             ("document", of_documents, names[domain.astype(int)]),
         ):
             used = count > 0
-            scores, _ = curate.score_and_error(count[used], *(x[used] for x in sums), summed=score == "value")
-            text, row = ~np.isin(kind_of[used], JUNK), dict(condition=condition, seed=seed, unit=unit, score=score)
+            scores, _ = curate.score_and_error(
+                count[used], *(x[used] for x in sums), summed=score == "value"
+            )
+            text, row = (
+                ~np.isin(kind_of[used], JUNK),
+                dict(condition=condition, seed=seed, unit=unit, score=score),
+            )
             row |= {
                 "negative, text": float((scores[text] < 0).mean()),
                 "negative, junk": float((scores[~text] < 0).mean()) if not text.all() else None,
@@ -197,14 +274,21 @@ def value(cfg, condition, seed):
             for kind in (*JUNK, "any"):
                 junk = ~text if kind == "any" else kind_of[used] == kind
                 if junk.any():
-                    row[kind] = float(stats.mannwhitneyu(-scores[junk], -scores[text]).statistic / junk.sum() / text.sum())
+                    row[kind] = float(
+                        stats.mannwhitneyu(-scores[junk], -scores[text]).statistic
+                        / junk.sum()
+                        / text.sum()
+                    )
             rows.append(row)
     return rows
 
 
 def retrain(cfg, condition, seed, arm, options):
     """One run on what is kept. A row: its test losses, on clean text, and how much of each kind of junk it was spared."""
-    valued, out = Path(cfg.data, "runs", f"{condition}-{seed}"), Path(cfg.data, "runs", f"{condition}-{seed}-{arm}".replace(" ", "_"))
+    valued, out = (
+        Path(cfg.data, "runs", f"{condition}-{seed}"),
+        Path(cfg.data, "runs", f"{condition}-{seed}-{arm}".replace(" ", "_")),
+    )
     data, keep = open_dataset(f"{cfg.data}/{condition}"), ""
     kept = np.ones(len(data.train.rows), bool)
     if options is not None:
@@ -213,18 +297,50 @@ def retrain(cfg, condition, seed, arm, options):
         if options == "oracle":
             np.save(keep, np.flatnonzero(~is_junk(data)))
         else:
-            curate.curate(curate.Config(run=str(valued), out=str(out), overwrite=True, seed=seed, **options))
+            curate.curate(
+                curate.Config(run=str(valued), out=str(out), overwrite=True, seed=seed, **options)
+            )
         kept[:] = False
         kept[np.load(keep)] = True
     iters = cfg.iters + (cfg.value_iters if arm == "all" else 0)
-    train.train(settings(cfg, condition, seed, out, keep=keep, rule="off", max_iters=iters, eval_interval=cfg.eval_interval))
+    train.train(
+        settings(
+            cfg,
+            condition,
+            seed,
+            out,
+            keep=keep,
+            rule="off",
+            max_iters=iters,
+            eval_interval=cfg.eval_interval,
+        )
+    )
     lines = [json.loads(line) for line in open(out / "evaluations.jsonl")]
     sizes = np.bincount(data.val.domain, minlength=len(data.domains))
     clean = [(name, n) for name, n in zip(data.domains, sizes) if n and name not in JUNK]
-    curve = [(e["step"], float(np.average([e["loss"][name] for name, _ in clean], weights=[n for _, n in clean]))) for e in lines]
+    curve = [
+        (
+            e["step"],
+            float(
+                np.average([e["loss"][name] for name, _ in clean], weights=[n for _, n in clean])
+            ),
+        )
+        for e in lines
+    ]
     junk = is_junk(data)
-    row = dict(condition=condition, seed=seed, arm=arm, kept=float(kept.mean()), junk_left=float(junk[kept].mean()), curve=curve)
-    row |= {f"dropped: {name}": float((~kept[data.train.domain == d]).mean()) for d, name in enumerate(data.domains) if name in JUNK}
+    row = dict(
+        condition=condition,
+        seed=seed,
+        arm=arm,
+        kept=float(kept.mean()),
+        junk_left=float(junk[kept].mean()),
+        curve=curve,
+    )
+    row |= {
+        f"dropped: {name}": float((~kept[data.train.domain == d]).mean())
+        for d, name in enumerate(data.domains)
+        if name in JUNK
+    }
     forget_run(out)
     return [row | {"dropped: text": float((~kept[~junk]).mean())}]
 
@@ -239,7 +355,9 @@ def at(curve, step):
 
 def reached(curve, loss):
     """The iterations after which three evaluations in a row average at most this; NaN: never."""
-    smooth = [(curve[i][0], np.mean([x for _, x in curve[i - 2 : i + 1]])) for i in range(2, len(curve))]
+    smooth = [
+        (curve[i][0], np.mean([x for _, x in curve[i - 2 : i + 1]])) for i in range(2, len(curve))
+    ]
     return next((float(step) for step, x in smooth if x <= loss), np.nan)
 
 
@@ -247,50 +365,122 @@ def tables(cfg, rows, scores):
     lines = []
     for condition in dict.fromkeys(r["condition"] for r in rows):
         of = {(r["arm"], r["seed"]): r for r in rows if r["condition"] == condition}
-        named = {arm: control for arm, (_, control) in arms(cfg, condition).items() if any(name == arm for name, _ in of)}
+        named = {
+            arm: control
+            for arm, (_, control) in arms(cfg, condition).items()
+            if any(name == arm for name, _ in of)
+        }
         seeds = {arm: sorted(seed for name, seed in of if name == arm) for arm in named}
         final = {key: at(r["curve"], cfg.iters) for key, r in of.items()}
-        less = lambda a, b: [final[a, s] - final[b, s] for s in seeds[a] if (b, s) in final]  # noqa: E731, B023
+        less = lambda a, b: [final[a, s] - final[b, s] for s in seeds[a] if (b, s) in final]  # noqa: B023
         longer = [at(of["all", s]["curve"], cfg.iters + cfg.value_iters) for s in seeds["all"]]
         gained = shown([x - final["all", s] for x, s in zip(longer, seeds["all"])], 4)
-        table = [["all", len(seeds["all"]), "", shown([final["all", s] for s in seeds["all"]], 4), *[""] * 5]]
+        table = [
+            [
+                "all",
+                len(seeds["all"]),
+                "",
+                shown([final["all", s] for s in seeds["all"]], 4),
+                *[""] * 5,
+            ]
+        ]
         table += [["all, equal tokens", len(seeds["all"]), "", shown(longer, 4), gained, *[""] * 4]]
         for arm, control in list(named.items())[1:]:
             runs = [of[arm, s] for s in seeds[arm]]
-            saved = np.array([1 - reached(r["curve"], final.get(("all", r["seed"]), np.nan)) / cfg.iters for r in runs])
-            figures = [len(runs), f"{np.mean([1 - r['kept'] for r in runs]):.1%}", shown([final[arm, s] for s in seeds[arm]], 4)]
+            saved = np.array(
+                [
+                    1 - reached(r["curve"], final.get(("all", r["seed"]), np.nan)) / cfg.iters
+                    for r in runs
+                ]
+            )
+            figures = [
+                len(runs),
+                f"{np.mean([1 - r['kept'] for r in runs]):.1%}",
+                shown([final[arm, s] for s in seeds[arm]], 4),
+            ]
             figures.append(shown(less(arm, "all"), 4))
-            figures += [shown(less(arm, control), 4) if control in named else "", f"{np.isfinite(saved).sum()} of {len(saved)}"]
+            figures += [
+                shown(less(arm, control), 4) if control in named else "",
+                f"{np.isfinite(saved).sum()} of {len(saved)}",
+            ]
             figures += [shown(saved[np.isfinite(saved)], 2) if np.isfinite(saved).any() else ""]
-            table.append([arm, *figures, shown([at(r["curve"], cfg.iters * r["kept"]) for r in runs], 4)])
-        head = ["dropped", "seeds", "of the chunks", "test loss", "less: all", "less: as many at random", "reach the loss with all"]
+            table.append(
+                [arm, *figures, shown([at(r["curve"], cfg.iters * r["kept"]) for r in runs], 4)]
+            )
+        head = [
+            "dropped",
+            "seeds",
+            "of the chunks",
+            "test loss",
+            "less: all",
+            "less: as many at random",
+            "reach the loss with all",
+        ]
         head += ["iterations they save"]
-        lines += [f"### {condition}: nats a token", "", *markdown([*head, "test loss after as many passes as with all"], table), ""]
+        lines += [
+            f"### {condition}: nats a token",
+            "",
+            *markdown([*head, "test loss after as many passes as with all"], table),
+            "",
+        ]
         if condition == "junk":
             kinds = [key for key in next(iter(of.values())) if key.startswith("dropped: ")]
-            table = [[arm, *(f"{np.mean([of[arm, s][kind] for s in seeds[arm]]):.0%}" for kind in kinds)] for arm in named if arm != "all"]
+            table = [
+                [arm, *(f"{np.mean([of[arm, s][kind] for s in seeds[arm]]):.0%}" for kind in kinds)]
+                for arm in named
+                if arm != "all"
+            ]
             head = ["arm", *(kind.removeprefix("dropped: ") for kind in kinds)]
             lines += ["### What each arm dropped, of the chunks", "", *markdown(head, table), ""]
-    kinds, table = [kind for kind in (*JUNK, "any", "negative, text", "negative, junk") if any(r.get(kind) is not None for r in scores)], []
+    kinds, table = (
+        [
+            kind
+            for kind in (*JUNK, "any", "negative, text", "negative, junk")
+            if any(r.get(kind) is not None for r in scores)
+        ],
+        [],
+    )
     for key in sorted({(r["condition"], r["unit"], r["score"]) for r in scores}):
         same = [r for r in scores if (r["condition"], r["unit"], r["score"]) == key]
-        table.append([*key, *(shown([r[kind] for r in same]) if same[0].get(kind) is not None else "" for kind in kinds)])
-    lines += ["### Value run: AUROC of a small score, junk of each kind against text; share of negative scores", ""]
+        table.append(
+            [
+                *key,
+                *(
+                    shown([r[kind] for r in same]) if same[0].get(kind) is not None else ""
+                    for kind in kinds
+                ),
+            ]
+        )
+    lines += [
+        "### Value run: AUROC of a small score, junk of each kind against text; share of negative scores",
+        "",
+    ]
     return [*lines, *markdown(["condition", "unit", "score", *kinds], table)]
 
 
 def figure(cfg, rows, path):
     plt = pyplot()
     conditions = list(dict.fromkeys(r["condition"] for r in rows))
-    fig, axes = plt.subplots(1, len(conditions), figsize=(6.5 * len(conditions), 4.2), squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(conditions), figsize=(6.5 * len(conditions), 4.2), squeeze=False
+    )
     for ax, condition in zip(axes[0], conditions):
-        base = {r["seed"]: dict(r["curve"]) for r in rows if r["condition"] == condition and r["arm"] == "all"}
+        base = {
+            r["seed"]: dict(r["curve"])
+            for r in rows
+            if r["condition"] == condition and r["arm"] == "all"
+        }
         for i, arm in enumerate(arm for arm in arms(cfg, condition) if arm != "all"):
             of = [r for r in rows if (r["condition"], r["arm"]) == (condition, arm)]
             steps = [s for s, _ in of[0]["curve"] if s > cfg.iters // 10]
             gaps = np.array([[dict(r["curve"])[s] - base[r["seed"]][s] for s in steps] for r in of])
-            gaps = np.array([[g[max(0, j - 2) : j + 1].mean() for j in range(len(steps))] for g in gaps])
-            mean, error = gaps.mean(0), gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else 0
+            gaps = np.array(
+                [[g[max(0, j - 2) : j + 1].mean() for j in range(len(steps))] for g in gaps]
+            )
+            mean, error = (
+                gaps.mean(0),
+                gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else 0,
+            )
             style = "--" if "random" in arm else ":" if "loss" in arm or "largest" in arm else "-"
             ax.plot(steps, mean, style, color=f"C{i % 10}", label=arm)
             ax.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.15)
@@ -307,15 +497,27 @@ def main(cfg):
     out = Path(cfg.out)
     if cfg.part != "report":
         begin(cfg)
-        folder, conditions, seeds = Path(cfg.data), cfg.conditions.split(","), [int(s) for s in cfg.seeds.split(",")]
+        folder, conditions, seeds = (
+            Path(cfg.data),
+            cfg.conditions.split(","),
+            [int(s) for s in cfg.seeds.split(",")],
+        )
         if not (folder / "target.txt").is_file():
             write_corpus(cfg, folder)
         for condition in conditions:
-            prepare(folder / condition, folder / f"{condition}.jsonl", tokenizer=cfg.tokenizer, block_size=cfg.block_size, val_fraction=0.1)
+            prepare(
+                folder / condition,
+                folder / f"{condition}.jsonl",
+                tokenizer=cfg.tokenizer,
+                block_size=cfg.block_size,
+                val_fraction=0.1,
+            )
         jobs = [(cfg, condition, seed) for seed in seeds for condition in conditions]
         if cfg.part == "all":
             side_by_side(value, jobs, out / "values.jsonl", cfg.workers)
-        jobs = [(*job, arm, options) for job in jobs for arm, (options, _) in arms(cfg, job[1]).items()]
+        jobs = [
+            (*job, arm, options) for job in jobs for arm, (options, _) in arms(cfg, job[1]).items()
+        ]
         side_by_side(retrain, jobs, out / "rows.jsonl", cfg.workers)
     rows, scores = read_rows(out / "rows.jsonl"), read_rows(out / "values.jsonl")
     finish(out, tables(cfg, rows, scores))

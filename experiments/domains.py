@@ -32,13 +32,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import config
 from data import open_dataset, tokenizer
-from experiments.common import begin, finish, forget_run, markdown, mean_se, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import (
+    begin,
+    finish,
+    forget_run,
+    markdown,
+    mean_se,
+    prepare,
+    pyplot,
+    read_rows,
+    shown,
+    side_by_side,
+)
 from system.errors import UserError
 
 FLOOR, PASSES = 0.1, 4
-ARMS = {"natural": None, "uniform": None, "broad: by value": "broad", "broad: inverted": "broad"}  # arm -> the target it is for
+ARMS = {
+    "natural": None,
+    "uniform": None,
+    "broad: by value": "broad",
+    "broad: inverted": "broad",
+}  # arm -> the target it is for
 ARMS |= {"narrow: by value": "narrow", "narrow: inverted": "narrow", "narrow: own domain": "narrow"}
-QUICK = dict(seeds="1,2", steps=24, evaluations=2, test_chunks=6, target_chunks=6, batch_size=8, target_batch=1, block_size=64)
+QUICK = dict(
+    seeds="1,2",
+    steps=24,
+    evaluations=2,
+    test_chunks=6,
+    target_chunks=6,
+    batch_size=8,
+    target_batch=1,
+    block_size=64,
+)
 QUICK |= dict(n_layer=2, n_embd=32, warmup_iters=10)
 
 
@@ -79,25 +104,43 @@ def split_heldout(cfg):
 
     data, width = open_dataset(cfg.data), cfg.block_size + 1
     if data.meta["block_size"] != cfg.block_size:
-        raise UserError(f"{cfg.data} was prepared with --block_size={data.meta['block_size']}: type that, or another --data")
-    docs, decode = pq.read_table(data.path / "val_docs.parquet").to_pylist(), tokenizer(data.meta["tokenizer"]).decode
+        raise UserError(
+            f"{cfg.data} was prepared with --block_size={data.meta['block_size']}: type that, or another --data"
+        )
+    docs, decode = (
+        pq.read_table(data.path / "val_docs.parquet").to_pylist(),
+        tokenizer(data.meta["tokenizer"]).decode,
+    )
     texts, test = {}, {}
     for d, name in enumerate(data.domains):
         ids = np.flatnonzero(data.val.domain == d)
-        stream, free, pieces = np.asarray(data.val.rows[ids]).reshape(-1), np.ones(len(ids), bool), []
+        stream, free, pieces = (
+            np.asarray(data.val.rows[ids]).reshape(-1),
+            np.ones(len(ids), bool),
+            [],
+        )
         chosen = [doc for doc in docs if doc["domain"] == name][1::2]
         for doc in chosen:
             start = int(np.searchsorted(ids, doc["first_chunk"])) * width + doc["first_token"]
             free[start // width : (start + doc["n_tokens"]) // width + 1] = False
-            pieces.append(stream[start : start + min(doc["n_tokens"], -(-cfg.target_chunks // len(chosen)) * cfg.block_size)])
+            pieces.append(
+                stream[
+                    start : start
+                    + min(doc["n_tokens"], -(-cfg.target_chunks // len(chosen)) * cfg.block_size)
+                ]
+            )
         if pieces and free.any():
             texts[name] = decode(np.concatenate(pieces)[: cfg.target_chunks * cfg.block_size])
             n = min(cfg.test_chunks, free.sum())
             test[name] = ids[free][np.linspace(0, free.sum() - 1, n).astype(int)]
     if cfg.narrow not in test:
-        raise UserError(f"--narrow={cfg.narrow}: {cfg.data} has held-out documents of {', '.join(test)}")
+        raise UserError(
+            f"--narrow={cfg.narrow}: {cfg.data} has held-out documents of {', '.join(test)}"
+        )
     size = min(map(len, texts.values()))
-    Path(f"{cfg.data}-broad.txt").write_text("".join(text[:size] for text in texts.values()), encoding="utf-8")
+    Path(f"{cfg.data}-broad.txt").write_text(
+        "".join(text[:size] for text in texts.values()), encoding="utf-8"
+    )
     Path(f"{cfg.data}-narrow.txt").write_text(texts[cfg.narrow], encoding="utf-8")
     return test
 
@@ -112,7 +155,9 @@ def draw(weights, n, domain, seed):
     while not closed.all():  # what a small domain cannot give goes to the others
         open_weights = np.where(closed, 0, weights)
         if not open_weights.sum():
-            raise UserError(f"the chosen domains hold {held[weights > 0].sum()} chunks, too few for {n} in {PASSES} passes: take fewer --steps")
+            raise UserError(
+                f"the chosen domains hold {held[weights > 0].sum()} chunks, too few for {n} in {PASSES} passes: take fewer --steps"
+            )
         counts[~closed] = ((n - counts[closed].sum()) * open_weights / open_weights.sum())[~closed]
         over = ~closed & (counts > PASSES * held)
         if not over.any():
@@ -132,7 +177,10 @@ def run(cfg, arm, weights, seed, test):
     from train import Config as TrainConfig
     from train import train
 
-    data, out = open_dataset(cfg.data), Path(cfg.out, f"run-{arm.replace(': ', '-').replace(' ', '-')}-{seed}")
+    data, out = (
+        open_dataset(cfg.data),
+        Path(cfg.out, f"run-{arm.replace(': ', '-').replace(' ', '-')}-{seed}"),
+    )
     out.mkdir(parents=True, exist_ok=True)
     keep = draw(np.asarray(weights), cfg.steps * cfg.batch_size, data.train.domain, seed)
     np.save(out / "keep.npy", keep)
@@ -140,12 +188,25 @@ def run(cfg, arm, weights, seed, test):
     options = {key: getattr(cfg, key) for key in keys} | dict(
         min_lr=cfg.learning_rate / 10, max_iters=cfg.steps, seed=seed, keep=str(out / "keep.npy")
     )
-    options |= dict(checkpoint_interval=-(-cfg.steps // cfg.evaluations), keep_checkpoints=cfg.evaluations, eval_interval=0, book_interval=10**9)
-    options |= dict(rule=cfg.rule if arm == "natural" else "off", targets=f"broad={cfg.data}-broad.txt,narrow={cfg.data}-narrow.txt")
+    options |= dict(
+        checkpoint_interval=-(-cfg.steps // cfg.evaluations),
+        keep_checkpoints=cfg.evaluations,
+        eval_interval=0,
+        book_interval=10**9,
+    )
+    options |= dict(
+        rule=cfg.rule if arm == "natural" else "off",
+        targets=f"broad={cfg.data}-broad.txt,narrow={cfg.data}-narrow.txt",
+    )
     options = TrainConfig(**options, data_dir=cfg.data, out_dir=str(out), overwrite=True)
     train(options)
     used = np.bincount(data.train.domain[keep], minlength=len(data.domains))
-    row = dict(seed=seed, arm=arm, chunks=dict(zip(data.domains, used.tolist())), repeated=len(keep) - len(np.unique(keep)))
+    row = dict(
+        seed=seed,
+        arm=arm,
+        chunks=dict(zip(data.domains, used.tolist())),
+        repeated=len(keep) - len(np.unique(keep)),
+    )
     row |= dict(narrow=cfg.narrow, evaluations=test_losses(out, data, test, options))
     if arm == "natural":
         row |= dict(scores=scores(out, data))
@@ -162,7 +223,13 @@ def scores(out, data):
     values = visits["value"].astype(float).reshape(-1, found.info["batch"], len(found.names))
     relative = (values / abs(values).mean(1, keepdims=True)).reshape(-1, len(found.names))
     domain = data.train.domain[visits["chunk"]]
-    median = [[float(np.median(relative[domain == d, k])) if (domain == d).any() else np.nan for d in range(len(data.domains))] for k in (0, 1)]
+    median = [
+        [
+            float(np.median(relative[domain == d, k])) if (domain == d).any() else np.nan
+            for d in range(len(data.domains))
+        ]
+        for k in (0, 1)
+    ]
     return {name: dict(zip(data.domains, row)) for name, row in zip(found.names, median)}
 
 
@@ -179,7 +246,17 @@ def test_losses(out, data, test, options):
         model.load_state_dict(checkpoint["model"])
         for name, ids in test.items():
             batches = np.split(ids, range(options.batch_size, len(ids), options.batch_size))
-            found = [float(model(*(torch.as_tensor(a).to(options.device) for a in data.val.batch(b, options.block_size)))[1]) for b in batches]
+            found = [
+                float(
+                    model(
+                        *(
+                            torch.as_tensor(a).to(options.device)
+                            for a in data.val.batch(b, options.block_size)
+                        )
+                    )[1]
+                )
+                for b in batches
+            ]
             losses[name] = float(np.average(found, weights=list(map(len, batches))))
         evaluations.append(dict(step=checkpoint["iter_num"], loss=losses))
     return evaluations
@@ -188,11 +265,17 @@ def test_losses(out, data, test, options):
 def mixtures(cfg, scores, held):
     """{arm: weight of each domain (D,)}. held: {domain: chunks}."""
     n, names = len(held), list(held)
-    weights = {"natural": np.array(list(held.values())) / sum(held.values()), "uniform": np.full(n, 1 / n)}
+    weights = {
+        "natural": np.array(list(held.values())) / sum(held.values()),
+        "uniform": np.full(n, 1 / n),
+    }
     for target, score in scores.items():
         positive = np.nan_to_num([score[d] for d in names]).clip(min=0)
         chosen = (1 - FLOOR) * positive / max(positive.sum(), 1e-9) + FLOOR / n
-        weights |= {f"{target}: by value": chosen, f"{target}: inverted": (1 / chosen) / (1 / chosen).sum()}
+        weights |= {
+            f"{target}: by value": chosen,
+            f"{target}: inverted": (1 / chosen) / (1 / chosen).sum(),
+        }
     return weights | {"narrow: own domain": np.array([float(d == cfg.narrow) for d in names])}
 
 
@@ -201,8 +284,14 @@ def mixtures(cfg, scores, held):
 
 def losses(row, target, narrow):
     """(steps, the target's test loss after them)."""
-    kind = (lambda loss: loss[narrow]) if target == "narrow" else (lambda loss: float(np.mean(list(loss.values()))))
-    return np.array([e["step"] for e in row["evaluations"]]), np.array([kind(e["loss"]) for e in row["evaluations"]])
+    kind = (
+        (lambda loss: loss[narrow])
+        if target == "narrow"
+        else (lambda loss: float(np.mean(list(loss.values()))))
+    )
+    return np.array([e["step"] for e in row["evaluations"]]), np.array(
+        [kind(e["loss"]) for e in row["evaluations"]]
+    )
 
 
 def reached(steps, curve, loss):
@@ -211,17 +300,38 @@ def reached(steps, curve, loss):
     if not len(below) or not below[0]:
         return float(steps[0]) if len(below) else np.inf
     i = below[0]
-    return float(steps[i - 1] + (steps[i] - steps[i - 1]) * (curve[i - 1] - loss) / (curve[i - 1] - curve[i]))
+    return float(
+        steps[i - 1] + (steps[i] - steps[i - 1]) * (curve[i - 1] - loss) / (curve[i - 1] - curve[i])
+    )
 
 
 def loss_table(runs, arms, seeds, target, narrow):
-    head = ["mixture", "test loss", "minus natural's", "minus uniform's", "steps to natural's last loss (1: as many)", "seeds that got there"]
-    lines, last = [], {(arm, s): losses(runs[arm, s], target, narrow)[1][-1] for arm in arms for s in seeds}
+    head = [
+        "mixture",
+        "test loss",
+        "minus natural's",
+        "minus uniform's",
+        "steps to natural's last loss (1: as many)",
+        "seeds that got there",
+    ]
+    lines, last = (
+        [],
+        {(arm, s): losses(runs[arm, s], target, narrow)[1][-1] for arm in arms for s in seeds},
+    )
     for arm in arms:
-        finals = [shown([last[arm, s] - (last[base, s] if base else 0) for s in seeds], 4) for base in (None, "natural", "uniform")]
-        steps = [reached(*losses(runs[arm, s], target, narrow), last["natural", s]) / runs[arm, s]["evaluations"][-1]["step"] for s in seeds]
+        finals = [
+            shown([last[arm, s] - (last[base, s] if base else 0) for s in seeds], 4)
+            for base in (None, "natural", "uniform")
+        ]
+        steps = [
+            reached(*losses(runs[arm, s], target, narrow), last["natural", s])
+            / runs[arm, s]["evaluations"][-1]["step"]
+            for s in seeds
+        ]
         there = [x for x in steps if np.isfinite(x)]
-        lines.append([arm, *finals, shown(there, 2) if there else "never", f"{len(there)} of {len(seeds)}"])
+        lines.append(
+            [arm, *finals, shown(there, 2) if there else "never", f"{len(there)} of {len(seeds)}"]
+        )
     return markdown(head, lines)
 
 
@@ -236,17 +346,44 @@ def domain_tables(runs, arms, seeds):
     yield ""
     head, lines = ["share of the chunks, %", *arms, "score, broad", "score, narrow"], []
     for d in runs["natural", seeds[0]]["chunks"]:
-        shares = [shown([100 * runs[arm, s]["chunks"][d] / sum(runs[arm, s]["chunks"].values()) for s in seeds], 1) for arm in arms]
-        lines.append([d, *shares, *(shown([runs["natural", s]["scores"][k][d] for s in seeds], 2) for k in ("broad", "narrow"))])
+        shares = [
+            shown(
+                [
+                    100 * runs[arm, s]["chunks"][d] / sum(runs[arm, s]["chunks"].values())
+                    for s in seeds
+                ],
+                1,
+            )
+            for arm in arms
+        ]
+        lines.append(
+            [
+                d,
+                *shares,
+                *(
+                    shown([runs["natural", s]["scores"][k][d] for s in seeds], 2)
+                    for k in ("broad", "narrow")
+                ),
+            ]
+        )
     yield from markdown(head, lines)
     yield ""
-    yield "Chunks met again, of all: " + ", ".join(f"{arm} {max(runs[arm, s]['repeated'] for s in seeds)}" for arm in arms)
+    yield "Chunks met again, of all: " + ", ".join(
+        f"{arm} {max(runs[arm, s]['repeated'] for s in seeds)}" for arm in arms
+    )
 
 
 def report(rows, out):
-    narrow, runs, arms = rows[0]["narrow"], {(r["arm"], r["seed"]): r for r in rows}, [arm for arm in ARMS if any(r["arm"] == arm for r in rows)]
+    narrow, runs, arms = (
+        rows[0]["narrow"],
+        {(r["arm"], r["seed"]): r for r in rows},
+        [arm for arm in ARMS if any(r["arm"] == arm for r in rows)],
+    )
     seeds = sorted({r["seed"] for r in rows})
-    cases = {target: [arm for arm in arms if ARMS[arm] in (None, target)] for target in ("broad", "narrow")}
+    cases = {
+        target: [arm for arm in arms if ARMS[arm] in (None, target)]
+        for target in ("broad", "narrow")
+    }
     lines = [
         f"Mean ± standard error over {len(seeds)} seeds; differences within a seed. Test loss in nats per token, on documents that no target holds."
     ]
@@ -261,11 +398,23 @@ def report(rows, out):
 def figure(runs, cases, seeds, narrow, path):
     plt = pyplot()
     fig, axes = plt.subplots(2, 2, figsize=(12, 9), width_ratios=(1, 1.4))
-    colours = {"natural": "black", "uniform": "0.6", "by value": "crimson", "inverted": "C0", "own domain": "C2"}
+    colours = {
+        "natural": "black",
+        "uniform": "0.6",
+        "by value": "crimson",
+        "inverted": "C0",
+        "own domain": "C2",
+    }
     for (left, right), (target, arms) in zip(axes, cases.items()):
         for arm in arms:
             colour = colours[arm.split(": ")[-1]]
-            curves = np.array([losses(runs[arm, s], target, narrow)[1] - losses(runs["natural", s], target, narrow)[1] for s in seeds])
+            curves = np.array(
+                [
+                    losses(runs[arm, s], target, narrow)[1]
+                    - losses(runs["natural", s], target, narrow)[1]
+                    for s in seeds
+                ]
+            )
             steps = losses(runs[arm, seeds[0]], target, narrow)[0]
             mean, error = np.array([mean_se(c) for c in curves.T]).T
             left.plot(steps, mean, color=colour, marker=".", label=arm)
@@ -276,12 +425,31 @@ def figure(runs, cases, seeds, narrow, path):
             ylabel="test loss minus natural's, nats per token",
         )
         left.legend(fontsize=8)
-        names, mixed = list(runs["natural", seeds[0]]["chunks"]), [arm for arm in arms if not arm.endswith("own domain")]
+        names, mixed = (
+            list(runs["natural", seeds[0]]["chunks"]),
+            [arm for arm in arms if not arm.endswith("own domain")],
+        )
         for i, arm in enumerate(mixed):
-            shares = np.array([[100 * runs[arm, s]["chunks"][d] / sum(runs[arm, s]["chunks"].values()) for s in seeds] for d in names])
+            shares = np.array(
+                [
+                    [
+                        100 * runs[arm, s]["chunks"][d] / sum(runs[arm, s]["chunks"].values())
+                        for s in seeds
+                    ]
+                    for d in names
+                ]
+            )
             mean, error = np.array([mean_se(row) for row in shares]).T
             where = np.arange(len(names)) + (i - 1.5) / 5
-            right.bar(where, mean, 0.2, yerr=np.nan_to_num(error), color=colours[arm.split(": ")[-1]], label=arm, error_kw=dict(lw=0.7))
+            right.bar(
+                where,
+                mean,
+                0.2,
+                yerr=np.nan_to_num(error),
+                color=colours[arm.split(": ")[-1]],
+                label=arm,
+                error_kw=dict(lw=0.7),
+            )
         right.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
         right.set(ylabel="share of the chunks, %")
         right.legend(fontsize=8)
@@ -296,12 +464,38 @@ def main(cfg):
     if cfg.part == "all":
         out = begin(cfg)
         data = prepare(
-            cfg.data, cfg.source, tokenizer=cfg.tokenizer, block_size=cfg.block_size, val_fraction=0.05, limit_tokens=4_000_000 * cfg.quick
+            cfg.data,
+            cfg.source,
+            tokenizer=cfg.tokenizer,
+            block_size=cfg.block_size,
+            val_fraction=0.05,
+            limit_tokens=4_000_000 * cfg.quick,
         )
-        test, held = split_heldout(cfg), dict(zip(data.domains, np.bincount(data.train.domain, minlength=len(data.domains)).tolist()))
-        natural, seeds = np.array(list(held.values())) / sum(held.values()), [int(s) for s in cfg.seeds.split(",")]
-        valued = side_by_side(run, [(cfg, "natural", natural, seed, test) for seed in seeds], out / "natural.jsonl", cfg.workers)
-        jobs = [(cfg, arm, w, r["seed"], test) for r in valued for arm, w in mixtures(cfg, r["scores"], held).items() if arm != "natural"]
+        test, held = (
+            split_heldout(cfg),
+            dict(
+                zip(
+                    data.domains,
+                    np.bincount(data.train.domain, minlength=len(data.domains)).tolist(),
+                )
+            ),
+        )
+        natural, seeds = (
+            np.array(list(held.values())) / sum(held.values()),
+            [int(s) for s in cfg.seeds.split(",")],
+        )
+        valued = side_by_side(
+            run,
+            [(cfg, "natural", natural, seed, test) for seed in seeds],
+            out / "natural.jsonl",
+            cfg.workers,
+        )
+        jobs = [
+            (cfg, arm, w, r["seed"], test)
+            for r in valued
+            for arm, w in mixtures(cfg, r["scores"], held).items()
+            if arm != "natural"
+        ]
         side_by_side(run, jobs, out / "rows.jsonl", cfg.workers)
     report(read_rows(out / "natural.jsonl") + read_rows(out / "rows.jsonl"), out)
 

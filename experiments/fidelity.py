@@ -40,7 +40,10 @@ from model import GPT, GPTConfig
 from system.errors import UserError
 
 T, WARMUP = 64, 100
-VOCABS = {"byte": dict(n_layer=3, n_head=4, n_embd=96), "gpt2": dict(n_layer=3, n_head=2, n_embd=32)}  # tied head in both
+VOCABS = {
+    "byte": dict(n_layer=3, n_head=4, n_embd=96),
+    "gpt2": dict(n_layer=3, n_head=2, n_embd=32),
+}  # tied head in both
 
 
 @dataclass
@@ -57,7 +60,9 @@ class Config:
     data: str = "data/fidelity"  # the prepared chunks, made when missing
     out: str = "out/fidelity"
     workers: int = os.cpu_count() or 1
-    part: Literal["all", "rules", "targets", "report"] = "all"  # report: only the tables and the figure
+    part: Literal["all", "rules", "targets", "report"] = (
+        "all"  # report: only the tables and the figure
+    )
 
 
 def numbers(text, kind=float):
@@ -70,9 +75,15 @@ def numbers(text, kind=float):
 def hermite(q):
     """E[secant(g)] for g ~ N(mhat, vhat - mhat^2), by three Gauss-Hermite points: instead of the mean field."""
     q = dict(q, v=torch.maximum(q["v"], rules.FLOORS["adamw"] * q["v"].mean()))
-    mhat, vhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1)), q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
+    mhat, vhat = (
+        q["m"] / (1 - q["beta1"] ** (q["t"] - 1)),
+        q["v"] / (1 - q["beta2"] ** (q["t"] - 1)),
+    )
     sd = (vhat - mhat**2).clamp(min=0).sqrt()
-    return sum(weight * rules.secant(q, mhat + z * sd) for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)])
+    return sum(
+        weight * rules.secant(q, mhat + z * sd)
+        for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)]
+    )
 
 
 def floored(floor):
@@ -114,14 +125,25 @@ def judge_step(model, optimizer, X, Y, loss, lr, clip, permutations):
     step = exact.Step(model, optimizer, x, [loss], clip)
     truth, errors = (a[:, 0] for a in exact.solve(step, len(x), permutations, tolerance=0.02))
     rms = float(np.sqrt(np.mean(truth**2)))
-    common = dict(kappa=rules.clip_coefficient([sum(g) for g in zip(*x)], clip), truth_rms=rms, truth_error=float(np.sqrt(np.mean(errors**2)) / rms))
+    common = dict(
+        kappa=rules.clip_coefficient([sum(g) for g in zip(*x)], clip),
+        truth_rms=rms,
+        truth_error=float(np.sqrt(np.mean(errors**2)) / rms),
+    )
     found = {}
     for name, arguments in RULES.items():
         arguments = {"known": known, "products": rules.inner_products, **arguments}
         arguments["products"] = arguments["products"](x, known)
-        found[name] = rules.rule_values(model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments)[:, 0].numpy()
+        found[name] = rules.rule_values(
+            model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments
+        )[:, 0].numpy()
     found["leave-one-out"] = exact.leave_one_out(step, len(x))[:, 0]
-    return [dict(name=name, **common, sum_ratio=float(v.sum() / truth.sum()), **exact.agreement(v, truth)) for name, v in found.items()]
+    return [
+        dict(
+            name=name, **common, sum_ratio=float(v.sum() / truth.sum()), **exact.agreement(v, truth)
+        )
+        for name, v in found.items()
+    ]
 
 
 def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
@@ -136,13 +158,26 @@ def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
         lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        X, Y = map(torch.from_numpy, data.train.batch(global_batch(step, B, len(data.train.rows), seed), T))
+        X, Y = map(
+            torch.from_numpy, data.train.batch(global_batch(step, B, len(data.train.rows), seed), T)
+        )
         if step in steps:
             picks = np.random.default_rng((seed, step)).choice(ids, cfg.target_batch, replace=False)
             loss = exact.batch_loss(*map(torch.from_numpy, data.val.batch(picks, T)))
             began = time.perf_counter()
             for row in judge_step(model, optimizer, X, Y, loss, lr, clip, cfg.permutations):
-                rows.append(dict(vocab=vocab, lr=lr_max, clip=clip, B=B, seed=seed, step=step, seconds=time.perf_counter() - began, **row))
+                rows.append(
+                    dict(
+                        vocab=vocab,
+                        lr=lr_max,
+                        clip=clip,
+                        B=B,
+                        seed=seed,
+                        step=step,
+                        seconds=time.perf_counter() - began,
+                        **row,
+                    )
+                )
         training_loss = model(X, Y)[1]
         training_loss.backward()
         if clip:
@@ -163,15 +198,29 @@ def prepare(cfg):
 
     for vocab in cfg.vocabs.split(","):
         if not Path(f"{cfg.data}-{vocab}", "meta.json").is_file():
-            prepare(PileConfig(source=cfg.source, tokenizer=vocab, block_size=T, val_fraction=0.02, data_dir=f"{cfg.data}-{vocab}"))
+            prepare(
+                PileConfig(
+                    source=cfg.source,
+                    tokenizer=vocab,
+                    block_size=T,
+                    val_fraction=0.02,
+                    data_dir=f"{cfg.data}-{vocab}",
+                )
+            )
 
 
 def run(cfg):
     prepare(cfg)
     vocabs, seeds = cfg.vocabs.split(","), numbers(cfg.seeds, int)
-    jobs = [(v, lr, clip, 8, seed) for seed, v, lr, clip in product(seeds, vocabs, numbers(cfg.lrs), numbers(cfg.clips))]
+    jobs = [
+        (v, lr, clip, 8, seed)
+        for seed, v, lr, clip in product(seeds, vocabs, numbers(cfg.lrs), numbers(cfg.clips))
+    ]
     jobs = [(v, 6e-4, 1.0, 16, seeds[0]) for v in vocabs[::-1]] + jobs  # the longest first
-    with open(Path(cfg.out, "rows.jsonl"), "w", encoding="utf-8") as f, ProcessPoolExecutor(cfg.workers) as pool:
+    with (
+        open(Path(cfg.out, "rows.jsonl"), "w", encoding="utf-8") as f,
+        ProcessPoolExecutor(cfg.workers) as pool,
+    ):
         futures = [pool.submit(train_and_judge, cfg, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
             f.writelines(json.dumps(row) + "\n" for row in future.result())
@@ -194,29 +243,55 @@ def run_targets(cfg):
 
     prepare(cfg)
     data = open_dataset(f"{cfg.data}-byte")
-    common = dict(data_dir=f"{cfg.data}-byte", batch_size=8, max_iters=RUN_STEPS, warmup_iters=WARMUP // 2, eval_interval=0, log_interval=RUN_STEPS)
-    common |= dict(targets=f"val:{cfg.target}", book_interval=10**9, checkpoint_interval=RUN_STEPS, overwrite=True, device="cpu", dtype="float32")
+    common = dict(
+        data_dir=f"{cfg.data}-byte",
+        batch_size=8,
+        max_iters=RUN_STEPS,
+        warmup_iters=WARMUP // 2,
+        eval_interval=0,
+        log_interval=RUN_STEPS,
+    )
+    common |= dict(
+        targets=f"val:{cfg.target}",
+        book_interval=10**9,
+        checkpoint_interval=RUN_STEPS,
+        overwrite=True,
+        device="cpu",
+        dtype="float32",
+    )
     with open(Path(cfg.out, "targets.jsonl"), "w", encoding="utf-8") as f:
         for seed in numbers(cfg.seeds, int):
             values, seconds = {}, {}
-            arms = {"off": dict(rule="off"), "reference": dict(target_batch=REFERENCE)} | {json.dumps(s): s for s in SETTINGS}
+            arms = {"off": dict(rule="off"), "reference": dict(target_batch=REFERENCE)} | {
+                json.dumps(s): s for s in SETTINGS
+            }
             for name, setting in tqdm(arms.items(), unit="run"):
                 out = Path(cfg.out, "run")
                 began = time.perf_counter()
-                train(TrainConfig(**common, **VOCABS["byte"], **setting, seed=seed, out_dir=str(out)))
+                train(
+                    TrainConfig(**common, **VOCABS["byte"], **setting, seed=seed, out_dir=str(out))
+                )
                 seconds[name] = time.perf_counter() - began
                 if name != "off":
                     values[name] = np.load(out / "values.npy")
                 forget_run(out)
             used = np.flatnonzero(np.isfinite(values["reference"]))
             domain = data.train.domain[used]
-            by_domain = {name: np.array([v[used][domain == d].mean() for d in np.unique(domain)]) for name, v in values.items()}
+            by_domain = {
+                name: np.array([v[used][domain == d].mean() for d in np.unique(domain)])
+                for name, v in values.items()
+            }
             for name, setting in arms.items():
                 if name in ("off", "reference"):
                     continue
                 row = exact.agreement(values[name][used], values["reference"][used])
-                row["domains"] = exact.agreement(by_domain[name], by_domain["reference"])["spearman"]
-                f.write(json.dumps(dict(setting, seed=seed, pace=seconds["off"] / seconds[name], **row)) + "\n")
+                row["domains"] = exact.agreement(by_domain[name], by_domain["reference"])[
+                    "spearman"
+                ]
+                f.write(
+                    json.dumps(dict(setting, seed=seed, pace=seconds["off"] / seconds[name], **row))
+                    + "\n"
+                )
                 f.flush()
 
 
@@ -235,19 +310,33 @@ def mean_and_spread(rows, key):
 def summary(rows):
     """Markdown: the main rules over every judged step of B = 8 after the warm-up, and of those the clipped and the others."""
     rows = [r for r in rows if r["step"] > WARMUP and r["B"] == 8]
-    groups = [(v, clipped) for v in sorted({r["vocab"] for r in rows}) for clipped in (None, False, True)]
-    chosen = {g: [r for r in rows if r["vocab"] == g[0] and g[1] in (None, r["kappa"] < 1)] for g in groups}
+    groups = [
+        (v, clipped) for v in sorted({r["vocab"] for r in rows}) for clipped in (None, False, True)
+    ]
+    chosen = {
+        g: [r for r in rows if r["vocab"] == g[0] and g[1] in (None, r["kappa"] < 1)]
+        for g in groups
+    }
     if not rows:
         return []
     lines = ["### After the warm-up, B = 8: mean Pearson (lowest), median relative L2", ""]
     which = {None: "all", False: "not clipped", True: "clipped"}
-    titles = [f"{v}, {which[c]}: {sum(r['name'] == 'sgd' for r in chosen[v, c])} steps" for v, c in groups]
+    titles = [
+        f"{v}, {which[c]}: {sum(r['name'] == 'sgd' for r in chosen[v, c])} steps" for v, c in groups
+    ]
     lines += ["| rule | " + " | ".join(titles) + " |", "|---" * (1 + len(groups)) + "|"]
     for name in MAIN:
         cells = []
         for g in groups:
-            pearson, l2 = (np.array([r[key] for r in chosen[g] if r["name"] == name]) for key in ("pearson", "rel_l2"))
-            cells.append(f"{pearson.mean():.4f} ({pearson.min():.3f}), {np.median(l2):.0%}" if len(pearson) else "-")
+            pearson, l2 = (
+                np.array([r[key] for r in chosen[g] if r["name"] == name])
+                for key in ("pearson", "rel_l2")
+            )
+            cells.append(
+                f"{pearson.mean():.4f} ({pearson.min():.3f}), {np.median(l2):.0%}"
+                if len(pearson)
+                else "-"
+            )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -255,14 +344,29 @@ def summary(rows):
 def rule_tables(rows):
     """Markdown: mean ± standard deviation over steps and seeds (lowest) of Pearson, and more, by vocabulary and clipping."""
     lines = summary(rows)
-    for vocab, B, clipped in product(sorted({r["vocab"] for r in rows}), sorted({r["B"] for r in rows}), (False, True)):
-        some = [r for r in rows if (r["vocab"], r["B"]) == (vocab, B) and r["step"] > WARMUP and (r["kappa"] < 1) == clipped]
+    for vocab, B, clipped in product(
+        sorted({r["vocab"] for r in rows}), sorted({r["B"] for r in rows}), (False, True)
+    ):
+        some = [
+            r
+            for r in rows
+            if (r["vocab"], r["B"]) == (vocab, B)
+            and r["step"] > WARMUP
+            and (r["kappa"] < 1) == clipped
+        ]
         if not some:
             continue
         n = len({(r["lr"], r["clip"], r["seed"], r["step"]) for r in some})
-        how = f"clipping active (kappa down to {min(r['kappa'] for r in some):.2f})" if clipped else "not clipped"
+        how = (
+            f"clipping active (kappa down to {min(r['kappa'] for r in some):.2f})"
+            if clipped
+            else "not clipped"
+        )
         lines += [f"### {vocab} vocabulary, B = {B}, {how}: {n} steps", ""]
-        lines += ["| rule | Pearson, mean ± sd (lowest) | Spearman | RMSE, 1e-6 nats | relative L2, median | sum / truth, median |", "|---" * 6 + "|"]
+        lines += [
+            "| rule | Pearson, mean ± sd (lowest) | Spearman | RMSE, 1e-6 nats | relative L2, median | sum / truth, median |",
+            "|---" * 6 + "|",
+        ]
         for name in [*RULES, "leave-one-out"]:
             of = [r for r in some if r["name"] == name]
             figures = f"{np.mean([r['spearman'] for r in of]):.3f} | {1e6 * np.mean([r['rmse'] for r in of]):.1f}"
@@ -271,25 +375,48 @@ def rule_tables(rows):
         lines.append("")
     lines += ["### By setting (B = 8, after the warm-up): mean Pearson (lowest)", ""]
     settings = sorted({(r["vocab"], r["lr"], r["clip"]) for r in rows if r["B"] == 8})
-    lines += ["| rule | " + " | ".join(f"{v}, {lr:g}, clip {clip:g}" for v, lr, clip in settings) + " |", "|---" * (1 + len(settings)) + "|"]
+    lines += [
+        "| rule | " + " | ".join(f"{v}, {lr:g}, clip {clip:g}" for v, lr, clip in settings) + " |",
+        "|---" * (1 + len(settings)) + "|",
+    ]
     for name in MAIN:
         cells = []
         for setting in settings:
             keys = (name, *setting, 8)
-            of = [r["pearson"] for r in rows if (r["name"], r["vocab"], r["lr"], r["clip"], r["B"]) == keys and r["step"] > WARMUP]
+            of = [
+                r["pearson"]
+                for r in rows
+                if (r["name"], r["vocab"], r["lr"], r["clip"], r["B"]) == keys
+                and r["step"] > WARMUP
+            ]
             cells.append(f"{np.mean(of):.4f} ({min(of):.3f})" if of else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     early = [r for r in rows if r["step"] < WARMUP and r["B"] == 8]
     if early:
-        lines += ["", f"### In the warm-up (B = 8, step {early[0]['step']}): mean Pearson ± sd (lowest)", "", "| rule | Pearson |", "|---|---|"]
-        lines += [f"| {name} | {mean_and_spread([r for r in early if r['name'] == name], 'pearson')} |" for name in MAIN]
+        lines += [
+            "",
+            f"### In the warm-up (B = 8, step {early[0]['step']}): mean Pearson ± sd (lowest)",
+            "",
+            "| rule | Pearson |",
+            "|---|---|",
+        ]
+        lines += [
+            f"| {name} | {mean_and_spread([r for r in early if r['name'] == name], 'pearson')} |"
+            for name in MAIN
+        ]
     return lines
 
 
 def target_table(rows):
     lines = ["", "### Cheaper targets (byte vocabulary, B = 8, rule adamw)", ""]
-    lines += [f"Values of the whole run ({RUN_STEPS} steps) against those of a run with {REFERENCE} target chunks a step.", ""]
-    lines += ["Pace: throughput of the run, over that of one without valuation, whole commands timed; bound: B / (B + batch / interval).", ""]
+    lines += [
+        f"Values of the whole run ({RUN_STEPS} steps) against those of a run with {REFERENCE} target chunks a step.",
+        "",
+    ]
+    lines += [
+        "Pace: throughput of the run, over that of one without valuation, whole commands timed; bound: B / (B + batch / interval).",
+        "",
+    ]
     lines += [
         "| target_batch | target_interval | sampling | Pearson, chunks | Spearman, chunks | Spearman, domains | pace | bound |",
         "|---" * 8 + "|",
@@ -297,9 +424,14 @@ def target_table(rows):
     for setting in SETTINGS:
         of = [r for r in rows if all(r[key] == value for key, value in setting.items())]
         if of:
-            figures = " | ".join(f"{np.mean([r[key] for r in of]):.3f}" for key in ("pearson", "spearman", "domains", "pace"))
+            figures = " | ".join(
+                f"{np.mean([r[key] for r in of]):.3f}"
+                for key in ("pearson", "spearman", "domains", "pace")
+            )
             bound = 8 / (8 + setting["target_batch"] / setting["target_interval"])
-            lines.append(f"| {setting['target_batch']} | {setting['target_interval']} | {setting['target_sampling']} | {figures} | {bound:.2f} |")
+            lines.append(
+                f"| {setting['target_batch']} | {setting['target_interval']} | {setting['target_sampling']} | {figures} | {bound:.2f} |"
+            )
     return lines
 
 
@@ -311,14 +443,29 @@ def figure(rows, path):
     from matplotlib import pyplot as plt
 
     vocabs = sorted({r["vocab"] for r in rows})
-    fig, axes = plt.subplots(1, len(vocabs), figsize=(5 * len(vocabs), 3.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(vocabs), figsize=(5 * len(vocabs), 3.6), sharey=True, squeeze=False
+    )
     for ax, vocab in zip(axes[0], vocabs):
         for x, name in enumerate(MAIN):
             for clipped, marker, shift in ((False, "o", -0.12), (True, "x", 0.12)):
-                of = [r for r in rows if (r["vocab"], r["name"], r["kappa"] < 1) == (vocab, name, clipped) and r["step"] > WARMUP]
+                of = [
+                    r
+                    for r in rows
+                    if (r["vocab"], r["name"], r["kappa"] < 1) == (vocab, name, clipped)
+                    and r["step"] > WARMUP
+                ]
                 of = [max(1 - r["pearson"], 1e-6) for r in of]
                 label = ("clipped step" if clipped else "unclipped step") if x == 0 else None
-                ax.plot([x + shift] * len(of), of, marker, color=f"C{int(clipped)}", markersize=4, alpha=0.6, label=label)
+                ax.plot(
+                    [x + shift] * len(of),
+                    of,
+                    marker,
+                    color=f"C{int(clipped)}",
+                    markersize=4,
+                    alpha=0.6,
+                    label=label,
+                )
         ax.set_yscale("log")
         ax.set_title(f"{vocab} vocabulary")
         ax.set_xticks(range(len(MAIN)), MAIN, rotation=30, ha="right")

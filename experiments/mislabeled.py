@@ -45,7 +45,16 @@ from torch.nn import functional as F
 
 import config
 from data import global_batch
-from experiments.common import begin, finish, markdown, mean_se, pyplot, read_rows, shown, side_by_side
+from experiments.common import (
+    begin,
+    finish,
+    markdown,
+    mean_se,
+    pyplot,
+    read_rows,
+    shown,
+    side_by_side,
+)
 from ops.net import Examples, Net
 from system.errors import UserError
 from valuation import Valuation
@@ -54,11 +63,20 @@ PACKAGE = "/usr/share/datasets/fashion-mnist"
 FRACTIONS = (20, 40, 60, 80)
 DAMPING = 1.0  # of the Hessian: of .01, .03, .1, .3 and 1 the only one where conjugate gradients met no negative curvature and converged
 RULES = ("sgd", "adamw", "adamw2")
-STOPPED, RAW, BY_LABEL = ", stopped", "the values as they are", "their ranks among the images of the same label"
+STOPPED, RAW, BY_LABEL = (
+    ", stopped",
+    "the values as they are",
+    "their ranks among the images of the same label",
+)
 OF_A_TRAINING = (*(f"in-run {rule}" for rule in RULES), "KNN-Shapley, features",
                  "TracIn, 10 checkpoints", "TracIn, last checkpoint", "influence, all weights (CG)", "influence, last layer",
                  "training loss, last", "training loss, mean of the run")  # fmt: skip
-OF_NONE = ("KNN-Shapley, pixels", "retraining Shapley", "empirical influence", "loss of a model of the validation set")
+OF_NONE = (
+    "KNN-Shapley, pixels",
+    "retraining Shapley",
+    "empirical influence",
+    "loss of a model of the validation set",
+)
 THEIRS = {"random": (None, 0.350, 0.461, 0.525, 0.559), "retraining Shapley": (0.582, 0.317, 0.468, 0.527, 0.570),
           "empirical influence": (0.552, 0.342, 0.466, 0.530, 0.568), "KNN-Shapley, features": (0.760, 0.354, 0.478, 0.525, 0.563),
           "influence": (0.654, 0.320, 0.450, 0.530, 0.580), "in-run, 1st order": (0.678, 0.344, 0.472, 0.541, 0.580),
@@ -101,14 +119,21 @@ def images(cfg):
     """Two pools, to draw train and validation, and test images from: X uint8 (n, 1, height, width), Y (n,). The second may be None."""
     if cfg.data == "digits":
         load_digits = library("sklearn.datasets").load_digits
-        return (load_digits().images[:, None] * 15.9).astype(np.uint8), load_digits().target, None, None
+        return (
+            (load_digits().images[:, None] * 15.9).astype(np.uint8),
+            load_digits().target,
+            None,
+            None,
+        )
     pools = []
     for part in ("train", "t10k"):
         for kind, skip in (("images-idx3", 16), ("labels-idx1", 8)):
             path = Path(cfg.data, f"{part}-{kind}-ubyte")
             packed = path.with_name(path.name + ".gz")
             if not (path.is_file() or packed.is_file()):
-                raise UserError(f"no {path.name}[.gz] in {cfg.data}: apt-get install dataset-fashion-mnist, or write --data=<its folder> or digits")
+                raise UserError(
+                    f"no {path.name}[.gz] in {cfg.data}: apt-get install dataset-fashion-mnist, or write --data=<its folder> or digits"
+                )
             raw = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
             pools.append(np.frombuffer(raw, np.uint8, offset=skip))
     return pools[0].reshape(-1, 1, 28, 28), pools[1], pools[2].reshape(-1, 1, 28, 28), pools[3]
@@ -118,18 +143,22 @@ def draw(cfg, seed):
     """Train X, Y with wrong labels and which they are, val and test: a function of the seed."""
     rng, (X, Y, other_X, other_Y) = np.random.default_rng(seed), images(cfg)
     if cfg.train + cfg.val >= len(X):
-        raise UserError(f"--train={cfg.train} and --val={cfg.val} leave nothing of {len(X)} images: make them smaller")
+        raise UserError(
+            f"--train={cfg.train} and --val={cfg.val} leave nothing of {len(X)} images: make them smaller"
+        )
     order = rng.permutation(len(X))
     train, val, rest = np.split(order, [cfg.train, cfg.train + cfg.val])
     if other_X is None:
         other_X, other_Y = X[rest], Y[rest]
     test = rng.permutation(len(other_X))[: cfg.test]
     mean, std = X[train].mean(), X[train].std()
-    scaled = lambda x: ((x - mean) / std).astype(np.float32)  # noqa: E731
+    scaled = lambda x: ((x - mean) / std).astype(np.float32)
     wrong, noisy = np.zeros(cfg.train, bool), Y[train].astype(np.int64)
     wrong[rng.choice(cfg.train, round(cfg.wrong * cfg.train), replace=False)] = True
     noisy[wrong] = (noisy[wrong] + rng.integers(1, 10, wrong.sum())) % 10
-    of = dict(X=scaled(X[train]), Y=noisy, wrong=wrong, val=(scaled(X[val]), Y[val].astype(np.int64)))
+    of = dict(
+        X=scaled(X[train]), Y=noisy, wrong=wrong, val=(scaled(X[val]), Y[val].astype(np.int64))
+    )
     return SimpleNamespace(**of, test=(scaled(other_X[test]), other_Y[test].astype(np.int64)))
 
 
@@ -139,7 +168,9 @@ def library(name):
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"{name} is missing ({e}): pip install -r requirements-experiments.txt") from e
+        raise UserError(
+            f"{name} is missing ({e}): pip install -r requirements-experiments.txt"
+        ) from e
 
 
 # --- training ---------------------------------------------------------------------
@@ -151,7 +182,15 @@ def build(cfg, pixels, seed):
     if cfg.model == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(pixels**2, cfg.hidden), *last)
     conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
-    return nn.Sequential(conv(1, 16), nn.GELU(), conv(16, cfg.hidden), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *last)
+    return nn.Sequential(
+        conv(1, 16),
+        nn.GELU(),
+        conv(16, cfg.hidden),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        *last,
+    )
 
 
 def loss_of(cfg):
@@ -161,9 +200,21 @@ def loss_of(cfg):
 def train(cfg, X, Y, val, seed, steps=0, rule="off", run=None):
     """One training, of cfg.epochs or of so many steps -> the model, ten checkpoints, CPU seconds. With a rule, the run's files are in run."""
     net = Net(build(cfg, X.shape[-1], seed), loss_of(cfg))
-    optimizer = torch.optim.AdamW(net.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay
+    )
     options = dict(target_batch=cfg.val, target_sampling="fixed", book_interval=10)
-    valuation = Valuation(net, optimizer, lambda *batch: net(*batch)[1], [Examples("validation", *val)], rule, cfg.batch, len(X), run, **options)
+    valuation = Valuation(
+        net,
+        optimizer,
+        lambda *batch: net(*batch)[1],
+        [Examples("validation", *val)],
+        rule,
+        cfg.batch,
+        len(X),
+        run,
+        **options,
+    )
     steps, checkpoints, began = steps or cfg.epochs * len(X) // cfg.batch, [], time.process_time()
     for step in range(steps):
         ids = global_batch(step, cfg.batch, len(X), seed)
@@ -175,7 +226,9 @@ def train(cfg, X, Y, val, seed, steps=0, rule="off", run=None):
         optimizer.zero_grad()
         valuation.close()
         if (step + 1) * 10 // steps > step * 10 // steps:
-            checkpoints.append({name: p.detach().clone() for name, p in net.model.state_dict().items()})
+            checkpoints.append(
+                {name: p.detach().clone() for name, p in net.model.state_dict().items()}
+            )
     valuation.commit()
     return net.model, checkpoints, time.process_time() - began
 
@@ -186,18 +239,29 @@ def train_many(cfg, X, Y, subsets, steps, seed, together=32):
     for some in (subsets[i : i + together] for i in range(0, len(subsets), together)):
         model, rng, orders = build(cfg, X.shape[-1], seed), np.random.default_rng(seed), []
         for ids in some:  # epoch after epoch, each a permutation of the subset
-            epochs = [ids[rng.permutation(len(ids))] for _ in range(-(-steps * cfg.batch // len(ids)))]
+            epochs = [
+                ids[rng.permutation(len(ids))] for _ in range(-(-steps * cfg.batch // len(ids)))
+            ]
             orders.append(np.concatenate(epochs)[: steps * cfg.batch].reshape(steps, cfg.batch))
-        params = {name: p.detach().expand(len(some), *p.shape).clone().requires_grad_() for name, p in model.named_parameters()}
-        optimizer = torch.optim.AdamW(params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay)
+        params = {
+            name: p.detach().expand(len(some), *p.shape).clone().requires_grad_()
+            for name, p in model.named_parameters()
+        }
+        optimizer = torch.optim.AdamW(
+            params.values(), cfg.learning_rate, weight_decay=cfg.weight_decay
+        )
         apply = torch.func.vmap(partial(torch.func.functional_call, model))
         for ids in torch.from_numpy(np.stack(orders, 1)):
             logits, labels = apply(params, X[ids]), Y[ids]
-            (loss_of(cfg)(logits.flatten(0, 1), labels.flatten()) * len(some)).backward()  # each model's own mean loss, summed
+            (
+                loss_of(cfg)(logits.flatten(0, 1), labels.flatten()) * len(some)
+            ).backward()  # each model's own mean loss, summed
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            yield lambda x, apply=apply, params=params, some=some: apply(params, torch.from_numpy(x).expand(len(some), *x.shape))
+            yield lambda x, apply=apply, params=params, some=some: apply(
+                params, torch.from_numpy(x).expand(len(some), *x.shape)
+            )
 
 
 # --- the methods: values (n,), the larger the better ---------------------------------
@@ -209,7 +273,10 @@ def knn_shapley(x, y, val_x, val_y, K=5):
     n, match = len(x), (y[order] == val_y[:, None]).astype(float)
     ranks = np.arange(1, n)
     steps = (match[:, :-1] - match[:, 1:]) / K * np.minimum(K, ranks) / ranks
-    sorted_values = np.concatenate([np.cumsum(steps[:, ::-1], 1)[:, ::-1], np.zeros((len(order), 1))], 1) + match[:, -1:] / n
+    sorted_values = (
+        np.concatenate([np.cumsum(steps[:, ::-1], 1)[:, ::-1], np.zeros((len(order), 1))], 1)
+        + match[:, -1:] / n
+    )
     values = np.zeros_like(sorted_values)
     np.put_along_axis(values, order, sorted_values, 1)
     return values.mean(0)
@@ -221,12 +288,18 @@ def gradients(cfg, data, model, checkpoints):
 
     def loss(params, batch):
         x, y = batch
-        return loss_of(cfg)(torch.func.functional_call(model, params, x.reshape(-1, *shape)), y.reshape(-1))
+        return loss_of(cfg)(
+            torch.func.functional_call(model, params, x.reshape(-1, *shape)), y.reshape(-1)
+        )
 
     rows = torch.utils.data.TensorDataset(torch.from_numpy(data.X), torch.from_numpy(data.Y))
     target = torch.utils.data.TensorDataset(*(torch.from_numpy(a)[None] for a in data.val))
     task = task.AttributionTask(loss, model, checkpoints)
-    return task, torch.utils.data.DataLoader(rows, batch_size=len(rows)), torch.utils.data.DataLoader(target, batch_size=1)
+    return (
+        task,
+        torch.utils.data.DataLoader(rows, batch_size=len(rows)),
+        torch.utils.data.DataLoader(target, batch_size=1),
+    )
 
 
 def tracin(cfg, data, model, checkpoints):
@@ -241,7 +314,9 @@ def influence(cfg, data, model, checkpoint, **options):
     """Positive: leaving the image out would raise the validation loss."""
     task, rows, target = gradients(cfg, data, model, [checkpoint])
     algorithm = library("dattri.algorithm")
-    attributor = (algorithm.IFAttributorExplicit if "layer_name" in options else algorithm.IFAttributorCG)(task, **options)
+    attributor = (
+        algorithm.IFAttributorExplicit if "layer_name" in options else algorithm.IFAttributorCG
+    )(task, **options)
     attributor.cache(rows)
     return attributor.attribute(rows, target)[:, 0].detach().numpy()
 
@@ -253,14 +328,18 @@ def utilities(cfg, data, subsets, seed):
     for logits in train_many(cfg, data.X, data.Y, subsets, steps, seed):
         losses += [float(loss_of(cfg)(one, y)) for one in logits(x)]
     with torch.no_grad():
-        return float(loss_of(cfg)(build(cfg, x.shape[-1], seed)(torch.from_numpy(x)), y)) - np.array(losses)
+        return float(
+            loss_of(cfg)(build(cfg, x.shape[-1], seed)(torch.from_numpy(x)), y)
+        ) - np.array(losses)
 
 
 def retraining_shapley(cfg, data, seed):
     rng, n = np.random.default_rng(seed), cfg.train
     orders = [rng.permutation(n) for _ in range(cfg.retrainings // cfg.blocks)]
     ends = np.arange(1, cfg.blocks + 1) * n // cfg.blocks
-    gains = utilities(cfg, data, [order[:end] for order in orders for end in ends], seed).reshape(len(orders), cfg.blocks)
+    gains = utilities(cfg, data, [order[:end] for order in orders for end in ends], seed).reshape(
+        len(orders), cfg.blocks
+    )
     sizes, values = np.diff(ends, prepend=0), np.zeros(n)
     for order, gain in zip(orders, np.diff(gains, axis=1, prepend=0)):
         values[order] += np.repeat(gain / sizes, sizes)
@@ -276,7 +355,9 @@ def empirical_influence(cfg, data, seed):
 
 @torch.no_grad()
 def example_losses(model, X, Y):
-    return F.cross_entropy(model(torch.from_numpy(X)), torch.from_numpy(Y), reduction="none").numpy()
+    return F.cross_entropy(
+        model(torch.from_numpy(X)), torch.from_numpy(Y), reduction="none"
+    ).numpy()
 
 
 # --- one seed -------------------------------------------------------------------------
@@ -303,8 +384,15 @@ def in_run_variants(cfg, visits, labels):
     found = {"all epochs": v}
     for last in (1, 2, 5, 10, 20):
         found[f"epochs 1 to {last}"] = v * (epoch < last)
-    found[f"the later half, epochs {cfg.epochs // 2 + 1} to {cfg.epochs}"] = v * (epoch >= cfg.epochs // 2)
-    found |= {"ranks within the step": ranks, "shares of the step": share, "signs": np.sign(v), "ranks, epochs 1 to 10": ranks * (epoch < 10)}
+    found[f"the later half, epochs {cfg.epochs // 2 + 1} to {cfg.epochs}"] = v * (
+        epoch >= cfg.epochs // 2
+    )
+    found |= {
+        "ranks within the step": ranks,
+        "shares of the step": share,
+        "signs": np.sign(v),
+        "ranks, epochs 1 to 10": ranks * (epoch < 10),
+    }
     return {name: summed(visits, n, weights) for name, weights in found.items()}
 
 
@@ -312,7 +400,9 @@ def among_its_label(values, labels):
     """Each image's rank among those of its (given) label, from 0 to 1: a label that the target asks for lifts all of its images alike."""
     ranks = np.zeros(len(values))
     for label in np.unique(labels):
-        ranks[labels == label] = values[labels == label].argsort().argsort() / (labels == label).sum()
+        ranks[labels == label] = (
+            values[labels == label].argsort().argsort() / (labels == label).sum()
+        )
     return ranks
 
 
@@ -324,7 +414,9 @@ def accuracies(cfg, data, values, seed):
         n = cfg.train * fraction // 100
         subsets = [np.sort(np.argsort(-values[name], kind="stable")[:n]) for name in names]
         models = train_many(cfg, data.X, data.Y, subsets, max(1, cfg.epochs * n // cfg.batch), seed)
-        scores = [float((one.argmax(-1) == y).float().mean()) for logits in models for one in logits(x)]
+        scores = [
+            float((one.argmax(-1) == y).float().mean()) for logits in models for one in logits(x)
+        ]
         for name, score in zip(names, scores):
             found[name][str(fraction)] = score
     return found
@@ -343,31 +435,61 @@ def of_training(cfg, data, seed, steps=0):
 
     for rule in RULES:
         with tempfile.TemporaryDirectory() as run:
-            valued_model, _, took = train(cfg, data.X, data.Y, data.val, seed, steps, rule, Path(run))
+            valued_model, _, took = train(
+                cfg, data.X, data.Y, data.val, seed, steps, rule, Path(run)
+            )
             visits, book = np.load(Path(run, "ledger.npy")), np.load(Path(run, "books.npy"))
         measured = book[np.isfinite(book["residual"][:, 0])]
         drop = float((measured["before"] - measured["after"]).sum())
-        books = dict(data=float(measured["data"].sum() / drop), accounted=1 - float(measured["residual"].sum() / drop))
+        books = dict(
+            data=float(measured["data"].sum() / drop),
+            accounted=1 - float(measured["residual"].sum() / drop),
+        )
         variants = in_run_variants(cfg, visits, data.Y)
         found[f"in-run {rule}"] = dict(values=variants["all epochs"], seconds=took - plain, **books)
-        rows += [dict(kind="variant", name=name, rule=rule, auroc=auroc(v, data.wrong)) for name, v in variants.items()]
+        rows += [
+            dict(kind="variant", name=name, rule=rule, auroc=auroc(v, data.wrong))
+            for name, v in variants.items()
+        ]
         for epoch in range(1, len(visits) // n + 1):
             some = visits[: epoch * n]
-            rows.append(dict(kind="epoch", rule=rule, epoch=epoch, auroc=auroc(summed(some, n, some["value"][:, 0].astype(float)), data.wrong)))
+            rows.append(
+                dict(
+                    kind="epoch",
+                    rule=rule,
+                    epoch=epoch,
+                    auroc=auroc(summed(some, n, some["value"][:, 0].astype(float)), data.wrong),
+                )
+            )
     with torch.no_grad():
         features = [model[:-1](torch.from_numpy(x)).numpy() for x in (data.X, data.val[0])]
     library("dattri.algorithm")  # its import is nobody's cost
-    timed("KNN-Shapley, features", lambda: knn_shapley(features[0], data.Y, features[1], data.val[1]))
+    timed(
+        "KNN-Shapley, features", lambda: knn_shapley(features[0], data.Y, features[1], data.val[1])
+    )
     timed("TracIn, 10 checkpoints", lambda: tracin(cfg, data, model, checkpoints))
     timed("TracIn, last checkpoint", lambda: tracin(cfg, data, model, checkpoints[-1:]))
-    timed("influence, all weights (CG)", lambda: influence(cfg, data, model, checkpoints[-1], max_iter=20, regularization=DAMPING))
+    timed(
+        "influence, all weights (CG)",
+        lambda: influence(cfg, data, model, checkpoints[-1], max_iter=20, regularization=DAMPING),
+    )
     last = [name for name, _ in model.named_parameters()][-2:]  # weight and bias
-    timed("influence, last layer", lambda: influence(cfg, data, model, checkpoints[-1], layer_name=last, regularization=0.01))
+    timed(
+        "influence, last layer",
+        lambda: influence(cfg, data, model, checkpoints[-1], layer_name=last, regularization=0.01),
+    )
     timed("training loss, last", lambda: -example_losses(model, data.X, data.Y))
-    found["training loss, mean of the run"] = dict(values=-summed(visits, n, visits["loss"].astype(float)), seconds=0.0)
+    found["training loss, mean of the run"] = dict(
+        values=-summed(visits, n, visits["loss"].astype(float)), seconds=0.0
+    )
     with torch.no_grad():
-        accuracy = float((model(torch.from_numpy(data.test[0])).argmax(1).numpy() == data.test[1]).mean())
-    moved = max(float((a - b).norm() / a.norm()) for a, b in zip(model.state_dict().values(), valued_model.state_dict().values()))
+        accuracy = float(
+            (model(torch.from_numpy(data.test[0])).argmax(1).numpy() == data.test[1]).mean()
+        )
+    moved = max(
+        float((a - b).norm() / a.norm())
+        for a, b in zip(model.state_dict().values(), valued_model.state_dict().values())
+    )
     about = dict(all=accuracy, train_seconds=plain, steps=len(visits) // cfg.batch, moved=moved)
     low = int(measured["step"][measured["before"][:, 0].argmin()])  # steps taken until then
     return {name: of | about for name, of in found.items()}, rows, max(low, n // cfg.batch)
@@ -385,16 +507,31 @@ def one_seed(cfg, seed):
         "KNN-Shapley, pixels": lambda: knn_shapley(flat, data.Y, flat_val, data.val[1]),
         "retraining Shapley": lambda: retraining_shapley(cfg, data, seed),
         "empirical influence": lambda: empirical_influence(cfg, data, seed),
-        "loss of a model of the validation set": lambda: -example_losses(train(cfg, *data.val, data.val, seed)[0], data.X, data.Y),
+        "loss of a model of the validation set": lambda: (
+            -example_losses(train(cfg, *data.val, data.val, seed)[0], data.X, data.Y)
+        ),
     }.items():
         began = time.process_time()
         found[name] = dict(values=work(), seconds=time.process_time() - began)
     found["random"] = dict(values=rng.random(n))
     found["oracle"] = dict(values=np.where(data.wrong, -1, rng.random(n)))
-    values = {(name, how): v for name, of in found.items() for how, v in ((RAW, of["values"]), (BY_LABEL, among_its_label(of.pop("values"), data.Y)))}
+    values = {
+        (name, how): v
+        for name, of in found.items()
+        for how, v in ((RAW, of["values"]), (BY_LABEL, among_its_label(of.pop("values"), data.Y)))
+    }
     accuracy = accuracies(cfg, data, values, seed)
     for (name, how), v in values.items():
-        rows.append(dict(kind="method", name=name, how=how, auroc=auroc(v, data.wrong), accuracy=accuracy[name, how], **found[name]))
+        rows.append(
+            dict(
+                kind="method",
+                name=name,
+                how=how,
+                auroc=auroc(v, data.wrong),
+                accuracy=accuracy[name, how],
+                **found[name],
+            )
+        )
     return [dict(seed=seed, **row) for row in rows]
 
 
@@ -407,63 +544,153 @@ def tables(cfg, rows):
         if row["kind"] == "method":
             methods.setdefault((row["name"], row["how"]), []).append(row)
     data, seeds = "digits" if cfg.data == "digits" else "Fashion-MNIST", len(methods["random", RAW])
-    lines = [f"{data}, {cfg.model}: {cfg.train} images, {cfg.wrong:.0%} wrong labels, {seeds} seeds; mean ± standard error. Cost: CPU seconds", ""]
+    lines = [
+        f"{data}, {cfg.model}: {cfg.train} images, {cfg.wrong:.0%} wrong labels, {seeds} seeds; mean ± standard error. Cost: CPU seconds",
+        "",
+    ]
     lines[0] += " beyond the training that a method looks at."
-    head = ["method", "AUROC of wrong labels", *(f"accuracy, best {fraction} %" for fraction in FRACTIONS), "cost, s"]
+    head = [
+        "method",
+        "AUROC of wrong labels",
+        *(f"accuracy, best {fraction} %" for fraction in FRACTIONS),
+        "cost, s",
+    ]
 
     def line(name, how):
         of = methods[name, how]
-        cells = [shown([row["auroc"] for row in of]), *(shown([row["accuracy"][str(fraction)] for row in of]) for fraction in FRACTIONS)]
-        return [name, *(["-", *cells[1:], "-"] if name in ("random", "oracle") else [*cells, shown([row["seconds"] for row in of], 1)])]
+        cells = [
+            shown([row["auroc"] for row in of]),
+            *(shown([row["accuracy"][str(fraction)] for row in of]) for fraction in FRACTIONS),
+        ]
+        return [
+            name,
+            *(
+                ["-", *cells[1:], "-"]
+                if name in ("random", "oracle")
+                else [*cells, shown([row["seconds"] for row in of], 1)]
+            ),
+        ]
 
     for how in (RAW, BY_LABEL):
-        for end, title in (("", f"a training of {cfg.epochs} epochs"), (STOPPED, "a training that stops where the validation loss is lowest")):
+        for end, title in (
+            ("", f"a training of {cfg.epochs} epochs"),
+            (STOPPED, "a training that stops where the validation loss is lowest"),
+        ):
             of = methods["in-run adamw2" + end, how]
             lines += [f"### By {how}: {title}", ""]
             lines += [f"{shown([row['steps'] for row in of], 0)} steps, accuracy {shown([row['all'] for row in of])}, "
                       f"{shown([row['train_seconds'] for row in of], 1)} CPU seconds.", ""]  # fmt: skip
             lines += [*markdown(head, [line(name + end, how) for name in OF_A_TRAINING]), ""]
-        lines += [f"### By {how}: without that training", "", *markdown(head, [line(name, how) for name in (*OF_NONE, "random", "oracle")]), ""]
-    lines += ["### AUROC of the best in-run rule less each other's, seed by seed (positive: in-run is better)", ""]
+        lines += [
+            f"### By {how}: without that training",
+            "",
+            *markdown(head, [line(name, how) for name in (*OF_NONE, "random", "oracle")]),
+            "",
+        ]
+    lines += [
+        "### AUROC of the best in-run rule less each other's, seed by seed (positive: in-run is better)",
+        "",
+    ]
     columns = {(how, end): max(of_rule, key=lambda name: mean_se([row["auroc"] for row in methods[name + end, how]])[0]) for how in (RAW, BY_LABEL)
                for end in ("", STOPPED)}  # fmt: skip
 
     def less(name, how, end):
-        other, mine = methods[name + end * (name in OF_A_TRAINING), how], methods[columns[how, end] + end, how]
-        return shown([a["auroc"] - b["auroc"] for a, b in zip(mine, other)]) if mine is not other else "-"
+        other, mine = (
+            methods[name + end * (name in OF_A_TRAINING), how],
+            methods[columns[how, end] + end, how],
+        )
+        return (
+            shown([a["auroc"] - b["auroc"] for a, b in zip(mine, other)])
+            if mine is not other
+            else "-"
+        )
 
-    titles = [f"{rule}{end}, {'by label' if how == BY_LABEL else 'as it is'}" for (how, end), rule in columns.items()]
-    lines += markdown(["less", *titles], [[name, *(less(name, *column) for column in columns)] for name in (*OF_A_TRAINING, *OF_NONE)])
+    titles = [
+        f"{rule}{end}, {'by label' if how == BY_LABEL else 'as it is'}"
+        for (how, end), rule in columns.items()
+    ]
+    lines += markdown(
+        ["less", *titles],
+        [
+            [name, *(less(name, *column) for column in columns)]
+            for name in (*OF_A_TRAINING, *OF_NONE)
+        ],
+    )
     lines += ["", f"### Other sums of the same ledger of {cfg.epochs} epochs: AUROC", ""]
     variants = [row for row in rows if row["kind"] == "variant"]
-    pick = lambda name, rule: [row["auroc"] for row in variants if (row["name"], row["rule"]) == (name, rule)]  # noqa: E731
+    pick = lambda name, rule: [
+        row["auroc"] for row in variants if (row["name"], row["rule"]) == (name, rule)
+    ]
     names = dict.fromkeys(row["name"] for row in variants)
-    lines += markdown(["sum of", *RULES], [[name, *(shown(pick(name, rule)) for rule in RULES)] for name in names])
+    lines += markdown(
+        ["sum of", *RULES], [[name, *(shown(pick(name, rule)) for rule in RULES)] for name in names]
+    )
     lines += ["", "### The books: share of the measured drop of the validation loss", ""]
     booked = {name + end: methods[name + end, RAW] for end in ("", STOPPED) for name in of_rule}
-    figures = lambda of: [shown([row[key] for row in of], 2) for key in ("data", "accounted")]  # noqa: E731
-    lines += markdown(["rule", "data", "accounted for"], [[name, *figures(of)] for name, of in booked.items()])
+    figures = lambda of: [shown([row[key] for row in of], 2) for key in ("data", "accounted")]
+    lines += markdown(
+        ["rule", "data", "accounted for"], [[name, *figures(of)] for name, of in booked.items()]
+    )
     moved = max(row["moved"] for row in methods["in-run adamw2", RAW])
-    lines += ["", f"Weights of the `adamw2` run against the plain one: relative difference {moved:.0e} at most.", ""]
-    lines += ["### Theirs (CIFAR-10, pretrained ResNet18, 1000 images, 3 runs; arXiv 2406.11011), not ours", ""]
-    return lines + markdown(head[:-1], [[name, *("-" if x is None else f"{x:.3f}" for x in theirs)] for name, theirs in THEIRS.items()])
+    lines += [
+        "",
+        f"Weights of the `adamw2` run against the plain one: relative difference {moved:.0e} at most.",
+        "",
+    ]
+    lines += [
+        "### Theirs (CIFAR-10, pretrained ResNet18, 1000 images, 3 runs; arXiv 2406.11011), not ours",
+        "",
+    ]
+    return lines + markdown(
+        head[:-1],
+        [
+            [name, *("-" if x is None else f"{x:.3f}" for x in theirs)]
+            for name, theirs in THEIRS.items()
+        ],
+    )
 
 
 def figure(cfg, rows, path):
     """Left: what AUROC costs. Right: the in-run AUROC after each epoch."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(16, 5.4), width_ratios=(1.2, 1.2, 1))
-    for ax, end, title in zip(axes, ("", STOPPED), (f"{cfg.epochs} epochs", "stopped at the lowest validation loss")):
+    for ax, end, title in zip(
+        axes, ("", STOPPED), (f"{cfg.epochs} epochs", "stopped at the lowest validation loss")
+    ):
         for i, name in enumerate((*OF_A_TRAINING, *OF_NONE)):
-            of = [row for row in rows if row["kind"] == "method" and (row["name"], row["how"]) == (name + end * (name in OF_A_TRAINING), RAW)]
-            (y, error), x = mean_se([row["auroc"] for row in of]), max(0.01, float(np.median([row["seconds"] for row in of])))
-            ax.errorbar(x, y, error, fmt="s" if name.startswith("in-run") else "o^"[i % 2], color=f"C{i % 10}", capsize=2, label=name)
-        ax.set(xscale="log", xlabel="CPU seconds beyond the training", ylabel="AUROC of wrong labels", title=title, ylim=(0.45, 1.0))
+            of = [
+                row
+                for row in rows
+                if row["kind"] == "method"
+                and (row["name"], row["how"]) == (name + end * (name in OF_A_TRAINING), RAW)
+            ]
+            (y, error), x = (
+                mean_se([row["auroc"] for row in of]),
+                max(0.01, float(np.median([row["seconds"] for row in of]))),
+            )
+            ax.errorbar(
+                x,
+                y,
+                error,
+                fmt="s" if name.startswith("in-run") else "o^"[i % 2],
+                color=f"C{i % 10}",
+                capsize=2,
+                label=name,
+            )
+        ax.set(
+            xscale="log",
+            xlabel="CPU seconds beyond the training",
+            ylabel="AUROC of wrong labels",
+            title=title,
+            ylim=(0.45, 1.0),
+        )
         ax.grid(alpha=0.3)
     for i, rule in enumerate(RULES):
         of = [row for row in rows if row["kind"] == "epoch" and row["rule"] == rule]
         epochs = sorted({row["epoch"] for row in of})
-        means, errors = np.array([mean_se([row["auroc"] for row in of if row["epoch"] == e]) for e in epochs]).T
+        means, errors = np.array(
+            [mean_se([row["auroc"] for row in of if row["epoch"] == e]) for e in epochs]
+        ).T
         axes[2].plot(epochs, means, color=f"C{i}")
         axes[2].fill_between(epochs, means - errors, means + errors, color=f"C{i}", alpha=0.2)
     axes[2].set(xlabel="epochs summed", title="the in-run sum so far", ylim=(0.45, 1.0))
@@ -475,9 +702,18 @@ def figure(cfg, rows, path):
 
 def main(cfg):
     if cfg.part == "all":
-        images(cfg), library("dattri.task"), library("sklearn")  # what is missing is said before anything runs
+        (
+            images(cfg),
+            library("dattri.task"),
+            library("sklearn"),
+        )  # what is missing is said before anything runs
         out = begin(cfg)
-        rows = side_by_side(one_seed, [(cfg, int(seed)) for seed in cfg.seeds.split(",")], out / "rows.jsonl", cfg.workers)
+        rows = side_by_side(
+            one_seed,
+            [(cfg, int(seed)) for seed in cfg.seeds.split(",")],
+            out / "rows.jsonl",
+            cfg.workers,
+        )
     else:
         out = Path(cfg.out)
         rows = read_rows(out / "rows.jsonl")

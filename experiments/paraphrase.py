@@ -41,7 +41,16 @@ import config
 import prepare_pile
 import train
 from data import open_dataset, parse_targets
-from experiments.common import begin, finish, markdown, prepare, pyplot, read_rows, shown, side_by_side
+from experiments.common import (
+    begin,
+    finish,
+    markdown,
+    prepare,
+    pyplot,
+    read_rows,
+    shown,
+    side_by_side,
+)
 from ops.checkpoints import read_checkpoint
 from show.run import open_run
 from sources.documents import open_source, records
@@ -49,8 +58,27 @@ from sources.tokenizers import TOKENIZERS, GPT2Tokenizer, tokenizer
 from system.errors import UserError
 
 KINDS = ("partial exact", "paraphrase", "significant paraphrase", "similar topic")
-METHODS = ("in-run", "in-run, early steps out", "in-run, share of step", "in-run, z in step", "TracIn", "influence function", "BM25")
-TINY = dict(source="python", seeds="1,2", sets=2, chunks=160, vocab=1024, block_size=224, n_layer=2, n_head=1, n_embd=32, curvature_chunks=2)
+METHODS = (
+    "in-run",
+    "in-run, early steps out",
+    "in-run, share of step",
+    "in-run, z in step",
+    "TracIn",
+    "influence function",
+    "BM25",
+)
+TINY = dict(
+    source="python",
+    seeds="1,2",
+    sets=2,
+    chunks=160,
+    vocab=1024,
+    block_size=224,
+    n_layer=2,
+    n_head=1,
+    n_embd=32,
+    curvature_chunks=2,
+)
 CUT = 2000  # characters of a document that go into the corpus: more documents for the same chunks
 
 
@@ -75,12 +103,16 @@ class Config:
     curvature_chunks: int = 8  # its Gauss-Newton matrix is of
     cg_iterations: int = 10
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16" if torch.cuda.is_available() else "float32"  # of the runs
+    dtype: Literal["float32", "bfloat16", "float64"] = (
+        "bfloat16" if torch.cuda.is_available() else "float32"
+    )  # of the runs
     workers: int = 0  # runs side by side; 0: one a core
     data: str = "data/paraphrase"  # chunks, targets and runs, made when missing
     out: str = "out/paraphrase"
     quick: bool = False  # all of it, tiny
-    part: Literal["all", "report"] = "all"  # report: only the tables and the figure, from rows.jsonl
+    part: Literal["all", "report"] = (
+        "all"  # report: only the tables and the figure, from rows.jsonl
+    )
 
     def __post_init__(self):
         if self.quick:
@@ -89,7 +121,9 @@ class Config:
             if getattr(self, key) < 1:
                 raise UserError(f"--{key}={getattr(self, key)}: it must be at least 1")
         if self.batch_size % self.micro_batches:
-            raise UserError(f"--batch_size={self.batch_size} is not a multiple of --micro_batches={self.micro_batches}")
+            raise UserError(
+                f"--batch_size={self.batch_size} is not a multiple of --micro_batches={self.micro_batches}"
+            )
 
 
 # --- GPT-2's first tokens -----------------------------------------------------------
@@ -105,8 +139,14 @@ def vocabulary(cfg):
             if First.bpe is None:  # once: there is a target for every text
                 import tiktoken
 
-                ranks = {piece: rank for piece, rank in GPT2Tokenizer().bpe._mergeable_ranks.items() if rank < self.eot}
-                First.bpe = tiktoken.Encoding("first", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={})
+                ranks = {
+                    piece: rank
+                    for piece, rank in GPT2Tokenizer().bpe._mergeable_ranks.items()
+                    if rank < self.eot
+                }
+                First.bpe = tiktoken.Encoding(
+                    "first", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}
+                )
 
     TOKENIZERS.setdefault(name := f"gpt2-{cfg.vocab}", First)
     return name
@@ -123,10 +163,17 @@ def read_sets(cfg):
         if missing := {"source", *KINDS} - texts.keys():
             raise UserError(f"{path}: {name!r} has no {', '.join(sorted(missing))}")
         texts["source"] = tok.decode(tok.encode(texts["source"])[: cfg.block_size])
-        if len(tok.encode(texts["source"])) != cfg.block_size or texts["partial exact"] not in texts["source"]:
-            raise UserError(f"{path}: the source of {name!r} fills no chunk of --block_size={cfg.block_size}, or does not hold its part there")
+        if (
+            len(tok.encode(texts["source"])) != cfg.block_size
+            or texts["partial exact"] not in texts["source"]
+        ):
+            raise UserError(
+                f"{path}: the source of {name!r} fills no chunk of --block_size={cfg.block_size}, or does not hold its part there"
+            )
         if max(len(tok.encode(texts[kind])) for kind in KINDS) > cfg.block_size:
-            raise UserError(f"{path}: a text of {name!r} is longer than --block_size={cfg.block_size} tokens")
+            raise UserError(
+                f"{path}: a text of {name!r} is longer than --block_size={cfg.block_size} tokens"
+            )
     return sets
 
 
@@ -140,14 +187,38 @@ def plant(cfg, sets):
         names, read = open_source(pile)
         with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
             for name, texts in sets.items():
-                file.write(json.dumps(dict(text=texts["source"], meta=dict(pile_set_name=f"planted: {name}"))) + "\n")
-            for source, _, domain, text in chain.from_iterable(records([d], pile, Counter()) for d in chain.from_iterable(map(read, names))):
-                text = (text.decode(errors="replace") if isinstance(text, bytes) else text or "")[:CUT]
-                file.write(json.dumps(dict(text=text, meta=dict(pile_set_name=str(domain or Path(source).stem)))) + "\n")
-                if (written := written + len(text)) > 8 * tokens:  # more than enough: a token is some 4 characters
+                file.write(
+                    json.dumps(
+                        dict(text=texts["source"], meta=dict(pile_set_name=f"planted: {name}"))
+                    )
+                    + "\n"
+                )
+            for source, _, domain, text in chain.from_iterable(
+                records([d], pile, Counter()) for d in chain.from_iterable(map(read, names))
+            ):
+                text = (text.decode(errors="replace") if isinstance(text, bytes) else text or "")[
+                    :CUT
+                ]
+                file.write(
+                    json.dumps(
+                        dict(text=text, meta=dict(pile_set_name=str(domain or Path(source).stem)))
+                    )
+                    + "\n"
+                )
+                if (
+                    written := written + len(text)
+                ) > 8 * tokens:  # more than enough: a token is some 4 characters
                     break
-    options = dict(tokenizer=(name := vocabulary(cfg)), block_size=cfg.block_size, val_fraction=0.0, limit_tokens=tokens, workers=1)
-    find_sources(prepare(folder / "chunks", folder / "corpus.jsonl", **options), tokenizer(name), sets)
+    options = dict(
+        tokenizer=(name := vocabulary(cfg)),
+        block_size=cfg.block_size,
+        val_fraction=0.0,
+        limit_tokens=tokens,
+        workers=1,
+    )
+    find_sources(
+        prepare(folder / "chunks", folder / "corpus.jsonl", **options), tokenizer(name), sets
+    )
     for i, (name, kind) in enumerate(product(sets, KINDS)):
         (folder / f"texts/{i}.txt").write_text(sets[name][kind], encoding="utf-8")
 
@@ -156,9 +227,15 @@ def find_sources(data, tok, sets):
     """{set: its source's chunk}, read back."""
     found = {}
     for name, texts in sets.items():
-        planted = np.flatnonzero(data.train.domain == data.domains.index(f"planted: {name}")) if f"planted: {name}" in data.domains else []
+        planted = (
+            np.flatnonzero(data.train.domain == data.domains.index(f"planted: {name}"))
+            if f"planted: {name}" in data.domains
+            else []
+        )
         if len(planted) != 1 or tok.decode(data.train.rows[planted[0], :-1]) != texts["source"]:
-            raise UserError(f"{data.path} was made of other texts: remove it, or write another --data")
+            raise UserError(
+                f"{data.path} was made of other texts: remove it, or write another --data"
+            )
         found[name] = int(planted[0])
     return found
 
@@ -169,10 +246,29 @@ def find_sources(data, tok, sets):
 def train_and_value(cfg, data, targets, seed):
     """Returns the run."""
     n, B = len(data.train.rows), cfg.batch_size
-    options = {key: getattr(cfg, key) for key in "rule block_size n_layer n_head n_embd learning_rate device dtype".split()}
-    options |= dict(data_dir=str(data.path), out_dir=f"{cfg.data}/runs/{seed}", seed=seed, init_from="auto", targets=targets)
-    options |= dict(batch_size=B // cfg.micro_batches, gradient_accumulation_steps=cfg.micro_batches, max_iters=(steps := -(-n * cfg.epochs // B)))
-    options |= dict(warmup_iters=steps // 20, min_lr=cfg.learning_rate / 10, eval_interval=0, book_interval=steps, keep_checkpoints=1)
+    options = {
+        key: getattr(cfg, key)
+        for key in "rule block_size n_layer n_head n_embd learning_rate device dtype".split()
+    }
+    options |= dict(
+        data_dir=str(data.path),
+        out_dir=f"{cfg.data}/runs/{seed}",
+        seed=seed,
+        init_from="auto",
+        targets=targets,
+    )
+    options |= dict(
+        batch_size=B // cfg.micro_batches,
+        gradient_accumulation_steps=cfg.micro_batches,
+        max_iters=(steps := -(-n * cfg.epochs // B)),
+    )
+    options |= dict(
+        warmup_iters=steps // 20,
+        min_lr=cfg.learning_rate / 10,
+        eval_interval=0,
+        book_interval=steps,
+        keep_checkpoints=1,
+    )
     train.train(train.Config(**options))
     return open_run(options["out_dir"])
 
@@ -180,7 +276,9 @@ def train_and_value(cfg, data, targets, seed):
 def value_scores(cfg, run):
     """{method: scores} of the run's values: their sums, those without the steps that the ledger marks as early, and normalised within each step."""
     B, n = cfg.batch_size, len(run.values)
-    visits = run.visits[: n * cfg.epochs]  # without those of one more pass that fill up the last step
+    visits = run.visits[
+        : n * cfg.epochs
+    ]  # without those of one more pass that fill up the last step
     raw, scores = visits["value"].reshape(len(visits), -1).astype(float), []
     steps = np.split(raw, range(B, len(raw), B))
     share = np.concatenate([v / abs(v).sum(0) for v in steps])
@@ -201,12 +299,21 @@ def gradient_scores(cfg, run, data, targets):
     def tensors(X, Y):
         return torch.as_tensor(X, device=cfg.device), torch.as_tensor(Y, device=cfg.device)
 
-    gradients = [flat(torch.autograd.grad(model(*tensors(*target.batch([0])))[1], params)) for target in targets]
-    sample = np.random.default_rng(options.seed).choice(n, min(n, cfg.curvature_chunks), replace=False)
-    solved, residuals = solve(cfg, model, *tensors(*data.train.batch(sample, cfg.block_size)), gradients)
+    gradients = [
+        flat(torch.autograd.grad(model(*tensors(*target.batch([0])))[1], params))
+        for target in targets
+    ]
+    sample = np.random.default_rng(options.seed).choice(
+        n, min(n, cfg.curvature_chunks), replace=False
+    )
+    solved, residuals = solve(
+        cfg, model, *tensors(*data.train.batch(sample, cfg.block_size)), gradients
+    )
     directions = torch.stack([*gradients, *solved]).split([p.numel() for p in params], 1)
     for p, h in zip(params, directions):
-        p.h = h.reshape(-1, *p.shape)  # the ledger's: a chunk's <gradient, direction> comes out of its own backward
+        p.h = h.reshape(
+            -1, *p.shape
+        )  # the ledger's: a chunk's <gradient, direction> comes out of its own backward
     scores = []
     for ids in np.split(np.arange(n), range(cfg.batch_size, n, cfg.batch_size)):
         ledger = torch.zeros(len(ids), 2 * len(targets), device=cfg.device, requires_grad=True)
@@ -229,14 +336,20 @@ def solve(cfg, model, X, Y, gradients):
     with sdpa_kernel(SDPBackend.MATH):  # the one that can be differentiated twice
         logits = model(X, Y)[0].flatten(0, 1)
         u = torch.zeros_like(logits, requires_grad=True)
-        pulled = flat(torch.autograd.grad(logits, params, u, create_graph=True))  # J^T u: linear in u, so its derivative is J
+        pulled = flat(
+            torch.autograd.grad(logits, params, u, create_graph=True)
+        )  # J^T u: linear in u, so its derivative is J
     p = logits.detach().softmax(1)
 
     def damped(v):
         v = torch.as_tensor(v, dtype=pulled.dtype, device=pulled.device)
         jv = torch.autograd.grad(pulled, u, v, retain_graph=True)[0]
         hjv = p * (jv - (p * jv).sum(1, keepdim=True)) / len(p)
-        return (flat(torch.autograd.grad(logits, params, hjv, retain_graph=True)) + cfg.damping * v).cpu().numpy()
+        return (
+            (flat(torch.autograd.grad(logits, params, hjv, retain_graph=True)) + cfg.damping * v)
+            .cpu()
+            .numpy()
+        )
 
     system, solved, residuals = LinearOperator((len(pulled),) * 2, damped, dtype=np.float32), [], []
     for g in gradients:
@@ -269,17 +382,49 @@ def judge(cfg, seed):
     spec = ",".join(f"{i}={cfg.data}/texts/{i}.txt" for i in range(len(asked)))
     run = train_and_value(cfg, data, spec, seed)
     scores = value_scores(cfg, run)
-    of_gradients, residuals = gradient_scores(cfg, run, data, parse_targets(spec, data, cfg.block_size))
-    scores |= of_gradients | {"BM25": bm25_scores(data, tok, [sets[name][kind] for name, kind in asked])}
-    rows, about = [], dict(seed=seed, rule=cfg.rule, chunks=len(data.train.rows), steps=run.info["committed_step"], batch=cfg.batch_size)
+    of_gradients, residuals = gradient_scores(
+        cfg, run, data, parse_targets(spec, data, cfg.block_size)
+    )
+    scores |= of_gradients | {
+        "BM25": bm25_scores(data, tok, [sets[name][kind] for name, kind in asked])
+    }
+    rows, about = (
+        [],
+        dict(
+            seed=seed,
+            rule=cfg.rule,
+            chunks=len(data.train.rows),
+            steps=run.info["committed_step"],
+            batch=cfg.batch_size,
+        ),
+    )
     for k, (name, kind) in enumerate(asked):
         visit = run.visits_of([planted[name]])[0]
-        batch, own = run.visits[run.visits["step"] == visit["step"]]["value"].reshape(-1, len(asked))[:, k], visit["value"].reshape(-1)[k]
-        about |= dict(set=name, kind=kind, chunk=planted[name], step=int(visit["step"]), in_step=1 + int((batch > own).sum()))
-        about |= dict(loss=float(run.visits["loss"][-10 * cfg.batch_size :].mean()), residual=residuals[k])
+        batch, own = (
+            run.visits[run.visits["step"] == visit["step"]]["value"].reshape(-1, len(asked))[:, k],
+            visit["value"].reshape(-1)[k],
+        )
+        about |= dict(
+            set=name,
+            kind=kind,
+            chunk=planted[name],
+            step=int(visit["step"]),
+            in_step=1 + int((batch > own).sum()),
+        )
+        about |= dict(
+            loss=float(run.visits["loss"][-10 * cfg.batch_size :].mean()), residual=residuals[k]
+        )
         for method, s in scores.items():
             ranks = {other: rank(s[:, k], chunk) for other, chunk in planted.items()}
-            rows.append(dict(about, method=method, rank=ranks.pop(name), others=[*ranks.values()], score=float(s[planted[name], k])))
+            rows.append(
+                dict(
+                    about,
+                    method=method,
+                    rank=ranks.pop(name),
+                    others=[*ranks.values()],
+                    score=float(s[planted[name], k]),
+                )
+            )
     return rows
 
 
@@ -292,26 +437,55 @@ def select(rows, **wanted):
 
 def of_sets(rows):
     """The mean rank of each set over the seeds: what the standard error is taken over, for BM25 knows no seed."""
-    return [np.mean([row["rank"] for row in select(rows, set=name)]) for name in sorted({row["set"] for row in rows})]
+    return [
+        np.mean([row["rank"] for row in select(rows, set=name)])
+        for name in sorted({row["set"] for row in rows})
+    ]
 
 
 def tables(rows):
-    n, seeds, sets = rows[0]["chunks"], len({r["seed"] for r in rows}), len({r["set"] for r in rows})
+    n, seeds, sets = (
+        rows[0]["chunks"],
+        len({r["seed"] for r in rows}),
+        len({r["set"] for r in rows}),
+    )
     random = "random order", *[f"{(n + 1) / 2:.1f}"] * len(KINDS)
-    lines = [f"Rank of the source among {n} chunks (1 = best), {sets} sets x {seeds} seeds, rule {rows[0]['rule']}:"]
-    lines += ["mean ± standard error over the sets (each the mean of its seeds), and median over all.", ""]
+    lines = [
+        f"Rank of the source among {n} chunks (1 = best), {sets} sets x {seeds} seeds, rule {rows[0]['rule']}:"
+    ]
+    lines += [
+        "mean ± standard error over the sets (each the mean of its seeds), and median over all.",
+        "",
+    ]
 
     def table(cell):
-        return markdown(["score", *KINDS], [[m, *(cell(select(rows, method=m, kind=kind)) for kind in KINDS)] for m in METHODS])
+        return markdown(
+            ["score", *KINDS],
+            [[m, *(cell(select(rows, method=m, kind=kind)) for kind in KINDS)] for m in METHODS],
+        )
 
     lines += table(lambda of: f"{shown(of_sets(of), 1)} ({np.median([r['rank'] for r in of]):g})")
     lines += markdown(random, [])[:1]
-    lines += ["", "The same in percent of the chunks ranked before the source, median over all (highest).", ""]
-    lines += table(lambda of: "{:.2f} ({:.2f})".format(*(100 * (f([r["rank"] for r in of]) - 1) / n for f in (np.median, max))))
+    lines += [
+        "",
+        "The same in percent of the chunks ranked before the source, median over all (highest).",
+        "",
+    ]
+    lines += table(
+        lambda of: "{:.2f} ({:.2f})".format(
+            *(100 * (f([r["rank"] for r in of]) - 1) / n for f in (np.median, max))
+        )
+    )
     lines += ["", "Control: the other sets' sources for the same texts, median rank over all.", ""]
     lines += table(lambda of: f"{np.median([r['others'] for r in of]):g}")
-    lines += ["", f"How often the source stands before all {sets - 1} of them; by chance {1 / sets:.0%}.", ""]
-    lines += table(lambda of: f"{np.mean([r['rank'] < min(r['others'], default=np.inf) for r in of]):.0%}")
+    lines += [
+        "",
+        f"How often the source stands before all {sets - 1} of them; by chance {1 / sets:.0%}.",
+        "",
+    ]
+    lines += table(
+        lambda of: f"{np.mean([r['rank'] < min(r['others'], default=np.inf) for r in of]):.0%}"
+    )
     B, of = rows[0]["batch"], select(rows, method="in-run")
     lines += [
         "",
@@ -319,14 +493,23 @@ def tables(rows):
         "",
     ]
     first = [[r["in_step"] for r in select(of, kind=kind)] for kind in KINDS]
-    lines += markdown(["", *KINDS], [[f"of {B}", *(f"{np.mean(x):.2f} ({np.mean(np.array(x) == 1):.0%})" for x in first)]])
+    lines += markdown(
+        ["", *KINDS],
+        [[f"of {B}", *(f"{np.mean(x):.2f} ({np.mean(np.array(x) == 1):.0%})" for x in first)]],
+    )
     lines += ["", "In-run: median rank by when the source was met, in thirds of the run.", ""]
     cells = []
     for method, (third, name) in product(METHODS[:4], enumerate(("first", "second", "last"))):
         met = [r for r in select(rows, method=method) if int(3 * r["step"] / r["steps"]) == third]
         if met:
             runs = len(met) // len(KINDS)
-            cells.append([f"{method}, {name} third", runs, *(f"{np.median([r['rank'] for r in select(met, kind=k)]):g}" for k in KINDS)])
+            cells.append(
+                [
+                    f"{method}, {name} third",
+                    runs,
+                    *(f"{np.median([r['rank'] for r in select(met, kind=k)]):g}" for k in KINDS),
+                ]
+            )
     return [*lines, *markdown(["score, source met in the", "sets x seeds", *KINDS], cells)]
 
 
@@ -338,7 +521,14 @@ def figure(rows, path):
     for ax, kind in zip(axes, KINDS):
         for x, method in enumerate(METHODS):
             ranks = [row["rank"] for row in select(rows, kind=kind, method=method)]
-            ax.plot(x + rng.uniform(-0.25, 0.25, len(ranks)), ranks, "o", color=f"C{x}", markersize=4, alpha=0.6)
+            ax.plot(
+                x + rng.uniform(-0.25, 0.25, len(ranks)),
+                ranks,
+                "o",
+                color=f"C{x}",
+                markersize=4,
+                alpha=0.6,
+            )
             ax.plot([x - 0.35, x + 0.35], [np.median(ranks)] * 2, color=f"C{x}", linewidth=2)
         ax.axhline((rows[0]["chunks"] + 1) / 2, color="gray", linestyle="--", linewidth=1)
         ax.set_title(kind)

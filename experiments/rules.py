@@ -14,7 +14,9 @@ import torch
 
 from exact import dot, gradient
 
-FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)  # of the second moment, as a share of its mean over the tensor
+FLOORS = dict(
+    adamw_linear=1e-2, adamw=1e-4
+)  # of the second moment, as a share of its mean over the tensor
 
 
 def adamw_pieces(model, optimizer):
@@ -24,10 +26,23 @@ def adamw_pieces(model, optimizer):
     for p in model.parameters():
         (beta1, beta2), state = groups[p]["betas"], optimizer.state.get(p)
         t = 1 + (int(state["step"]) if state else 0)
-        m, v = (state["exp_avg"].double(), state["exp_avg_sq"].double()) if state else (torch.zeros_like(p, dtype=torch.float64),) * 2
+        m, v = (
+            (state["exp_avg"].double(), state["exp_avg_sq"].double())
+            if state
+            else (torch.zeros_like(p, dtype=torch.float64),) * 2
+        )
         one, two = 1 - beta1**t, 1 - beta2**t
-        scalars = dict(a=beta1 / one, b=(1 - beta1) / one, c=beta2 / two, d=(1 - beta2) / two, beta1=beta1, beta2=beta2)
-        pieces.append(dict(m=m, v=v, t=t, eps=groups[p]["eps"], wd=groups[p]["weight_decay"], **scalars))
+        scalars = dict(
+            a=beta1 / one,
+            b=(1 - beta1) / one,
+            c=beta2 / two,
+            d=(1 - beta2) / two,
+            beta1=beta1,
+            beta2=beta2,
+        )
+        pieces.append(
+            dict(m=m, v=v, t=t, eps=groups[p]["eps"], wd=groups[p]["weight_decay"], **scalars)
+        )
     return pieces
 
 
@@ -48,7 +63,9 @@ def slope(q, g):
     """D'(g) = b / s - (a m + b g) d g / (r s^2)."""
     r = (q["c"] * q["v"] + q["d"] * g**2).sqrt()
     s = r + q["eps"]
-    return q["b"] / s - torch.where(r > 0, (q["a"] * q["m"] + q["b"] * g) * q["d"] * g / (r * s**2), 0.0)
+    return q["b"] / s - torch.where(
+        r > 0, (q["a"] * q["m"] + q["b"] * g) * q["d"] * g / (r * s**2), 0.0
+    )
 
 
 def expected_secant(q, floor=FLOORS["adamw"]):
@@ -75,7 +92,19 @@ def displaced(model, steps):
     return twin
 
 
-def directions(model, optimizer, loss, rule, lr, g, kappa=1.0, lookahead=True, expected=expected_secant, floor=FLOORS["adamw_linear"], known=None):
+def directions(
+    model,
+    optimizer,
+    loss,
+    rule,
+    lr,
+    g,
+    kappa=1.0,
+    lookahead=True,
+    expected=expected_secant,
+    floor=FLOORS["adamw_linear"],
+    known=None,
+):
     """The rule's direction for the target loss(model), one float64 tensor a parameter: what <x_i, .> is to be taken with.
 
     g: the batch's gradient before clipping, kappa the clip coefficient; it is in the direction of two-pass rules, not of one-pass ones.
@@ -94,7 +123,10 @@ def directions(model, optimizer, loss, rule, lr, g, kappa=1.0, lookahead=True, e
         g_k = gradient_at([-lr * kappa * g_p / 2 for g_p in g])
         return clip_path(lr, kappa, g, g_k, [1.0] * len(g), [1.0] * len(g))
     q, taken = adamw_pieces(model, optimizer), [kappa * g_p for g_p in g]
-    empty = [-lr * (q_p["wd"] * p + step_direction(q_p, torch.zeros_like(p))) for q_p, p in zip(q, params)]
+    empty = [
+        -lr * (q_p["wd"] * p + step_direction(q_p, torch.zeros_like(p)))
+        for q_p, p in zip(q, params)
+    ]
     first = q[0]["t"] == 1
     if rule == "adamw_linear":
         return [lr * g_p * linearised(q_p, g_p, floor) for q_p, g_p in zip(q, gradient_at(here))]
@@ -108,8 +140,17 @@ def directions(model, optimizer, loss, rule, lr, g, kappa=1.0, lookahead=True, e
     if rule == "adamw2":
         to_mid = [e - lr * secant(q_p, g_p) * g_p / 2 for e, q_p, g_p in zip(empty, q, taken)]
         g_k = gradient_at(to_mid)
-        return clip_path(lr, kappa, g, g_k, [secant(q_p, g_p) for q_p, g_p in zip(q, taken)], [slope(q_p, g_p) for q_p, g_p in zip(q, taken)])
-    raise ValueError(f"rule {rule!r} is unknown here: choose sgd, sgd2, adamw, adamw_linear or adamw2")
+        return clip_path(
+            lr,
+            kappa,
+            g,
+            g_k,
+            [secant(q_p, g_p) for q_p, g_p in zip(q, taken)],
+            [slope(q_p, g_p) for q_p, g_p in zip(q, taken)],
+        )
+    raise ValueError(
+        f"rule {rule!r} is unknown here: choose sgd, sgd2, adamw, adamw_linear or adamw2"
+    )
 
 
 def clip_path(lr, kappa, g, g_k, secants, slopes):
@@ -124,7 +165,11 @@ def clip_path(lr, kappa, g, g_k, secants, slopes):
 
 def clip_coefficient(gradients, grad_clip):
     """What torch.nn.utils.clip_grad_norm_ multiplies the summed gradient by; 1 where grad_clip is 0."""
-    return min(1.0, grad_clip / (float(torch.sqrt(dot(gradients, gradients))) + 1e-6)) if grad_clip else 1.0
+    return (
+        min(1.0, grad_clip / (float(torch.sqrt(dot(gradients, gradients))) + 1e-6))
+        if grad_clip
+        else 1.0
+    )
 
 
 def inner_products(x, rows):
@@ -133,7 +178,9 @@ def inner_products(x, rows):
     return torch.stack(x) @ sum(x)
 
 
-def rule_values(model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=None, known=None, **parts):
+def rule_values(
+    model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=None, known=None, **parts
+):
     """The rule's values of the players x (example_gradients' result) for K losses: float64 (B, K).
 
     products: q_i (B,) of the clip correction of `adamw`; default the inner_products over the known rows, False (and where none are known):
@@ -160,7 +207,11 @@ def known_rows(model, X, Y):
     seen, rows = torch.cat([X.flatten(), Y.flatten()]), []
     for name, p in model.named_parameters():
         norm = p.dim() == 1 and name.endswith("weight")
-        mask = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True) if hasattr(p, "tokens") else torch.ones(len(p), dtype=torch.bool)
+        mask = (
+            torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True)
+            if hasattr(p, "tokens")
+            else torch.ones(len(p), dtype=torch.bool)
+        )
         rows.append(mask if norm or hasattr(p, "tokens") else None)
     return rows
 
@@ -168,7 +219,9 @@ def known_rows(model, X, Y):
 def hvp(model, loss, vector):
     """The Hessian of loss(model) times vector (one tensor a parameter), by differentiating twice."""
     params = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # flash attention has no second derivative
+    with torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH
+    ):  # flash attention has no second derivative
         grads = torch.autograd.grad(loss(model), params, create_graph=True)
         return list(torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, vector)), params))
 

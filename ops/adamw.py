@@ -10,7 +10,9 @@ import torch
 
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = 2**19  # elements worked on at a time on CPU, so that the passes over them stay in cache
-Scalars = namedtuple("Scalars", "a b c d ad mean square eps")  # ad = a d; mean * m, square * v: the bias-corrected moments before the step
+Scalars = namedtuple(
+    "Scalars", "a b c d ad mean square eps"
+)  # ad = a d; mean * m, square * v: the bias-corrected moments before the step
 
 
 def plus(x, c, y):
@@ -95,23 +97,40 @@ def subtract(c, h, g):
 def sweep(work, jobs, compile=False):
     """work(*scalars, *tensors) for each (scalars, [tensors of a parameter, ...]) of jobs; a list of what it returned. All in one compiled call,
     whose kernels read and write everything once, or on CPU by cache-sized pieces. Tensors of a parameter are equally shaped or numbers."""
-    flat = [(scalars, [[x.view(-1) if x.dim() else x for x in row] for row in rows]) for scalars, rows in jobs if rows]
+    flat = [
+        (scalars, [[x.view(-1) if x.dim() else x for x in row] for row in rows])
+        for scalars, rows in jobs
+        if rows
+    ]
     if compile and flat:
         return compiled(work)([(list(map(tensors, scalars)), rows) for scalars, rows in flat])
     found = []
     for scalars, row in ((scalars, row) for scalars, rows in flat for row in rows):
         size = BLOCK if row[-1].device.type == "cpu" else max(1, len(row[-1]))
-        found += [work(*scalars, *(x[i : i + size] if x.dim() else x for x in row)) for i in range(0, len(row[-1]), size)]
+        found += [
+            work(*scalars, *(x[i : i + size] if x.dim() else x for x in row))
+            for i in range(0, len(row[-1]), size)
+        ]
     return found
 
 
 @cache
 def compiled(work):
     """As one graph: a call for each parameter would keep a GPU waiting for the host."""
-    return torch.compile(lambda jobs: [work(*scalars, *row) for scalars, rows in jobs for row in rows], fullgraph=True, dynamic=False)
+    return torch.compile(
+        lambda jobs: [work(*scalars, *row) for scalars, rows in jobs for row in rows],
+        fullgraph=True,
+        dynamic=False,
+    )
 
 
 def tensors(x):
     """Numbers as tensors on the host, for compiled code, where they meet none but larger tensors; what is none, as it is."""
     number = partial(torch.tensor, dtype=torch.float64)
-    return Scalars(*map(number, x)) if isinstance(x, Scalars) else number(x) if isinstance(x, float) else x
+    return (
+        Scalars(*map(number, x))
+        if isinstance(x, Scalars)
+        else number(x)
+        if isinstance(x, float)
+        else x
+    )

@@ -84,7 +84,9 @@ def load_optimizer(optimizer, state):
             if is_sharded(p) and t.shape == p.shape:
                 from torch.distributed.tensor import distribute_tensor
 
-                entries[name] = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+                entries[name] = distribute_tensor(
+                    t, p.device_mesh, p.placements, src_data_rank=None
+                )
 
 
 # --- writing ----------------------------------------------------------------------
@@ -212,7 +214,9 @@ def find_checkpoint(cfg, data, targets):
         resume = (out / "config.json").is_file()
     if not resume:
         if (found or (out / "values.npy").exists()) and not cfg.overwrite:
-            ways = "--init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere"
+            ways = (
+                "--init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere"
+            )
             raise UserError(f"{out} already holds a run: {ways}")
         return None
     if not (out / "config.json").is_file() and not found:
@@ -254,7 +258,9 @@ def check_resumption(cfg, data, targets, checkpoint, path):
     free = [*MAY_CHANGE, *STARTS, *(BATCH if same_batch else ())]
     for key, had in was.items():
         if not hasattr(cfg, key):
-            raise UserError(f"{path} was written by another version (it has a setting {key!r}): {CURE}")
+            raise UserError(
+                f"{path} was written by another version (it has a setting {key!r}): {CURE}"
+            )
         if getattr(cfg, key) != had and key not in free:
             here = f"--{key}={getattr(cfg, key)}, but {out} was run with {key}={had}"
             raise UserError(f"{here}: type --{key}={had}, or another --out_dir")

@@ -18,7 +18,10 @@ FORM = "auto"
 def logit_grads(x_BTI, w_OI, y_BT, dtype):
     """Chunk by chunk its mean loss, the gradient of the sum of its token losses with respect to its logits, (T, O) in the same
     memory each time, and its x (T, I)."""
-    token, logits = torch.arange(y_BT.shape[1], device=x_BTI.device), x_BTI.new_empty(y_BT.shape[1], len(w_OI))
+    token, logits = (
+        torch.arange(y_BT.shape[1], device=x_BTI.device),
+        x_BTI.new_empty(y_BT.shape[1], len(w_OI)),
+    )
     for x_TI, y_T in zip(x_BTI, y_BT):
         torch.mm(x_TI, w_OI.t(), out=logits)
         p = logits.to(dtype)
@@ -28,7 +31,9 @@ def logit_grads(x_BTI, w_OI, y_BT, dtype):
         yield loss, p.to(x_BTI.dtype), x_TI
 
 
-def head_grad(x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Tensor | None) -> list[Tensor]:
+def head_grad(
+    x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Tensor | None
+) -> list[Tensor]:
     """Each chunk's mean loss (B,), and what the backward of the sum of all token losses will be: of x, of W, the values
     (B, K), and of each chunk alone the rows (R,) of W's, (B, R, I), empty without rows.
 
@@ -45,12 +50,20 @@ def head_grad(x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, rows: Te
         for o, tile, h_K in tiles(gw_OI, h_KOI):
             for k, product in enumerate(accumulate(tile, gy_TO[:, o].t(), x_TI, h_K, b == 0)):
                 after_BK[b, k] += product
-    return [loss_B, gx_BTI, gw_OI, torch.diff(after_BK, dim=0, prepend=torch.zeros_like(after_BK[:1])), each]
+    return [
+        loss_B,
+        gx_BTI,
+        gw_OI,
+        torch.diff(after_BK, dim=0, prepend=torch.zeros_like(after_BK[:1])),
+        each,
+    ]
 
 
 def _head_fake(x_BTI, w_OI, y_BT, h_KOI, rows):
     (B, _, I), new = x_BTI.shape, h_KOI.new_empty
-    each = new(0 if rows is None else (B, rows.shape[0], I))  # len(rows) would compile anew for every number of them
+    each = new(
+        0 if rows is None else (B, rows.shape[0], I)
+    )  # len(rows) would compile anew for every number of them
     return [new(B), torch.empty_like(x_BTI), new(w_OI.shape), new(B, h_KOI.shape[0]), each]
 
 
@@ -68,8 +81,17 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        grads = (*ctx.saved_tensors[:2], None, None, *ctx.saved_tensors[2:], None)  # of x, w, ledger, each
-        return tuple(grad * (g / ctx.tokens) if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))
+        grads = (
+            *ctx.saved_tensors[:2],
+            None,
+            None,
+            *ctx.saved_tensors[2:],
+            None,
+        )  # of x, w, ledger, each
+        return tuple(
+            grad * (g / ctx.tokens) if needed else None
+            for grad, needed in zip(grads, ctx.needs_input_grad)
+        )
 
 
 def chunked(x, weight, ledger):
@@ -85,11 +107,17 @@ def loss(x, weight, y, ledger):
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if isinstance(ledger, Tape):
-        loss, chunk_loss = _Head.apply(x, weight, y, weight.new_empty(0, *weight.shape), None, None, None)
+        loss, chunk_loss = _Head.apply(
+            x, weight, y, weight.new_empty(0, *weight.shape), None, None, None
+        )
 
         def values(g, x, y):  # the logits once more, which costs less than keeping them
             chunks = logit_grads(x, weight.to(x.dtype), y, weight.dtype)
-            return torch.cat([linear_values(gy[None], x_TI[None], weight.h, None) for _, gy, x_TI in chunks]) * (g / y.numel())
+            return torch.cat(
+                [linear_values(gy[None], x_TI[None], weight.h, None) for _, gy, x_TI in chunks]
+            ) * (g / y.numel())
 
         return ledger.watch(loss, values, x, y), chunk_loss
-    return _Head.apply(x, weight, y, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None))
+    return _Head.apply(
+        x, weight, y, weight.h, ledger, getattr(weight, "each", None), getattr(weight, "rows", None)
+    )

@@ -18,7 +18,11 @@ from system.errors import UserError
 def check_device(name):
     """Raises UserError where this machine has no device of this name."""
     kind, _, number = name.partition(":")
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    here = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
     wanted = int(number) + 1 if number.isdigit() else 1
     if (number and not number.isdigit()) or wanted > here.get(kind, 0):
         raise UserError(f"--device={name} is not on this machine: write --device=cpu")
@@ -40,7 +44,9 @@ def check_size(cfg):
 
 def check_package(name, key):
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"--{key} needs the package {name}: type pip install {name}, or leave it out")
+        raise UserError(
+            f"--{key} needs the package {name}: type pip install {name}, or leave it out"
+        )
 
 
 def check_system(cfg):
@@ -52,18 +58,31 @@ def check_system(cfg):
         check_package("tensorboard", "tensorboard_log")
     kind = cfg.device.split(":")[0]
     if cfg.shard and "RANK" not in os.environ:
-        raise UserError("--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ...")
+        raise UserError(
+            "--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ..."
+        )
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile")
+        raise UserError(
+            "--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile"
+        )
 
 
 def describe_run(settings, processes, data_hash, root):
     """What config.json says: enough to run it again. root: of the code."""
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    git = (
+        subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if shutil.which("git")
+        else None
+    )
     commit = git.stdout.strip() if git and git.returncode == 0 else None
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    run = dict(config=settings, command=" ".join(["python", *sys.argv]), processes=processes, git_commit=commit)
+    run = dict(
+        config=settings,
+        command=" ".join(["python", *sys.argv]),
+        processes=processes,
+        git_commit=commit,
+    )
     return run | dict(versions=versions, data_hash=data_hash)
 
 
@@ -75,14 +94,18 @@ def peak_flops(device, dtype):
         if known in name:
             return peak
     a = torch.ones(1024, 1024, device=device, dtype=dtype if name else torch.float32)
-    return 2 * 1024**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))  # reading a number waits for the device
+    return (
+        2 * 1024**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))
+    )  # reading a number waits for the device
 
 
 class Interrupted(list):
     """Empty until SIGTERM or SIGINT asks the run to end after its step; a second one raises KeyboardInterrupt."""
 
     def __init__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def ask(self, number, frame):
         if self:

@@ -21,7 +21,11 @@ from ops.layers import Ghosts
 class Net(nn.Module):
     def __init__(self, model, loss):
         super().__init__()
-        self.model, self.loss, self.chunk_loss = model, loss, None  # chunk_loss (B,): set by a forward with a ledger
+        self.model, self.loss, self.chunk_loss = (
+            model,
+            loss,
+            None,
+        )  # chunk_loss (B,): set by a forward with a ledger
 
     def forward(self, X, Y, ledger=None):
         like = next(self.parameters())
@@ -36,7 +40,9 @@ class Net(nn.Module):
         losses = self.loss(outputs, Y.masked_fill(~known, 0), reduction="none")
         if known.shape != losses.shape:  # of class probabilities: one loss for several labels
             known = known.flatten(1).any(1)
-        of_each = torch.where(known, losses, 0).reshape(len(Y), -1).sum(1) / (labels := known.reshape(len(Y), -1).sum(1)).clamp(min=1)
+        of_each = torch.where(known, losses, 0).reshape(len(Y), -1).sum(1) / (
+            labels := known.reshape(len(Y), -1).sum(1)
+        ).clamp(min=1)
         if ledger is not None:
             self.chunk_loss = of_each.detach()
         return outputs, of_each.sum() / (labels > 0).sum()

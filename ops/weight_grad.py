@@ -34,43 +34,85 @@ def interpreted():
 
 def tilings(gy_BTO, x_BTI, h_KOI):
     """Those of TILINGS that such operands can have. The copy engine is Hopper's, and wants rows of a multiple of 16 bytes."""
-    tensors, old = (gy_BTO, x_BTI, h_KOI), x_BTI.is_cuda and torch.cuda.get_device_capability(x_BTI.device) < (9, 0)
-    odd = any(t.shape[-1] * t.element_size() % 16 or t.data_ptr() % 16 or not t.is_contiguous() for t in tensors)
+    tensors, old = (
+        (gy_BTO, x_BTI, h_KOI),
+        x_BTI.is_cuda and torch.cuda.get_device_capability(x_BTI.device) < (9, 0),
+    )
+    odd = any(
+        t.shape[-1] * t.element_size() % 16 or t.data_ptr() % 16 or not t.is_contiguous()
+        for t in tensors
+    )
     return [tiling for tiling in TILINGS if not (tiling.tma and (old or odd))]
 
 
 def best_splits(tiles, tokens, processors):
     """Blocks run in waves of one a processor: the fewest idle ones, against 8 bytes for each split and weight written and read again, which cost
     an H100 what its tensor cores do in 900 tokens."""
-    return min(range(1, 9), key=lambda n: -(-tiles * n // processors) * processors / (tiles * n) + (n > 1) * n * 900 / tokens)
+    return min(
+        range(1, 9),
+        key=lambda n: (
+            -(-tiles * n // processors) * processors / (tiles * n) + (n > 1) * n * 900 / tokens
+        ),
+    )
 
 
 def fused(gy_BTO, x_BTI, h_KOI, tiling=None, splits=None):
     """ghost.weight_grad by the kernel below, with this tiling if such operands can have it, else the first they can. Raises ValueError on a CPU."""
     if triton is None or not (x_BTI.is_cuda or interpreted()) or h_KOI.dtype != torch.float32:
-        raise ValueError(f'ghost.FORM = "fused" needs triton, a GPU and float32 weights, not {h_KOI.dtype} on {x_BTI.device}: write "auto"')
+        raise ValueError(
+            f'ghost.FORM = "fused" needs triton, a GPU and float32 weights, not {h_KOI.dtype} on {x_BTI.device}: write "auto"'
+        )
     gy_BTO, x_BTI, h_KOI = gy_BTO.contiguous(), x_BTI.contiguous(), h_KOI.contiguous()
     (K, O, I), (B, T, _) = h_KOI.shape, x_BTI.shape
     able = tilings(gy_BTO, x_BTI, h_KOI)
     TILE_O, TILE_I, TILE_T, num_warps, num_stages, tma = tiling if tiling in able else able[0]
     tiles = (-(-O // TILE_O)) * (-(-I // TILE_I))
     if splits is None:
-        splits = best_splits(tiles, B * T, torch.cuda.get_device_properties(x_BTI.device).multi_processor_count if x_BTI.is_cuda else 4)
+        splits = best_splits(
+            tiles,
+            B * T,
+            torch.cuda.get_device_properties(x_BTI.device).multi_processor_count
+            if x_BTI.is_cuda
+            else 4,
+        )
     gw, part = h_KOI.new_empty(splits, O, I), h_KOI.new_zeros(tiles, splits, B, K)
     operands = [gy_BTO, x_BTI, h_KOI, gw]
     if tma:
         tile = ([1, TILE_T, TILE_O], [1, TILE_T, TILE_I], [1, TILE_O, TILE_I], [1, TILE_O, TILE_I])
         operands = [TensorDescriptor.from_tensor(x, of) for x, of in zip(operands, tile)]
-    options = dict(TILE_O=TILE_O, TILE_I=TILE_I, TILE_T=TILE_T, TMA=tma, WIDEN=interpreted(), num_warps=num_warps, num_stages=num_stages)
-    options |= dict(K_UP=triton.next_power_of_2(K), PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
+    options = dict(
+        TILE_O=TILE_O,
+        TILE_I=TILE_I,
+        TILE_T=TILE_T,
+        TMA=tma,
+        WIDEN=interpreted(),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    options |= dict(
+        K_UP=triton.next_power_of_2(K),
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    )
     _fused[tiles, splits](*operands, part, B, T, O, I, splits, K, **options)
-    return gw[0] if splits == 1 else gw.sum(0), part.sum((0, 1))  # sums in a fixed order: no atomics
+    return gw[0] if splits == 1 else gw.sum(0), part.sum(
+        (0, 1)
+    )  # sums in a fixed order: no atomics
 
 
 if triton is not None:
 
     @triton.jit
-    def _load(x, b, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    def _load(
+        x,
+        b,
+        row,
+        column,
+        rows,
+        columns,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        TMA: tl.constexpr,
+    ):
         """A tile of x[b], which is (rows, columns); 0 beyond its edges."""
         if TMA:
             return x.load([b, row, column]).reshape(ROWS, COLUMNS)
@@ -80,7 +122,18 @@ if triton is not None:
             return tl.load(x + (r * columns + c), (r < rows - row) & (c < columns - column), 0.0)
 
     @triton.jit
-    def _store(x, tile, b, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    def _store(
+        x,
+        tile,
+        b,
+        row,
+        column,
+        rows,
+        columns,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        TMA: tl.constexpr,
+    ):
         if TMA:
             x.store([b, row, column], tile.reshape(1, ROWS, COLUMNS))
         else:
@@ -101,11 +154,18 @@ if triton is not None:
         i = tile % (GROUP * across) // high * TILE_I
         steps = tl.cdiv(T, TILE_T)  # of a chunk
         first, last = B * steps * split // SPLITS, B * steps * (split + 1) // SPLITS
-        sum_OI, k, before = tl.zeros((TILE_O, TILE_I), tl.float32), tl.arange(0, K_UP), tl.zeros((K_UP,), tl.float32)
+        sum_OI, k, before = (
+            tl.zeros((TILE_O, TILE_I), tl.float32),
+            tl.arange(0, K_UP),
+            tl.zeros((K_UP,), tl.float32),
+        )
         for b in range(first // steps, tl.cdiv(last, steps)):
             for step in range(max(first, b * steps), min(last, b * steps + steps)):
                 t = (step - b * steps) * TILE_T
-                gy_TO, x_TI = _load(gy, b, t, o, T, O, TILE_T, TILE_O, TMA), _load(x, b, t, i, T, I, TILE_T, TILE_I, TMA)
+                gy_TO, x_TI = (
+                    _load(gy, b, t, o, T, O, TILE_T, TILE_O, TMA),
+                    _load(x, b, t, i, T, I, TILE_T, TILE_I, TMA),
+                )
                 if WIDEN:  # the interpreter's bfloat16 products are wrong
                     gy_TO, x_TI = gy_TO.to(tl.float32), x_TI.to(tl.float32)
                 sum_OI = tl.dot(gy_TO.T, x_TI, sum_OI, input_precision=PRECISION)

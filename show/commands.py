@@ -38,7 +38,15 @@ HELP = dict(
     json="everything, as show/values.schema.json describes it; null: no number",
     csv="the rows",
 )
-ROWS = dict(summary="targets", top="chunks", bottom="chunks", domains="domains", chunk="visits", doc="chunks", compare="moved")  # for --csv
+ROWS = dict(
+    summary="targets",
+    top="chunks",
+    bottom="chunks",
+    domains="domains",
+    chunk="visits",
+    doc="chunks",
+    compare="moved",
+)  # for --csv
 ROWS |= dict(tokens="tokens", query="chunks")
 
 # --- the command line -> arguments ----------------------------------------------
@@ -60,24 +68,41 @@ def parse(doc, functions, argv=None):
     name = doc[doc.index("python ") :].split()[1]
     looks = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = Parser(prog=f"python {name}", description=doc, **looks)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command", title="commands")
+    subparsers = parser.add_subparsers(
+        dest="command", required=True, metavar="command", title="commands"
+    )
     for function in functions:
         command, about = function.__name__, inspect.getdoc(function)
         examples = "\n".join(line for line in doc.splitlines() if f"{name} {command} " in line)
-        sub = subparsers.add_parser(command, help=about, description=about, epilog=examples, **looks)
+        sub = subparsers.add_parser(
+            command, help=about, description=about, epilog=examples, **looks
+        )
         for key, p in inspect.signature(function).parameters.items():
             if p.default is False:
                 sub.add_argument(f"--{key}", action="store_true", help=HELP[key])
             elif p.default is p.empty:
-                kind, required = str if p.annotation is p.empty else p.annotation, {"required": True} if p.kind is p.KEYWORD_ONLY else {}
-                sub.add_argument(f"--{key}" if required else key, type=kind, help=HELP[key], **required)
+                kind, required = (
+                    str if p.annotation is p.empty else p.annotation,
+                    {"required": True} if p.kind is p.KEYWORD_ONLY else {},
+                )
+                sub.add_argument(
+                    f"--{key}" if required else key, type=kind, help=HELP[key], **required
+                )
             else:
                 shown = HELP[key] + f" ({p.default})" * bool(p.default)
-                sub.add_argument(f"--{key}", type=count if isinstance(p.default, int) else str, default=p.default, metavar=key.upper(), help=shown)
+                sub.add_argument(
+                    f"--{key}",
+                    type=count if isinstance(p.default, int) else str,
+                    default=p.default,
+                    metavar=key.upper(),
+                    help=shown,
+                )
         sub.add_argument("--data_dir", default="", metavar="PATH", help=HELP["data_dir"])
         style = sub.add_mutually_exclusive_group()
         for kind in ("json", "csv")[: 1 + (command in ROWS)]:
-            style.add_argument(f"--{kind}", dest="style", action="store_const", const=kind, help=HELP[kind])
+            style.add_argument(
+                f"--{kind}", dest="style", action="store_const", const=kind, help=HELP[kind]
+            )
     options = vars(parser.parse_args(argv))
     function = {function.__name__: function for function in functions}[options.pop("command")]
     return function, options.pop("style"), options.pop("data_dir"), options
@@ -128,8 +153,15 @@ def as_csv(rows):
     for row in plain(rows):
         flat.append({})
         for key, x in row.items():
-            cells = {f"{key}:{inner}": value for inner, value in x.items()} if isinstance(x, dict) else {key: x}
-            flat[-1] |= {k: " ".join(str(doc["doc"]) for doc in v) if isinstance(v, list) else v for k, v in cells.items()}
+            cells = (
+                {f"{key}:{inner}": value for inner, value in x.items()}
+                if isinstance(x, dict)
+                else {key: x}
+            )
+            flat[-1] |= {
+                k: " ".join(str(doc["doc"]) for doc in v) if isinstance(v, list) else v
+                for k, v in cells.items()
+            }
     writer = csv.writer(file, lineterminator="\n")
     for cells in [list(flat[0]) if flat else [], *(row.values() for row in flat)]:
         writer.writerow([as_cell(cell) if isinstance(cell, str) else cell for cell in cells])
@@ -146,12 +178,25 @@ LEFT = ("target", "domain", "source", "token", "text")  # columns of words; all 
 
 def table(head, rows):
     """head: names of columns; rows: lists of strings -> aligned lines. Words are cut to 28 cells, a last column of words to the line's end."""
-    rows = [[visible(" ".join(cell.split()) if name == "text" else cell) for name, cell in zip(head, row)] for row in rows]
+    rows = [
+        [
+            visible(" ".join(cell.split()) if name == "text" else cell)
+            for name, cell in zip(head, row)
+        ]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     widths = [min(w, 28) if name in LEFT else w for name, w in zip(head, widths)]
     if head[-1] in LEFT:
-        widths[-1] = max(20, shutil.get_terminal_size((160, 0)).columns - sum(widths[:-1]) - 2 * len(head))
-    return ["  ".join(fit(cell, w, name not in LEFT) for name, w, cell in zip(head, widths, row)).rstrip() for row in [head, *rows]]
+        widths[-1] = max(
+            20, shutil.get_terminal_size((160, 0)).columns - sum(widths[:-1]) - 2 * len(head)
+        )
+    return [
+        "  ".join(
+            fit(cell, w, name not in LEFT) for name, w, cell in zip(head, widths, row)
+        ).rstrip()
+        for row in [head, *rows]
+    ]
 
 
 def micro(x, unit=1e6):
@@ -169,12 +214,26 @@ def show_summary(r):
     state = "finished" if r["finished"] else "not finished, or under way"
     yield f"{r['run']}: step {r['steps']:,} of {r['max_iters']:,} ({state}), rule {r['rule']}, {r['batch']} chunks a step"
     used = f"{r['chunks_used']:,} of {r['chunks']:,} chunks used, in {r['visits']:,} visits"
-    yield f"{used}; {r['early_steps']} early steps, whose values are rough" + f"; approximate: {r['approximate']}" * bool(r["approximate"])
+    yield (
+        f"{used}; {r['early_steps']} early steps, whose values are rough"
+        + f"; approximate: {r['approximate']}" * bool(r["approximate"])
+    )
     yield f"Values of the chunks used, in 1e-6 {r['unit']} ({SIGN}); sum in {r['unit']}"
     yield ""
     head = ["target", "mean", "+-", "sd", "p5", "median", "p95", "< 0", "sum"]
     keys = ("mean", "standard_error", "sd", "p5", "median", "p95")
-    yield from table(head, [[t["target"], *(micro(t[key]) for key in keys), f"{t['negative']:.0%}", f"{t['sum']:+.4f}"] for t in r["targets"]])
+    yield from table(
+        head,
+        [
+            [
+                t["target"],
+                *(micro(t[key]) for key in keys),
+                f"{t['negative']:.0%}",
+                f"{t['sum']:+.4f}",
+            ]
+            for t in r["targets"]
+        ],
+    )
     yield ""
     for t in r["targets"]:
         yield tables.accounted(t["target"], t["books"])
@@ -194,22 +253,53 @@ def show_ranked(r):
     for c in r["chunks"]:
         docs = [str(doc["doc"]) for doc in c["documents"]]
         docs = ", ".join(docs[:1]) + f" +{len(docs) - 1}" * (len(docs) > 1)
-        figures = [str(c["rank"]), str(c["chunk"]), micro(c["value"]), str(c["visits"]), str(c["first_step"]), number(c["loss"])]
+        figures = [
+            str(c["rank"]),
+            str(c["chunk"]),
+            micro(c["value"]),
+            str(c["visits"]),
+            str(c["first_step"]),
+            number(c["loss"]),
+        ]
         rows.append([*figures, docs, c["domain"], c["text"]])
     yield from table(head, rows)
 
 
 def show_domains(r):
     yield f"Values per token, in 1e-9 {r['unit']} ({SIGN}), of the chunks used; sum in {r['unit']}"
-    head = ["domain", "chunks", "tokens", "share", "mean", "+-", "p5", "median", "p95", "< 0", "sum", "share of sum"]
+    head = [
+        "domain",
+        "chunks",
+        "tokens",
+        "share",
+        "mean",
+        "+-",
+        "p5",
+        "median",
+        "p95",
+        "< 0",
+        "sum",
+        "share of sum",
+    ]
     for target, rows in itertools.groupby(r["domains"], key=lambda row: row["target"]):
         yield ""
         yield f"{target}:"
         cells = []
         for d in sorted(rows, key=lambda row: -row["median"]):
-            figures = [micro(d[key], 1e9) for key in ("mean", "standard_error", "p5", "median", "p95")]
+            figures = [
+                micro(d[key], 1e9) for key in ("mean", "standard_error", "p5", "median", "p95")
+            ]
             used = [f"{d['chunks']:,}", f"{d['tokens']:,}", f"{d['share']:.1%}"]
-            cells.append([d["domain"], *used, *figures, f"{d['negative']:.0%}", f"{d['sum']:+.4f}", f"{d['share_of_sum']:.1%}"])
+            cells.append(
+                [
+                    d["domain"],
+                    *used,
+                    *figures,
+                    f"{d['negative']:.0%}",
+                    f"{d['sum']:+.4f}",
+                    f"{d['share_of_sum']:.1%}",
+                ]
+            )
         yield from table(head, cells)
 
 
@@ -221,17 +311,39 @@ def show_chunk(r):
     names = list(r["value"])
     yield f"chunk {r['chunk']}, {r['domain']}"
     yield ""
-    docs = [[str(d[key]) for key in ("doc", "begins", "n_tokens", "record", "source")] for d in r["documents"]]
+    docs = [
+        [str(d[key]) for key in ("doc", "begins", "n_tokens", "record", "source")]
+        for d in r["documents"]
+    ]
     yield from table(["document", "begins at token", "tokens", "record", "source"], docs)
     yield ""
     if not r["used"]:
         yield "never used: it has no value"
     else:
         yield f"Every visit, values in 1e-6 {r['unit']} ({SIGN})"
-        head = ["step", "loss", *(terminal.shorten(visible(name), 28) for name in names), "gradient norm", "early"]
-        visits = [([str(v["step"])], v["loss"], v["value"], [number(v["grad_norm"]), "early" * bool(v["early"])]) for v in r["visits"]]
-        rows = [[*step, number(loss), *(micro(value[name]) for name in names), *rest] for step, loss, value, rest in visits]
-        yield from table(head, [*rows, ["sum", "", *(micro(r["value"][name]) for name in names), "", ""]])
+        head = [
+            "step",
+            "loss",
+            *(terminal.shorten(visible(name), 28) for name in names),
+            "gradient norm",
+            "early",
+        ]
+        visits = [
+            (
+                [str(v["step"])],
+                v["loss"],
+                v["value"],
+                [number(v["grad_norm"]), "early" * bool(v["early"])],
+            )
+            for v in r["visits"]
+        ]
+        rows = [
+            [*step, number(loss), *(micro(value[name]) for name in names), *rest]
+            for step, loss, value, rest in visits
+        ]
+        yield from table(
+            head, [*rows, ["sum", "", *(micro(r["value"][name]) for name in names), "", ""]]
+        )
     yield from show_text(r["text"])
 
 
@@ -242,8 +354,23 @@ def show_doc(r):
     yield f"{r['chunks_used']} of its {len(r['chunks'])} chunks used{cut}. Values in 1e-6 {r['unit']} ({SIGN})"
     yield "Its own: the sum over its chunks of a chunk's value times the document's share of the chunk's tokens"
     yield ""
-    head = ["chunk", "begins at token", "tokens", "share", *(terminal.shorten(visible(name), 28) for name in names)]
-    rows = [[str(c["chunk"]), str(c["begins"]), str(c["tokens"]), f"{c['share']:.1%}", *map(micro, c["value"].values())] for c in r["chunks"]]
+    head = [
+        "chunk",
+        "begins at token",
+        "tokens",
+        "share",
+        *(terminal.shorten(visible(name), 28) for name in names),
+    ]
+    rows = [
+        [
+            str(c["chunk"]),
+            str(c["begins"]),
+            str(c["tokens"]),
+            f"{c['share']:.1%}",
+            *map(micro, c["value"].values()),
+        ]
+        for c in r["chunks"]
+    ]
     yield from table(head, [*rows, ["its own", "", "", "", *map(micro, r["value"].values())]])
     yield from show_text(r["text"])
 
@@ -256,34 +383,79 @@ def show_compare(r):
     a, b = r["runs"]
     yield f"a: {a}, b: {b}: {r['chunks']:,} chunks used by both. Values in 1e-6 {r['unit']} ({SIGN})"
     yield ""
-    figures = [[t["target"], *(number(t[key]) for key in ("spearman", "pearson")), f"{t['equal_signs']:.1%}"] for t in r["targets"]]
+    figures = [
+        [
+            t["target"],
+            *(number(t[key]) for key in ("spearman", "pearson")),
+            f"{t['equal_signs']:.1%}",
+        ]
+        for t in r["targets"]
+    ]
     yield from table(["target", "Spearman", "Pearson", "equal signs"], figures)
     yield ""
-    means = [[d["target"], d["domain"], f"{d['chunks']:,}", micro(d["mean_a"]), micro(d["mean_b"])] for d in r["domains"]]
+    means = [
+        [d["target"], d["domain"], f"{d['chunks']:,}", micro(d["mean_a"]), micro(d["mean_b"])]
+        for d in r["domains"]
+    ]
     yield from table(["target", "domain", "chunks", "mean in a", "mean in b"], means)
     yield ""
-    head = ["chunk", "rank in a", "rank in b", "value in a", "value in b", "target", "domain", "text"]
-    rows = [[*(f"{m[key]:,.0f}" for key in ("rank_a", "rank_b")), *(micro(m[key]) for key in ("value_a", "value_b"))] for m in r["moved"]]
+    head = [
+        "chunk",
+        "rank in a",
+        "rank in b",
+        "value in a",
+        "value in b",
+        "target",
+        "domain",
+        "text",
+    ]
+    rows = [
+        [
+            *(f"{m[key]:,.0f}" for key in ("rank_a", "rank_b")),
+            *(micro(m[key]) for key in ("value_a", "value_b")),
+        ]
+        for m in r["moved"]
+    ]
     yield "The chunks that moved most in rank"
-    yield from table(head, [[str(m["chunk"]), *row, m["target"], m["domain"], m["text"]] for m, row in zip(r["moved"], rows)])
+    yield from table(
+        head,
+        [
+            [str(m["chunk"]), *row, m["target"], m["domain"], m["text"]]
+            for m, row in zip(r["moved"], rows)
+        ],
+    )
 
 
 def show_curated(r):
     """Of curate.py: what keep.json holds."""
     cfg, out = r["config"], r["config"]["out"] or r["run"]
-    which = "at random, " if cfg["random"] else f"those with the {'largest' if cfg['invert'] else 'smallest'} {cfg['score']} for {cfg['target']}, "
+    which = (
+        "at random, "
+        if cfg["random"]
+        else f"those with the {'largest' if cfg['invert'] else 'smallest'} {cfg['score']} for {cfg['target']}, "
+    )
     which += ("by domain, " if cfg["per_domain"] else "") + f"a {cfg['by']} each"
     if not cfg["drop_fraction"]:
-        which += ": as many as are negative" + f" beyond {cfg['confidence']:g} standard errors" * bool(cfg["confidence"])
+        which += (
+            ": as many as are negative"
+            + f" beyond {cfg['confidence']:g} standard errors" * bool(cfg["confidence"])
+        )
     yield f"{r['run']}: {r['units_dropped']:,} of {r['units_scored']:,} dropped, {which}"
     yield f"{r['units_negative']:,} of them have a negative score; {r['chunks_unused']:,} of {r['chunks']:,} chunks were never used"
     yield f"kept: {r['chunks_kept']:,} chunks, {r['tokens_kept']:,} tokens, {r['chunks_kept'] / r['chunks']:.1%}; values are sums in nats ({SIGN})"
     yield ""
     rows = []
     for d in sorted(r["domains"], key=lambda d: d["kept"] / d["chunks"]):
-        counts = [f"{d['chunks']:,}", f"{d['used']:,}", f"{d['kept']:,}", f"{d['kept'] / d['chunks']:.1%}"]
+        counts = [
+            f"{d['chunks']:,}",
+            f"{d['used']:,}",
+            f"{d['kept']:,}",
+            f"{d['kept'] / d['chunks']:.1%}",
+        ]
         rows.append([d["domain"], *counts, f"{d['value']:+.4f}", f"{d['value_kept']:+.4f}"])
-    yield from table(["domain", "chunks", "used", "kept", "share kept", "value", "value kept"], rows)
+    yield from table(
+        ["domain", "chunks", "used", "kept", "share kept", "value", "value kept"], rows
+    )
     yield ""
     yield f"-> {out}/keep.npy, keep.json, dropped.npy" + f", {cfg['export']}" * bool(cfg["export"])
     keep = terminal.command(f"--keep={out}/keep.npy")
@@ -295,12 +467,24 @@ def show_tokens(r):
     yield f"sum: {micro(r['sum'])}"
     yield ""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        yield from table(["position", "value", "token"], [[str(t["position"]), micro(t["value"]), t["token"]] for t in r["tokens"]])
+        yield from table(
+            ["position", "value", "token"],
+            [[str(t["position"]), micro(t["value"]), t["token"]] for t in r["tokens"]],
+        )
         return
     known = [abs(t["value"]) for t in r["tokens"] if not math.isnan(t["value"])]
-    most = sorted(known)[int(0.98 * (len(known) - 1))] or 1.0  # a single token far out would leave all others white
+    most = (
+        sorted(known)[int(0.98 * (len(known) - 1))] or 1.0
+    )  # a single token far out would leave all others white
     yield Coloured((t["token"], t["value"] / most) for t in r["tokens"])
-    yield Coloured([(" hurt ", -1), (" nothing ", 0), (" helped ", 1), (f": the darkest are {micro(most)} and beyond", math.nan)])
+    yield Coloured(
+        [
+            (" hurt ", -1),
+            (" nothing ", 0),
+            (" helped ", 1),
+            (f": the darkest are {micro(most)} and beyond", math.nan),
+        ]
+    )
 
 
 def coloured(text, x):
@@ -309,10 +493,22 @@ def coloured(text, x):
     if math.isnan(x):
         return text
     x = max(-1.0, min(1.0, x))
-    red, green, blue = (round(255 + (end - 255) * abs(x)) for end in ((88, 146, 255) if x > 0 else (255, 105, 92)))
-    lines = (f"\x1b[48;2;{red};{green};{blue};38;2;0;0;0m{line}\x1b[0m" if line else "" for line in text.split("\n"))
+    red, green, blue = (
+        round(255 + (end - 255) * abs(x)) for end in ((88, 146, 255) if x > 0 else (255, 105, 92))
+    )
+    lines = (
+        f"\x1b[48;2;{red};{green};{blue};38;2;0;0;0m{line}\x1b[0m" if line else ""
+        for line in text.split("\n")
+    )
     return "\n".join(lines)  # no colour runs on to the margin
 
 
-SHOWN = dict(summary=show_summary, top=show_ranked, bottom=show_ranked, query=show_ranked, domains=show_domains, chunk=show_chunk)
+SHOWN = dict(
+    summary=show_summary,
+    top=show_ranked,
+    bottom=show_ranked,
+    query=show_ranked,
+    domains=show_domains,
+    chunk=show_chunk,
+)
 SHOWN |= dict(doc=show_doc, export=show_export, compare=show_compare, tokens=show_tokens)

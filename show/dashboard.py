@@ -91,12 +91,20 @@ class Board:
             if len(measured):
                 drop = measured["before"][:, k] - measured["after"][:, k]
                 metrics |= {f"books/{name}/drop": float(drop.sum())}
-                metrics |= {f"books/{name}/{key}": float(measured[key][:, k].sum()) for key in ("data", "momentum", "decay", "residual")}
+                metrics |= {
+                    f"books/{name}/{key}": float(measured[key][:, k].sum())
+                    for key in ("data", "momentum", "decay", "residual")
+                }
             if recent.audit is not None:
-                metrics |= {f"audit/{name}/{key}": float(recent.audit[key][-1, k]) for key in AUDIT_ENTRIES}
+                metrics |= {
+                    f"audit/{name}/{key}": float(recent.audit[key][-1, k]) for key in AUDIT_ENTRIES
+                }
             v = visits["value"][:, k]
             low, high = np.percentile(v, (5, 95))
-            metrics |= {f"value/{name}/{key}": float(x) for key, x in dict(mean=v.mean(), p5=low, p95=high, negative=(v < 0).mean()).items()}
+            metrics |= {
+                f"value/{name}/{key}": float(x)
+                for key, x in dict(mean=v.mean(), p5=low, p95=high, negative=(v < 0).mean()).items()
+            }
             sums = np.bincount(self.data.train.domain[visits["chunk"]], v, len(self.data.domains))
             metrics |= {f"value_by_domain/{name}/{d}": float(s) for d, s in zip(self.domains, sums)}
             if histogram:
@@ -108,16 +116,36 @@ class Board:
         total (n_chunks, K) nats, used (n_chunks,) bool."""
         metrics, ids = {}, np.flatnonzero(used)
         domain = self.data.train.domain[ids]
-        self.curves.append((step, [np.bincount(domain, of_target, len(self.data.domains)) for of_target in total[ids].T]))
+        self.curves.append(
+            (
+                step,
+                [
+                    np.bincount(domain, of_target, len(self.data.domains))
+                    for of_target in total[ids].T
+                ],
+            )
+        )
         steps, sums = zip(*self.curves)
         present = np.flatnonzero(np.bincount(domain, minlength=len(self.data.domains)))
         for k, name in enumerate(self.targets):
             lines = {self.data.domains[d]: [float(of[k][d]) for of in sums] for d in present}
-            metrics[f"domains/{name}"] = Curves(list(steps), lines, f"value so far, nats, for {name}")
+            metrics[f"domains/{name}"] = Curves(
+                list(steps), lines, f"value so far, nats, for {name}"
+            )
             order = ids[np.argsort(-total[ids, k])]
             for end, chunks in (("top", order[:n]), ("bottom", order[::-1][:n])):
-                rows = [[int(c), self.data.domains[self.data.train.domain[c]], float(total[c, k]), self.text(c)] for c in chunks]
-                metrics[f"chunks/{name}/{end}"] = Table(["chunk", "domain", "value (nats)", "text"], rows)
+                rows = [
+                    [
+                        int(c),
+                        self.data.domains[self.data.train.domain[c]],
+                        float(total[c, k]),
+                        self.text(c),
+                    ]
+                    for c in chunks
+                ]
+                metrics[f"chunks/{name}/{end}"] = Table(
+                    ["chunk", "domain", "value (nats)", "text"], rows
+                )
         return metrics
 
     def text(self, chunk):

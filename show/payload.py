@@ -17,7 +17,10 @@ CELLS = 1200  # targets times domains: with many targets fewer domains are named
 NUMBERS = 24_000  # of a chart, for all targets and domains together
 PAGE = 1_800_000  # bytes of the whole content
 TEXTS, TOKENS = 700_000, 800_000  # bytes: of all the texts together, of all the coloured tokens
-BAD, GOOD = 0.1, 0.9  # a residual above this share of the drop, an audited step's Pearson below this: a warning
+BAD, GOOD = (
+    0.1,
+    0.9,
+)  # a residual above this share of the drop, an audited step's Pearson below this: a warning
 LONE = 0.2  # a step with more than this share of the size of all values: sums, means and shares leave it out, and the page says so
 RULES = {
     "sgd": "first order, as if plain SGD trained",
@@ -38,8 +41,17 @@ def gather(run, documents):
         passed.add(visits)
     lone = passed.leave_out()
     tokens = passed.count[used] * run.width
-    content = dict(run=describe(run, passed), targets=[short(name) for name in run.names], domains=names, lone=lone)
-    content |= dict(trust=trust(run, passed.early), spread=spread(values, tokens, of[used], passed.left[:, used]), time=over_time(run, passed))
+    content = dict(
+        run=describe(run, passed),
+        targets=[short(name) for name in run.names],
+        domains=names,
+        lone=lone,
+    )
+    content |= dict(
+        trust=trust(run, passed.early),
+        spread=spread(values, tokens, of[used], passed.left[:, used]),
+        time=over_time(run, passed),
+    )
     content |= dict(histogram=histograms(values, of[used], D), points=points(run, of))
     shown = dict(chunks=chunks(run, documents, used[chosen], values[chosen], of, passed))
     room_for_texts = min(TEXTS, PAGE - TOKENS - len(encode(content | shown)))
@@ -50,7 +62,9 @@ def gather(run, documents):
 def encode(content):
     """-> JSON, bytes, that cannot end a script element; a lone surrogate becomes JSON's escape for it."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}).encode("utf-8", "backslashreplace")
+    return text.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}).encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def num(x, digits=4):
@@ -105,7 +119,9 @@ class Pass:
         self.measured = run.books["step"][np.isfinite(entries).all((0, 2))]
         # columns of the normalised chart: at least four measured steps each, or the scatter of their drops would not be known
         self.groups = np.array_split(self.measured, max(1, min(bins // 2, len(self.measured) // 4)))
-        self.group_edges = np.array([*(group[0] for group in self.groups if len(group)), self.first + steps])
+        self.group_edges = np.array(
+            [*(group[0] for group in self.groups if len(group)), self.first + steps]
+        )
         self.count = np.zeros(len(of), np.int32)
         self.position = np.full(len(of), -1, np.int32)
         self.position[chosen] = np.arange(len(chosen))
@@ -137,7 +153,9 @@ class Pass:
         for sums, edges in ((self.sums[k], self.edges), (self.group_sums[k], self.group_edges)):
             column = np.searchsorted(edges, step, "right") - 1
             inside = (column >= 0) & (column < len(sums))
-            sums += np.bincount((column * self.D + self.of[chunk])[inside], values[inside], sums.size).reshape(sums.shape)
+            sums += np.bincount(
+                (column * self.D + self.of[chunk])[inside], values[inside], sums.size
+            ).reshape(sums.shape)
 
     def leave_out(self):
         """Takes steps that outweigh all others out of the sums over time and marks their chunks -> per target [[step, share of the size of all
@@ -145,12 +163,18 @@ class Pass:
         found, B, self.total = [], self.run.info["batch"], self.sizes.sum(1)
         for k, sizes in enumerate(self.sizes):
             found.append([])
-            for i in np.flatnonzero(sizes > LONE * self.total[k]) if len(sizes) >= 1 / LONE**2 else ():
+            for i in (
+                np.flatnonzero(sizes > LONE * self.total[k]) if len(sizes) >= 1 / LONE**2 else ()
+            ):
                 rows = self.run.visits[i * B : (i + 1) * B]
-                self.into_columns(k, rows["step"], rows["chunk"], -rows["value"][:, k].astype(float))
+                self.into_columns(
+                    k, rows["step"], rows["chunk"], -rows["value"][:, k].astype(float)
+                )
                 self.left[k, rows["chunk"]] = True
                 sizes[i], share = 0, sizes[i] / self.total[k]
-                found[k].append([int(i) + self.first, num(share), num(rows["value"][:, k].sum(dtype=float))])
+                found[k].append(
+                    [int(i) + self.first, num(share), num(rows["value"][:, k].sum(dtype=float))]
+                )
         return found
 
 
@@ -160,11 +184,31 @@ def describe(run, passed):
     size = vocab * width * (1 if cfg["tie_weights"] else 2) + 12 * cfg["n_layer"] * width**2
     keys = "n_layer n_head n_embd max_iters optimizer learning_rate warmup_iters grad_clip target_batch book_interval audit_interval".split()
     found = {key: cfg[key] for key in keys}
-    found |= dict(name=short(run.path.resolve().name), data=short(run.data.path.name), tokenizer=meta["tokenizer"], size=size, width=run.width)
-    found |= dict(rule=run.info["rule"], rule_is=RULES.get(run.info["rule"], ""), batch=run.info["batch"], visits=len(run.visits))
-    found |= dict(step=run.info["committed_step"], first=passed.first, used=len(run.used), chunks=len(run.values), hash=run.data.hash[:12])
+    found |= dict(
+        name=short(run.path.resolve().name),
+        data=short(run.data.path.name),
+        tokenizer=meta["tokenizer"],
+        size=size,
+        width=run.width,
+    )
+    found |= dict(
+        rule=run.info["rule"],
+        rule_is=RULES.get(run.info["rule"], ""),
+        batch=run.info["batch"],
+        visits=len(run.visits),
+    )
+    found |= dict(
+        step=run.info["committed_step"],
+        first=passed.first,
+        used=len(run.used),
+        chunks=len(run.values),
+        hash=run.data.hash[:12],
+    )
     found |= dict(approximate=run.info.get("approximate"))
-    return found | dict(early=len(passed.early), early_share=num(passed.early_size / np.maximum(passed.total, 1e-300)))
+    return found | dict(
+        early=len(passed.early),
+        early_share=num(passed.early_size / np.maximum(passed.total, 1e-300)),
+    )
 
 
 def trust(run, early):
@@ -175,14 +219,34 @@ def trust(run, early):
         of = {name: entries[name][:, k].astype(float) for name in BOOK_ENTRIES}
         drop = of["before"] - of["after"]
         total, known = drop.sum(), drop.sum() > 0
-        parts = {name: of[name].sum() / total if known else np.nan for name in ("data", "momentum", "decay", "residual")}
-        rest = of["residual"][late].sum() / drop[late].sum() if known and drop[late].sum() > 0 else np.nan
-        row = dict(steps=len(drop), drop=num(total), parts={name: num(x) for name, x in parts.items()}, rest=num(rest), early=int((~late).sum()))
+        parts = {
+            name: of[name].sum() / total if known else np.nan
+            for name in ("data", "momentum", "decay", "residual")
+        }
+        rest = (
+            of["residual"][late].sum() / drop[late].sum()
+            if known and drop[late].sum() > 0
+            else np.nan
+        )
+        row = dict(
+            steps=len(drop),
+            drop=num(total),
+            parts={name: num(x) for name, x in parts.items()},
+            rest=num(rest),
+            early=int((~late).sum()),
+        )
         audit = {name: run.audit[name][:, k] for name in AUDIT_ENTRIES}
         row["audit"] = None
         if len(run.audit):
-            row["audit"] = dict(steps=len(run.audit), rel_l2=num(np.median(audit["rel_l2"])), loo=num(audit["loo_pearson"].mean()))
-            row["audit"] |= {name: num([audit[name].mean(), audit[name].min()]) for name in ("pearson", "spearman")}
+            row["audit"] = dict(
+                steps=len(run.audit),
+                rel_l2=num(np.median(audit["rel_l2"])),
+                loo=num(audit["loo_pearson"].mean()),
+            )
+            row["audit"] |= {
+                name: num([audit[name].mean(), audit[name].min()])
+                for name in ("pearson", "spearman")
+            }
         row["bad_books"] = bool(len(drop)) and not (known and abs(parts["residual"]) <= BAD)
         row["bad_audit"] = bool(len(run.audit)) and not audit["pearson"].min() >= GOOD
         found.append(row)
@@ -200,8 +264,12 @@ def spread(values, tokens, of, left):
         found["tokens"].append(sizes.tolist())
         found["sum"].append(num(sums))
         found["mean"].append(num(sums / np.where(sizes, sizes, np.nan)))
-        found["error"].append(num([each[m].std(ddof=1) / math.sqrt(len(m)) if len(m) > 1 else np.nan for m in kept]))
-        found["quantiles"].append(num([np.quantile(each[m], (0.05, 0.25, 0.5, 0.75, 0.95)) for m in members]))
+        found["error"].append(
+            num([each[m].std(ddof=1) / math.sqrt(len(m)) if len(m) > 1 else np.nan for m in kept])
+        )
+        found["quantiles"].append(
+            num([np.quantile(each[m], (0.05, 0.25, 0.5, 0.75, 0.95)) for m in members])
+        )
         found["negative"].append(num([(v[m] < 0).mean() for m in members]))
     sizes = np.abs(np.array(found["quantiles"], float))
     typical = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
@@ -215,13 +283,27 @@ def over_time(run, passed):
     drops = (run.books["before"] - run.books["after"])[index].astype(float).T  # (K, measured)
     share, mean, error = [], [], []
     for k in range(len(run.names)):
-        groups = [g for g in np.split(drops[k], np.cumsum([len(g) for g in passed.groups])[:-1]) if len(g)]
+        groups = [
+            g for g in np.split(drops[k], np.cumsum([len(g) for g in passed.groups])[:-1]) if len(g)
+        ]
         mean.append([g.mean() for g in groups])
         error.append([g.std(ddof=1) / math.sqrt(len(g)) if len(g) > 1 else np.inf for g in groups])
         clear = np.array(mean[k]) > 2 * np.array(error[k])
-        per_step = passed.group_sums[k] / np.diff(passed.group_edges)[:, None] if len(groups) else passed.group_sums[k]
-        share.append(np.where(clear, per_step.T / np.where(clear, mean[k], 1), np.nan) if len(groups) else np.zeros((passed.D, 0)))
-    found = dict(edges=passed.edges.tolist(), cumulative=num(passed.sums.cumsum(1).transpose(0, 2, 1)), groups=passed.group_edges.tolist())
+        per_step = (
+            passed.group_sums[k] / np.diff(passed.group_edges)[:, None]
+            if len(groups)
+            else passed.group_sums[k]
+        )
+        share.append(
+            np.where(clear, per_step.T / np.where(clear, mean[k], 1), np.nan)
+            if len(groups)
+            else np.zeros((passed.D, 0))
+        )
+    found = dict(
+        edges=passed.edges.tolist(),
+        cumulative=num(passed.sums.cumsum(1).transpose(0, 2, 1)),
+        groups=passed.group_edges.tolist(),
+    )
     ends = np.add.reduceat(passed.sizes, passed.edges[:-1] - passed.first, 1).cumsum(1)
     return found | dict(size=num(ends), share=num(share, 3), drop=num(mean), error=num(error))
 
@@ -250,7 +332,9 @@ def points(run, of):
     """A sample of the visits, evenly over the ledger: domain (n,), training loss (n,), values (K, n)."""
     n = min(len(run.visits), POINTS, 5 * POINTS // len(run.names))
     rows = run.visits[np.linspace(0, len(run.visits) - 1, n).astype(int)]
-    return dict(domain=of[rows["chunk"]].tolist(), loss=num(rows["loss"]), values=num(rows["value"].T, 3))
+    return dict(
+        domain=of[rows["chunk"]].tolist(), loss=num(rows["loss"]), values=num(rows["value"].T, 3)
+    )
 
 
 def fit(text, limit):
@@ -269,7 +353,11 @@ def chunks(run, documents, chosen, values, of, passed):
         shown = [[doc["doc"], fit(doc["source"], 100), doc["record"]] for doc in docs[:DOCUMENTS]]
         row = dict(chunk=chunk, domain=int(of[chunk]), values=num(values[i]))
         row |= dict(documents=shown, more=len(docs) - len(shown))
-        row |= dict(visits=int(passed.count[chunk]), step=int(passed.met[i]), early=int(passed.met[i]) in passed.early)
+        row |= dict(
+            visits=int(passed.count[chunk]),
+            step=int(passed.met[i]),
+            early=int(passed.met[i]) in passed.early,
+        )
         found[i] = row | dict(loss=num(passed.loss[i] / passed.count[chunk]))
     return found
 
@@ -295,4 +383,6 @@ def add_tokens(content, run, step, values):
     for row, of in zip(content["chunks"], np.nan_to_num(np.asarray(values, float))):
         largest = np.abs(of).max(0)  # (K,)
         parts = np.rint(1000 * of / np.where(largest > 0, largest, 1)).astype(int)
-        row["tokens"] = dict(pieces=run.pieces(row["chunk"])[: len(of)], largest=num(largest), parts=parts.T.tolist())
+        row["tokens"] = dict(
+            pieces=run.pieces(row["chunk"])[: len(of)], largest=num(largest), parts=parts.T.tolist()
+        )

@@ -21,7 +21,9 @@ class Run:
     info: dict  # values.json: sign, unit, rule, targets, committed_step
     data: Dataset
     values: np.ndarray  # float32 (n_chunks, K), nats; NaN = never used
-    visits: np.ndarray  # the ledger's committed rows, memmapped: step, chunk, loss, value (K,), grad_norm, early
+    visits: (
+        np.ndarray
+    )  # the ledger's committed rows, memmapped: step, chunk, loss, value (K,), grad_norm, early
     books: np.ndarray  # one row a step
     audit: np.ndarray  # one row an audited step; of length 0 where there was none
 
@@ -55,18 +57,24 @@ class Run:
     def target(self, name=""):
         """A target's number; of the first without a name. Raises ValueError for a name that is none."""
         if name and name not in self.names:
-            raise UserError(f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}")
+            raise UserError(
+                f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}"
+            )
         return self.names.index(name) if name else 0
 
     def domain(self, name):
         if name not in self.domains:
-            raise UserError(f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}")
+            raise UserError(
+                f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}"
+            )
         return self.domains.index(name)
 
     def domain_of(self, chunk):
         """A chunk's domain, by name. Raises ValueError for a number that is no chunk's."""
         if not 0 <= chunk < len(self.values):
-            raise UserError(f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}")
+            raise UserError(
+                f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}"
+            )
         return self.domains[int(self.data.train.domain[chunk])]
 
     def named(self, values):
@@ -79,15 +87,25 @@ class Run:
 
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""
-        return np.concatenate([self.visits[:0], *(part[np.isin(part["chunk"], chunks)] for part in self.parts())])
+        return np.concatenate(
+            [self.visits[:0], *(part[np.isin(part["chunk"], chunks)] for part in self.parts())]
+        )
 
     def pieces(self, chunk):
         """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by tokens, its last one has it."""
-        tokens, texts, start = [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot := self.data.meta["eot"]], [], 0
+        tokens, texts, start = (
+            [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot := self.data.meta["eot"]],
+            [],
+            0,
+        )
         while start < len(tokens) - 1:
             ends = range(start + 1, min(start + 4, tokens.index(eot, start)) + 1)
-            tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or ["\n<|endoftext|>\n"]
-            n = next((n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1)  # 1: the chunk begins within a character
+            tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or [
+                "\n<|endoftext|>\n"
+            ]
+            n = next(
+                (n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1
+            )  # 1: the chunk begins within a character
             texts += [""] * (n - 1) + [tried[n - 1]]
             start += n
         return texts

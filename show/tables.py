@@ -16,15 +16,23 @@ from system.terminal import visible
 def domains(total, used, data, names):
     """The run as the lines of a table: by domain the chunks used and, per target, their mean and median value and the share of negative
     ones. The median is what a single step with a gradient far above its history cannot move."""
-    lines = ["", "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones"]
+    lines = [
+        "",
+        "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones",
+    ]
     lines += [f"{'':32}" + "".join("  " + fit(name, 26, right=True) for name in names)]
     lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)]
     ids = np.flatnonzero(used)
     total, domain = total[ids], data.train.domain[ids]
     rows = [(name, domain == d) for d, name in enumerate(data.domains)]
-    rows = sorted((row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0]))
+    rows = sorted(
+        (row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0])
+    )
     for name, chosen in [*rows, ("all", domain >= 0)]:
-        cells = "".join(f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}" for v in total[chosen].T)
+        cells = "".join(
+            f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}"
+            for v in total[chosen].T
+        )
         lines.append(f"{fit(name, 23)} {chosen.sum():>8,}{cells}")
     return lines
 
@@ -38,8 +46,17 @@ def account(entries, audits, names, domains):
         if total and "momentum_by_domain" in entries.dtype.names:
             credit = measured(entries)["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
             order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
-            lines.append("  momentum, of the same drop: " + ", ".join(f"{domains[d]} {credit[d] / total['drop']:.1%}" for d in order))
-    return [*lines, *(compared(name, audited(audits, k)) for k, name in enumerate(names if len(audits) else ()))]
+            lines.append(
+                "  momentum, of the same drop: "
+                + ", ".join(f"{domains[d]} {credit[d] / total['drop']:.1%}" for d in order)
+            )
+    return [
+        *lines,
+        *(
+            compared(name, audited(audits, k))
+            for k, name in enumerate(names if len(audits) else ())
+        ),
+    ]
 
 
 def measured(entries):
@@ -53,13 +70,20 @@ def booked(entries, k):
         return None
     total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in BOOK_ENTRIES}
     drop = total.pop("before") - total.pop("after")
-    return dict(measured_steps=len(entries), drop=drop, accounted=ratio(drop - total["residual"], drop), **total)
+    return dict(
+        measured_steps=len(entries),
+        drop=drop,
+        accounted=ratio(drop - total["residual"], drop),
+        **total,
+    )
 
 
 def accounted(name, total):
     if not total:
         return f"{name}: no step was measured yet"
-    parts = ", ".join(f"{key} {ratio(total[key], total['drop']):.1%}" for key in ("data", "momentum", "decay"))
+    parts = ", ".join(
+        f"{key} {ratio(total[key], total['drop']):.1%}" for key in ("data", "momentum", "decay")
+    )
     known = f"{total['accounted']:.1%} of the drop of {total['drop']:.4f} nats in {total['measured_steps']} measured steps"
     return f"{name}: accounted for {known} ({parts})"
 
@@ -69,13 +93,24 @@ def audited(audits, k):
     if not len(audits):
         return None
     a = {key: audits[key][:, k].astype(float) for key in AUDIT_ENTRIES}
-    found = dict(steps=len(audits), rel_l2=float(np.median(a["rel_l2"])), sum_error=ratio(a["efficiency_gap"].sum(), a["utility"].sum()))
-    found |= {name: float(figure) for key in ("pearson", "spearman") for name, figure in ((key, a[key].mean()), (f"{key}_lowest", a[key].min()))}
+    found = dict(
+        steps=len(audits),
+        rel_l2=float(np.median(a["rel_l2"])),
+        sum_error=ratio(a["efficiency_gap"].sum(), a["utility"].sum()),
+    )
+    found |= {
+        name: float(figure)
+        for key in ("pearson", "spearman")
+        for name, figure in ((key, a[key].mean()), (f"{key}_lowest", a[key].min()))
+    }
     return found | dict(loo_pearson=float(a["loo_pearson"].mean()))
 
 
 def compared(name, a):
-    spread = ", ".join(f"{key.capitalize()} {a[key]:.4f} (lowest {a[key + '_lowest']:.4f})" for key in ("pearson", "spearman"))
+    spread = ", ".join(
+        f"{key.capitalize()} {a[key]:.4f} (lowest {a[key + '_lowest']:.4f})"
+        for key in ("pearson", "spearman")
+    )
     sums = f"relative L2 {a['rel_l2']:.1%} (median), sum {a['sum_error']:+.1%} of the truth"
     return f"{name}: audit of {a['steps']} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson']:.4f}"
 
@@ -161,4 +196,12 @@ def spread(v):
     """Values (n,) -> their mean and its standard error, standard deviation, percentiles, and the share of negative ones."""
     p5, median, p95 = map(float, np.percentile(v, (5, 50, 95)))
     sd = float(v.std(ddof=1)) if len(v) > 1 else math.nan
-    return dict(mean=float(v.mean()), standard_error=sd / len(v) ** 0.5, sd=sd, p5=p5, median=median, p95=p95, negative=float((v < 0).mean()))
+    return dict(
+        mean=float(v.mean()),
+        standard_error=sd / len(v) ** 0.5,
+        sd=sd,
+        p5=p5,
+        median=median,
+        p95=p95,
+        negative=float((v < 0).mean()),
+    )

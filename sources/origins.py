@@ -33,9 +33,17 @@ class Documents:
             raise UserError(f"{self.path} is missing or damaged ({short(e)}): {self.cure}") from e
         if self.file.schema_arrow != DOCUMENTS:
             raise UserError(f"{self.path} is damaged (its columns are others): {self.cure}")
-        groups, column = range(self.file.num_row_groups), self.file.schema_arrow.names.index("first_chunk")
+        groups, column = (
+            range(self.file.num_row_groups),
+            self.file.schema_arrow.names.index("first_chunk"),
+        )
         of = [self.file.metadata.row_group(i) for i in groups]
-        self.first = np.array([group.column(column).statistics.min if group.num_rows else np.iinfo("i8").max for group in of])
+        self.first = np.array(
+            [
+                group.column(column).statistics.min if group.num_rows else np.iinfo("i8").max
+                for group in of
+            ]
+        )
 
     def group(self, i):
         """A row group -> {column: array}."""
@@ -68,14 +76,32 @@ class Documents:
         found, i = [], int(np.searchsorted(self.first, chunk, "right")) - 1
         while i >= 0:
             group = self.group(i)
-            before = np.flatnonzero((group["first_chunk"] <= chunk) & (group["domain"] == domain))[::-1]
+            before = np.flatnonzero((group["first_chunk"] <= chunk) & (group["domain"] == domain))[
+                ::-1
+            ]
             for row in before:
                 begun, n = int(group["first_chunk"][row]), int(group["n_tokens"][row])
-                apart = 0 if begun == chunk else np.count_nonzero(self.run.data.train.domain[begun:chunk] == self.run.data.train.domain[chunk])
+                apart = (
+                    0
+                    if begun == chunk
+                    else np.count_nonzero(
+                        self.run.data.train.domain[begun:chunk] == self.run.data.train.domain[chunk]
+                    )
+                )
                 begins = int(group["first_token"][row]) - apart * self.run.data.train.rows.shape[1]
-                if begins + n >= 0 and begins <= self.run.width:  # its <eot>, or more, in what was trained on
+                if (
+                    begins + n >= 0 and begins <= self.run.width
+                ):  # its <eot>, or more, in what was trained on
                     doc, source, record = (group[key][row] for key in ("doc", "source", "record"))
-                    found.append(dict(doc=int(doc), source=source, record=int(record), n_tokens=n, begins=int(begins)))
+                    found.append(
+                        dict(
+                            doc=int(doc),
+                            source=source,
+                            record=int(record),
+                            n_tokens=n,
+                            begins=int(begins),
+                        )
+                    )
                 if begun < chunk:
                     return found[::-1]
             i -= 1
@@ -86,7 +112,9 @@ class Documents:
         rows = self.rows_of(doc) if 0 <= doc < 2**63 else []
         if not rows:
             why = "it is in the validation set, fills no chunk, or does not exist"
-            raise UserError(f"document {doc} is not in {self.path}: {why}. `values.py chunk` says which documents lie in a chunk")
+            raise UserError(
+                f"document {doc} is not in {self.path}: {why}. `values.py chunk` says which documents lie in a chunk"
+            )
         return rows[0]
 
     def rows_of(self, doc):
@@ -105,19 +133,30 @@ class Documents:
         (_, W), domains, streams = self.run.data.train.rows.shape, np.array(self.run.domains), {}
         for i in range(len(self.first)):
             columns = self.group(i)
-            n, start, stream_of = columns["n_tokens"].astype(np.int64) + 1, columns["first_token"].astype(np.int64), columns["domain"]
+            n, start, stream_of = (
+                columns["n_tokens"].astype(np.int64) + 1,
+                columns["first_token"].astype(np.int64),
+                columns["domain"],
+            )
             parts = []
             for name in np.unique(stream_of.astype(str)) if len(n) else ():
                 if name not in streams:
                     streams[name] = self.stream(int(np.flatnonzero(domains == name)[0]))
                 own = np.flatnonzero(stream_of == name)
                 first = np.searchsorted(streams[name], columns["first_chunk"][own])
-                last = np.minimum(first + (start[own] + n[own] - 1) // W, len(streams[name]) - 1)  # the end of the last one may fill no chunk
+                last = np.minimum(
+                    first + (start[own] + n[own] - 1) // W, len(streams[name]) - 1
+                )  # the end of the last one may fill no chunk
                 count = last - first + 1
-                document, nth = np.repeat(own, count), np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+                document, nth = (
+                    np.repeat(own, count),
+                    np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count),
+                )
                 begin = start[document] - nth * W
                 where = streams[name][np.repeat(first, count) + nth]
-                parts.append(np.stack([document, where, begin.clip(0), (begin + n[document]).clip(max=W)]))
+                parts.append(
+                    np.stack([document, where, begin.clip(0), (begin + n[document]).clip(max=W)])
+                )
             found = np.concatenate(parts, 1) if parts else np.zeros((4, 0), np.int64)
             yield columns, *found[:, np.argsort(found[0], kind="stable")]
 
@@ -126,22 +165,50 @@ class Documents:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        n, (_, W), of = len(self.run.values), self.run.data.train.rows.shape, self.run.data.train.domain
-        columns, names, last = ["doc", "domain", "first_chunk", "first_token"], pa.array(self.run.domains), np.zeros((3, 0), np.int64)
+        n, (_, W), of = (
+            len(self.run.values),
+            self.run.data.train.rows.shape,
+            self.run.data.train.domain,
+        )
+        columns, names, last = (
+            ["doc", "domain", "first_chunk", "first_token"],
+            pa.array(self.run.domains),
+            np.zeros((3, 0), np.int64),
+        )
         for i in range(0, len(self.first), 8):
             table = self.read(range(i, min(i + 8, len(self.first))), columns)
-            doc, domain, chunk, token = (column.to_numpy() for column in table.set_column(1, "domain", pc.index_in(table["domain"], names)).columns)
+            doc, domain, chunk, token = (
+                column.to_numpy()
+                for column in table.set_column(
+                    1, "domain", pc.index_in(table["domain"], names)
+                ).columns
+            )
             new = np.stack([domain, (domain * np.int64(n) + chunk) * W + token, doc])
-            rows = np.concatenate([last, new], 1)  # the last document of each domain so far may go on
+            rows = np.concatenate(
+                [last, new], 1
+            )  # the last document of each domain so far may go on
             domain, place, doc = rows = rows[:, np.argsort(rows[1])]
             last = rows[:, np.append(domain[1:] != domain[:-1], True)]
-            end = np.searchsorted(chunks, self.first[i + 8]) if i + 8 < len(self.first) else len(chunks)
+            end = (
+                np.searchsorted(chunks, self.first[i + 8])
+                if i + 8 < len(self.first)
+                else len(chunks)
+            )
             some, chunks = chunks[:end], chunks[end:]
             start = (of[some] * np.int64(n) + some) * W
-            begin, end = np.searchsorted(place, start), np.searchsorted(place, start + self.run.width, "right")
-            begin -= place.take(begin, mode="clip") != start  # where none begins with the chunk, one goes on into it
+            begin, end = (
+                np.searchsorted(place, start),
+                np.searchsorted(place, start + self.run.width, "right"),
+            )
+            begin -= (
+                place.take(begin, mode="clip") != start
+            )  # where none begins with the chunk, one goes on into it
             bounds = np.append(0, np.cumsum(end - begin))
-            yield some, bounds, doc[np.arange(bounds[-1]) + np.repeat(begin - bounds[:-1], end - begin)]
+            yield (
+                some,
+                bounds,
+                doc[np.arange(bounds[-1]) + np.repeat(begin - bounds[:-1], end - begin)],
+            )
 
 
 # --- texts for other trainers ---------------------------------------------------
@@ -154,16 +221,30 @@ def stretches(documents, stays, kept):
     eot, decode_bytes = run.data.meta["eot"], run.tokenizer.decode_bytes
     for columns, document, chunk, begin, end in documents.pieces():
         fine = kept[chunk] if stays is None else stays[seen + document]
-        first = np.append(True, (document[1:] != document[:-1]) | ~fine[:-1])[: len(fine)] & fine  # of a stretch
+        first = (
+            np.append(True, (document[1:] != document[:-1]) | ~fine[:-1])[: len(fine)] & fine
+        )  # of a stretch
         starts = np.flatnonzero(first)
-        ends = [start + int(np.argmin(np.append(same, False))) for start, same in ((s, fine[s:t]) for s, t in zip(starts, [*starts[1:], len(fine)]))]
+        ends = [
+            start + int(np.argmin(np.append(same, False)))
+            for start, same in ((s, fine[s:t]) for s, t in zip(starts, [*starts[1:], len(fine)]))
+        ]
         last, part = -1, 0
         for start, stop in zip(starts.tolist(), ends):
             row = int(document[start])
             part, last = (part + 1 if row == last else 0), row
-            tokens = np.concatenate([run.data.train.rows[chunk[i], begin[i] : end[i]] for i in range(start, stop)])
-            about = dict(pile_set_name=str(columns["domain"][row]), doc=int(columns["doc"][row]), source=str(columns["source"][row]))
-            yield dict(text=whole_characters(decode_bytes(tokens[tokens != eot])), meta=about | dict(record=int(columns["record"][row]), part=part))
+            tokens = np.concatenate(
+                [run.data.train.rows[chunk[i], begin[i] : end[i]] for i in range(start, stop)]
+            )
+            about = dict(
+                pile_set_name=str(columns["domain"][row]),
+                doc=int(columns["doc"][row]),
+                source=str(columns["source"][row]),
+            )
+            yield dict(
+                text=whole_characters(decode_bytes(tokens[tokens != eot])),
+                meta=about | dict(record=int(columns["record"][row]), part=part),
+            )
         seen += len(columns["doc"])
 
 
@@ -171,7 +252,9 @@ def check_export(path):
     """Raises ValueError where write_texts cannot write."""
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")) or not path.parent.is_dir():
-        raise UserError(f"--export={path}: write the name of a .jsonl.zst, .jsonl or .parquet file, in a folder that exists")
+        raise UserError(
+            f"--export={path}: write the name of a .jsonl.zst, .jsonl or .parquet file, in a folder that exists"
+        )
 
 
 def write_texts(path, documents, stays, kept):
@@ -180,8 +263,20 @@ def write_texts(path, documents, stays, kept):
     import pyarrow.parquet as pq
     import zstandard
 
-    records = (r for r in progress(stretches(documents, stays, kept), "export", unit="text", delay=1) if r["text"])
-    meta = pa.struct(dict(pile_set_name=pa.string(), doc=pa.int64(), source=pa.string(), record=pa.int64(), part=pa.int32()))
+    records = (
+        r
+        for r in progress(stretches(documents, stays, kept), "export", unit="text", delay=1)
+        if r["text"]
+    )
+    meta = pa.struct(
+        dict(
+            pile_set_name=pa.string(),
+            doc=pa.int64(),
+            source=pa.string(),
+            record=pa.int64(),
+            part=pa.int32(),
+        )
+    )
     with atomic(path) as f:
         if str(path).endswith(".parquet"):
             schema = pa.schema(dict(text=pa.large_string(), meta=meta))

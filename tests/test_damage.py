@@ -221,7 +221,9 @@ MALFORMED = ["", "{", "[]", "{}", "null", "3", '"text"', "NaN", "[" * 100_000, "
 MALFORMED += ['{"crc32": "00000000"}', "\ufeff{}", "{}{}"]
 
 
-@pytest.mark.parametrize("name", ["run/values.json", "run/config.json", "data/meta.json", "kept/keep.json"])
+@pytest.mark.parametrize(
+    "name", ["run/values.json", "run/config.json", "data/meta.json", "kept/keep.json"]
+)
 def test_json_that_is_none_of_ours_is_one_line(folders, undamaged, name):
     path = folders.work / name
     for i, content in enumerate(MALFORMED):

@@ -103,7 +103,9 @@ def test_charts_go_on_after_a_resume(python_data, tmp_path, monkeypatch):
     monkeypatch.setattr(train.dashboard.Board, "open", record)
     argv = ["--wandb_log", "--targets=val", "--checkpoint_interval=2"]
     for more in (["--max_iters=4"], ["--max_iters=8", "--init_from=resume"]):
-        cfg = train.config.load(train.Config, arguments(python_data, tmp_path / "run", *argv, *more))
+        cfg = train.config.load(
+            train.Config, arguments(python_data, tmp_path / "run", *argv, *more)
+        )
         train.train(cfg)
     cfg = train.config.load(train.Config, arguments(python_data, tmp_path / "whole", *argv))
     train.train(cfg)

@@ -83,7 +83,9 @@ def made(tmp_path_factory):
     targets = [f"{with_commas(name)}={path}" for name in STRINGS if "=" not in name]
     options = ["--tokenizer=byte", "--block_size=32", "--val_fraction=.3", "--workers=1"]
     seen = []
-    seen += on_terminal("prepare_pile.py", [f"--source={deep}/source", f"--data_dir={deep}/data", *options])
+    seen += on_terminal(
+        "prepare_pile.py", [f"--source={deep}/source", f"--data_dir={deep}/data", *options]
+    )
     argv = [*SMALL.split(), f"--data_dir={deep}/data"]
     several = "--targets=" + ",".join(targets)
     seen += on_terminal("train.py", [*argv, f"--out_dir={deep}/run", several])

@@ -100,7 +100,9 @@ def test_a_checkpoint_that_cannot_be_read_again_replaces_none(python_data, tmp_p
 # --- names, and what may be removed ---------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["..", ".", "../..", "../../other", "/tmp", "a/b", "a\nb", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "../..", "../../other", "/tmp", "a/b", "a\nb", "x" * 300]
+)
 def test_a_revaluation_is_one_folder_below_its_run(python_data, tmp_path, name):
     out = run(python_data, tmp_path / "out" / "run")
     shutil.copytree(out, tmp_path / "out" / "other")
@@ -186,7 +188,9 @@ def test_a_start_that_comes_to_nothing_leaves_the_run_before(python_data, tmp_pa
     diverging = ["--optimizer=sgd", "--rule=sgd", "--learning_rate=1e30", "--grad_clip=0"]
     diverging += ["--decay_lr=False"]
     find_spec = train.check_system.__globals__["importlib"].util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "wandb" else find_spec(n))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda n: None if n == "wandb" else find_spec(n)
+    )
     for more, answer in (
         (["--wandb_log"], "pip install wandb"),
         (["--data_dir=nowhere"], "no prepared data"),

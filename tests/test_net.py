@@ -24,7 +24,12 @@ class Reader(nn.Module):
 
     def __init__(self, bias=True):
         super().__init__()
-        self.word, self.place, self.norm, self.twice = nn.Embedding(9, 6), nn.Embedding(7, 6), nn.LayerNorm(6), nn.Linear(6, 6, bias=bias)
+        self.word, self.place, self.norm, self.twice = (
+            nn.Embedding(9, 6),
+            nn.Embedding(7, 6),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6, bias=bias),
+        )
 
     def forward(self, X):
         x = self.norm(self.word(X) + self.place(torch.arange(X.shape[1]).expand(X.shape)))
@@ -33,13 +38,24 @@ class Reader(nn.Module):
 
 
 def mlp(bias=True):
-    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.LayerNorm(8, bias=bias), nn.GELU(), nn.Linear(8, CLASSES, bias=bias))
+    return nn.Sequential(
+        nn.Linear(6, 8, bias=bias),
+        nn.LayerNorm(8, bias=bias),
+        nn.GELU(),
+        nn.Linear(8, CLASSES, bias=bias),
+    )
 
 
 def cnn(bias=True):
     conv = functools.partial(nn.Conv2d, bias=bias)
     last = conv(5, 3, 3, padding="same", padding_mode="reflect", bias=bias)
-    layers = [conv(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)), nn.ReLU(), conv(4, 5, 2, padding="same", dilation=2), nn.Tanh(), last]
+    layers = [
+        conv(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)),
+        nn.ReLU(),
+        conv(4, 5, 2, padding="same", dilation=2),
+        nn.Tanh(),
+        last,
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 4 * 6, CLASSES, bias=bias))
 
 
@@ -57,7 +73,11 @@ MODELS = {
 
 def labels(n, seed, loss):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, CLASSES, generator=generator).double() if loss is F.mse_loss else torch.randint(CLASSES, (n,), generator=generator)
+    return (
+        torch.randn(n, CLASSES, generator=generator).double()
+        if loss is F.mse_loss
+        else torch.randint(CLASSES, (n,), generator=generator)
+    )
 
 
 def build(name, loss=F.cross_entropy, bias=True):
@@ -80,25 +100,45 @@ def auto_form():
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("loss", [F.cross_entropy, functools.partial(F.cross_entropy, label_smoothing=0.1), F.mse_loss])
-@pytest.mark.parametrize("K, bias, form", [(1, True, "running"), (3, False, "matmul"), (3, True, "tape")])
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, functools.partial(F.cross_entropy, label_smoothing=0.1), F.mse_loss]
+)
+@pytest.mark.parametrize(
+    "K, bias, form", [(1, True, "running"), (3, False, "matmul"), (3, True, "tape")]
+)
 def test_values_are_each_examples_gradient_along_the_direction(name, loss, K, bias, form):
     net, X, Y = build(name, loss, bias), MODELS[name][1](B, 1), labels(B, 2, loss)
     plain, mean = net(X, Y)
-    assert torch.equal(plain, net.model(X)) and net.chunk_loss is None
+    assert torch.equal(plain, net.model(X))
+    assert net.chunk_loss is None
     mean.backward()
     grads = [p.grad for p in net.parameters()]
     x = exact.chunk_gradients(net, X, Y)
     for p in net.parameters():
         p.grad, p.h = None, torch.randn(K, *p.shape).double()
-    ghost.FORM, ledger = form if form != "tape" else "auto", ghost.Tape() if form == "tape" else torch.zeros(B, K).double().requires_grad_()
+    ghost.FORM, ledger = (
+        form if form != "tape" else "auto",
+        ghost.Tape() if form == "tape" else torch.zeros(B, K).double().requires_grad_(),
+    )
     outputs, valued = net(X, Y, ledger)
     valued.backward()
     values = ledger.values() if form == "tape" else ledger.grad
-    truth = torch.stack([torch.stack([exact.dot(x_i, [p.h[k] for p in net.parameters()]) for k in range(K)]) for x_i in x])
-    assert relative(values, truth) < 1e-10 and relative(outputs, plain) < 1e-12 and abs((valued - mean).item()) < 1e-12
+    truth = torch.stack(
+        [
+            torch.stack([exact.dot(x_i, [p.h[k] for p in net.parameters()]) for k in range(K)])
+            for x_i in x
+        ]
+    )
+    assert relative(values, truth) < 1e-10
+    assert relative(outputs, plain) < 1e-12
+    assert abs((valued - mean).item()) < 1e-12
     assert max(relative(p.grad, g) for p, g in zip(net.parameters(), grads)) < 1e-10
-    assert relative(net.chunk_loss, torch.stack([net(X[i : i + 1], Y[i : i + 1])[1] for i in range(B)])) < 1e-12
+    assert (
+        relative(
+            net.chunk_loss, torch.stack([net(X[i : i + 1], Y[i : i + 1])[1] for i in range(B)])
+        )
+        < 1e-12
+    )
 
 
 def test_labels_that_are_none_do_not_count():
@@ -109,10 +149,16 @@ def test_labels_that_are_none_do_not_count():
     Y[2] = np.nan
     net = Net(mlp().double(), F.mse_loss)
     outputs, loss = net(X, Y)
-    assert loss.item() == pytest.approx(((outputs[0, 0] - Y[0, 0]) ** 2 + F.mse_loss(outputs[1], Y[1])).item() / 2)
+    assert loss.item() == pytest.approx(
+        ((outputs[0, 0] - Y[0, 0]) ** 2 + F.mse_loss(outputs[1], Y[1])).item() / 2
+    )
     net = Net(mlp().double(), F.cross_entropy)
-    assert net(X, torch.tensor([1, -1, 2]))[1].item() == pytest.approx(net(X[[0, 2]], torch.tensor([1, 2]))[1].item())
-    sure = F.one_hot(torch.tensor([1, 0, 2]), CLASSES).double()  # class probabilities: one loss for an example's four labels
+    assert net(X, torch.tensor([1, -1, 2]))[1].item() == pytest.approx(
+        net(X[[0, 2]], torch.tensor([1, 2]))[1].item()
+    )
+    sure = F.one_hot(
+        torch.tensor([1, 0, 2]), CLASSES
+    ).double()  # class probabilities: one loss for an example's four labels
     assert net(X, sure)[1].item() == pytest.approx(net(X, torch.tensor([1, 0, 2]))[1].item())
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in net.model.parameters() if p.grad is not None)
@@ -126,8 +172,10 @@ def test_a_net_is_copied_saved_and_left_as_it_was():
     ledger = torch.zeros(B, 1).double().requires_grad_()
     net(X, Y, ledger)[1].backward()
     twin = copy.deepcopy(net)
-    assert torch.equal(twin(X, Y)[1], net(X, Y)[1]) and list(net.state_dict()) == ["model." + key for key in keys]
-    assert type(model[0]) is nn.Conv2d and list(model.state_dict()) == keys
+    assert torch.equal(twin(X, Y)[1], net(X, Y)[1])
+    assert list(net.state_dict()) == ["model." + key for key in keys]
+    assert type(model[0]) is nn.Conv2d
+    assert list(model.state_dict()) == keys
     twin.load_state_dict(net.state_dict())
     for p in twin.parameters():
         p.h = torch.ones(1, *p.shape).double()
@@ -145,20 +193,46 @@ def take_step(net, optimizer, valuation, step, X, Y, lr, clip=0.0, micro_steps=1
         (net(X[ids], Y[ids], valuation.ledger(ids, X[ids], Y[ids]))[1] * len(ids) / B).backward()
     kappa = 1.0
     if clip:
-        kappa = (clip / (torch.nn.utils.clip_grad_norm_(net.parameters(), clip) + 1e-6)).clamp(max=1.0)
+        kappa = (clip / (torch.nn.utils.clip_grad_norm_(net.parameters(), clip) + 1e-6)).clamp(
+            max=1.0
+        )
     valuation.before_step(kappa)
     optimizer.step()
     optimizer.zero_grad()
     valuation.close()
     closed = valuation.pending[-1]
-    return torch.from_numpy(settle(host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa))[0])
+    return torch.from_numpy(
+        settle(host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa))[0]
+    )
 
 
 def account(net, loss, name, rule, K=1, run=None, wd=0.1, **options):
     adamw = rule.startswith("adamw")
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-2, (0.9, 0.95), weight_decay=wd) if adamw else torch.optim.SGD(net.parameters(), 1e-2)
-    targets = [Examples(f"target {k}", MODELS[name][1](6, 20 + k).numpy(), labels(6, 30 + k, loss).numpy()) for k in range(K)]
-    return optimizer, targets, Valuation(net, optimizer, lambda *batch: net(*batch)[1], targets, rule, B, B, run, target_batch=6, **options)
+    optimizer = (
+        torch.optim.AdamW(net.parameters(), 1e-2, (0.9, 0.95), weight_decay=wd)
+        if adamw
+        else torch.optim.SGD(net.parameters(), 1e-2)
+    )
+    targets = [
+        Examples(f"target {k}", MODELS[name][1](6, 20 + k).numpy(), labels(6, 30 + k, loss).numpy())
+        for k in range(K)
+    ]
+    return (
+        optimizer,
+        targets,
+        Valuation(
+            net,
+            optimizer,
+            lambda *batch: net(*batch)[1],
+            targets,
+            rule,
+            B,
+            B,
+            run,
+            target_batch=6,
+            **options,
+        ),
+    )
 
 
 def target_loss(target):
@@ -166,16 +240,32 @@ def target_loss(target):
 
 
 @pytest.mark.parametrize("rule", RULES[1:])
-@pytest.mark.parametrize("name, loss, K", [("mlp", F.mse_loss, 3), ("reader", F.cross_entropy, 1), ("cnn", F.cross_entropy, 1)])
+@pytest.mark.parametrize(
+    "name, loss, K",
+    [("mlp", F.mse_loss, 3), ("reader", F.cross_entropy, 1), ("cnn", F.cross_entropy, 1)],
+)
 def test_a_runs_values_equal_the_rules_definitions(name, loss, K, rule):
     """First steps and later, clipping off and on, one micro-batch and two, the target at once and in slices."""
     net = build(name, loss)
-    optimizer, targets, valuation = account(net, loss, name, rule, K, micro_batch=4 * (name == "mlp"))
+    optimizer, targets, valuation = account(
+        net, loss, name, rule, K, micro_batch=4 * (name == "mlp")
+    )
     for step, (clip, micro_steps) in enumerate([(0.0, 1), (0.05, 2), (0.05, 1)]):
         X, Y = MODELS[name][1](B, 50 + step), labels(B, 60 + step, loss)
         x, losses = exact.chunk_gradients(net, X, Y), [target_loss(target) for target in targets]
-        known = [p.dim() == 1 and n.endswith("weight") for n, p in net.named_parameters()] if rule == "adamw" else [False]
-        known = [torch.ones(len(p), dtype=torch.bool) if keep else None for keep, p in zip(known, net.parameters())] if any(known) else None
+        known = (
+            [p.dim() == 1 and n.endswith("weight") for n, p in net.named_parameters()]
+            if rule == "adamw"
+            else [False]
+        )
+        known = (
+            [
+                torch.ones(len(p), dtype=torch.bool) if keep else None
+                for keep, p in zip(known, net.parameters())
+            ]
+            if any(known)
+            else None
+        )
         truth = rules.rule_values(net, optimizer, x, losses, rule, 1e-2, clip, known=known)
         values = take_step(net, optimizer, valuation, step, X, Y, 1e-2, clip, micro_steps)
         assert relative(values, truth) < 1e-10, step
@@ -185,17 +275,22 @@ def test_a_runs_values_equal_the_rules_definitions(name, loss, K, rule):
 def test_adamw2_is_close_to_the_exact_shapley_values(tmp_path, name, loss):
     """Of the step AdamW took, by all subsets; the audit finds the same truth, and the files hold the values."""
     net = build(name, loss)
-    optimizer, targets, valuation = account(net, loss, name, "adamw2", run=tmp_path, audit_interval=12)
+    optimizer, targets, valuation = account(
+        net, loss, name, "adamw2", run=tmp_path, audit_interval=12
+    )
     for step in range(12):
         X, Y = MODELS[name][1](B, 50 + step), labels(B, 60 + step, loss)
         if step == 11:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3
-            game = exact.Step(net, optimizer, exact.chunk_gradients(net, X, Y), [target_loss(targets[0])])
+            game = exact.Step(
+                net, optimizer, exact.chunk_gradients(net, X, Y), [target_loss(targets[0])]
+            )
             truth = exact.shapley(game, B)[:, 0]
         values = take_step(net, optimizer, valuation, step, X, Y, 1e-3 if step == 11 else 1e-2)
     figures = exact.agreement(values[:, 0].numpy(), truth)
-    assert figures["pearson"] > 0.999 and figures["rel_l2"] < 0.1
+    assert figures["pearson"] > 0.999
+    assert figures["rel_l2"] < 0.1
     assert values.sum() == pytest.approx(truth.sum(), rel=0.02)
     valuation.commit()
     audit, books = (np.load(tmp_path / f"{name}.npy") for name in ("audit", "books"))
@@ -236,7 +331,11 @@ def frozen(layer):
     return layer
 
 
-WORDS, ROWS, IMAGES = torch.zeros(B, B, dtype=torch.int64), torch.randn(B, B), torch.randn(B, 2, 4, 4)
+WORDS, ROWS, IMAGES = (
+    torch.zeros(B, B, dtype=torch.int64),
+    torch.randn(B, B),
+    torch.randn(B, 2, 4, 4),
+)
 REFUSED = {
     "1.weight, 1.bias.*mixes examples: take nn.LayerNorm": (nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3)), ROWS),
     "batch norm .*mixes": (nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3, affine=False)), ROWS),
@@ -265,13 +364,19 @@ def test_what_would_give_wrong_values_is_refused(message, tape):
         if p.requires_grad:
             p.h = torch.ones(1, *p.shape)
     with pytest.raises(ValueError, match=message):
-        net(X, torch.zeros(len(X)), ghost.Tape() if tape else torch.zeros(len(X), 1, requires_grad=True))
+        net(
+            X,
+            torch.zeros(len(X)),
+            ghost.Tape() if tape else torch.zeros(len(X), 1, requires_grad=True),
+        )
 
 
 def test_frozen_layers_of_any_kind_are_let_through():
     """Batch norm in eval(), attention, a lone weight: what is frozen needs no values."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(6).eval(), nn.Bilinear(6, 6, 8), nn.Linear(8, CLASSES)).double()
+    model = nn.Sequential(
+        nn.BatchNorm1d(6).eval(), nn.Bilinear(6, 6, 8), nn.Linear(8, CLASSES)
+    ).double()
     model = With(lambda m, X: m.s[2](m.s[1](m.s[0](X), X)), s=model)
     for layer in model.s[:2]:
         layer.requires_grad_(False)
@@ -279,11 +384,16 @@ def test_frozen_layers_of_any_kind_are_let_through():
     for p in model.s[2].parameters():
         p.h = torch.ones(1, *p.shape).double()
     net(torch.randn(B, 6).double(), torch.zeros(B).long(), ledger)[1].backward()
-    assert float(ledger.grad.sum()) == pytest.approx(float(sum(p.grad.sum() for p in model.s[2].parameters())))
+    assert float(ledger.grad.sum()) == pytest.approx(
+        float(sum(p.grad.sum() for p in model.s[2].parameters()))
+    )
 
 
 def test_an_unused_parameter_is_named():
-    net = Net(With(lambda m, X: m.used(X), used=nn.Linear(6, CLASSES), unused=nn.Linear(2, 2)), F.cross_entropy).double()
+    net = Net(
+        With(lambda m, X: m.used(X), used=nn.Linear(6, CLASSES), unused=nn.Linear(2, 2)),
+        F.cross_entropy,
+    ).double()
     valuation = account(net, F.cross_entropy, "mlp", "adamw")[2]
     with pytest.raises(ValueError, match=r"model.unused.weight, model.unused.bias: freeze"):
         valuation.open(0, 1e-3)
@@ -292,7 +402,9 @@ def test_an_unused_parameter_is_named():
 def test_the_example_runs(tmp_path, capsys):
     any_model.main(any_model.Config(steps=4, out=str(tmp_path)))
     said = capsys.readouterr().out
-    assert "lowest: " in said and "accounted for" in said and np.isfinite(np.load(tmp_path / "values.npy")).sum() == 80
+    assert "lowest: " in said
+    assert "accounted for" in said
+    assert np.isfinite(np.load(tmp_path / "values.npy")).sum() == 80
 
 
 @pytest.mark.parametrize("size, examples", [(1, "1 example"), (2, "2 examples"), (8, "8 examples")])
@@ -304,7 +416,9 @@ def test_a_step_of_another_size_than_the_batch_is_refused(tmp_path, size, exampl
     net = Net(nn.Linear(3, 2), F.cross_entropy)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     for rule in ("sgd", "adamw2"):
-        valuation = Valuation(net, optimizer, lambda *b: net(*b)[1], [Examples("t", X, Y)], rule, 4, 9, tmp_path)
+        valuation = Valuation(
+            net, optimizer, lambda *b: net(*b)[1], [Examples("t", X, Y)], rule, 4, 9, tmp_path
+        )
         x, y = torch.from_numpy(X), torch.from_numpy(Y)
         valuation.open(0, 1e-2)
         net(x, y, valuation.ledger(np.arange(size), x, y))[1].backward()

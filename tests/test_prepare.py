@@ -17,7 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from piles import ARRAYS, TABLES, digest, found_text, lines, parquet, record, run, streams, table, texts, write
+from piles import (
+    ARRAYS,
+    TABLES,
+    digest,
+    found_text,
+    lines,
+    parquet,
+    record,
+    run,
+    streams,
+    table,
+    texts,
+    write,
+)
 
 import config
 import data
@@ -45,7 +58,10 @@ def test_every_format_gives_the_same_chunks(tmp_path):
     parquet(tmp_path / "large" / "d.parquet", documents, pa.large_string())
     for i, (domain, text) in enumerate(documents):
         zipped = i % 3 == 0
-        write(tmp_path / "txt" / domain / f"{i:04}.txt{'.gz' * zipped}", gzip.compress(text.encode()) if zipped else text.encode())
+        write(
+            tmp_path / "txt" / domain / f"{i:04}.txt{'.gz' * zipped}",
+            gzip.compress(text.encode()) if zipped else text.encode(),
+        )
     for i in range(0, len(documents), 40):
         write(tmp_path / "glob" / f"{i:04}.jsonl", lines(documents[i : i + 40]))
     (tmp_path / "glob" / "notes.md").write_text("not to be read")
@@ -64,7 +80,11 @@ def test_every_format_gives_the_same_chunks(tmp_path):
     results = {}
     for i, source in enumerate(sources):
         dataset = run(tmp_path, tmp_path / source, data_dir=str(tmp_path / f"out{i}"))
-        rows = [{k: v for k, v in row.items() if k not in ("source", "record")} for split in ("train", "val") for row in table(dataset, split)]
+        rows = [
+            {k: v for k, v in row.items() if k not in ("source", "record")}
+            for split in ("train", "val")
+            for row in table(dataset, split)
+        ]
         results[source] = digest(dataset.path, ARRAYS), rows, dataset.domains
     assert len(results["d.jsonl"][1]) > 140
     for source in sources:
@@ -91,23 +111,34 @@ def packed_one_by_one(documents, tok, width, val_fraction):
     return splits
 
 
-@pytest.mark.parametrize("tokenizer, n, words, block_size", [("byte", 1000, 400, 3000), ("gpt2", 300, 60, 64)])  # the first: several jobs
+@pytest.mark.parametrize(
+    "tokenizer, n, words, block_size", [("byte", 1000, 400, 3000), ("gpt2", 300, 60, 64)]
+)  # the first: several jobs
 def test_documents_are_found_again_in_the_chunks(tmp_path, tokenizer, n, words, block_size):
     documents = texts(n, words=words)
     source = write(tmp_path / "d.jsonl", lines(documents))
     dataset = run(tmp_path, source, tokenizer=tokenizer, block_size=block_size)
     tok, spans, listed = data.tokenizer(tokenizer), 0, 0
-    for split, (chunks, domains, expected) in packed_one_by_one(documents, tok, block_size + 1, 0.3).items():
+    for split, (chunks, domains, expected) in packed_one_by_one(
+        documents, tok, block_size + 1, 0.3
+    ).items():
         part, rows, stream = getattr(dataset, split), table(dataset, split), streams(dataset, split)
-        assert part.rows.tolist() == chunks and [dataset.domains[d] for d in part.domain] == domains
-        assert [tuple(row[k] for k in ("first_chunk", "first_token", "doc", "domain", "n_tokens")) for row in rows] == sorted(expected)
+        assert part.rows.tolist() == chunks
+        assert [dataset.domains[d] for d in part.domain] == domains
+        assert [
+            tuple(row[k] for k in ("first_chunk", "first_token", "doc", "domain", "n_tokens"))
+            for row in rows
+        ] == sorted(expected)
         for row in rows:
             assert (row["source"], row["record"]) == (str(source), row["doc"])
             found, whole = found_text(dataset, split, row, stream)
             text = documents[row["doc"]][1]
-            assert text.startswith(tok.decode(found)) and (not whole or tok.decode(found) == text)
+            assert text.startswith(tok.decode(found))
+            assert not whole or tok.decode(found) == text
             last = row["first_chunk"] + (row["first_token"] + len(found) - 1) // (block_size + 1)
-            spans += len({*part.domain[row["first_chunk"] : last + 1]}) > 1  # it goes on behind other domains' chunks
+            spans += (
+                len({*part.domain[row["first_chunk"] : last + 1]}) > 1
+            )  # it goes on behind other domains' chunks
         listed += len(rows)
     meta, tokens = dataset.meta, sum(len(tok.encode(text)) + 1 for _, text in documents)
     assert spans > 5
@@ -115,22 +146,35 @@ def test_documents_are_found_again_in_the_chunks(tmp_path, tokenizer, n, words, 
     assert tokens == sum(meta["tokens"].values()) + meta["dropped_tokens"]
     for split in ("train", "val"):
         counts = [meta["by_domain"][d][split] for d in meta["domains"]]
-        assert sum(c["chunks"] for c in counts) == meta["chunks"][split] == len(getattr(dataset, split).rows)
-        assert sum(c["tokens"] for c in counts) == meta["tokens"][split] == meta["chunks"][split] * (block_size + 1)
+        assert (
+            sum(c["chunks"] for c in counts)
+            == meta["chunks"][split]
+            == len(getattr(dataset, split).rows)
+        )
+        assert (
+            sum(c["tokens"] for c in counts)
+            == meta["tokens"][split]
+            == meta["chunks"][split] * (block_size + 1)
+        )
     assert sum(c["documents"] for of in meta["by_domain"].values() for c in of.values()) == n
 
 
 def test_a_chunk_has_one_domain_and_a_text_one_side(tmp_path):
     documents = texts(300)
-    documents += [(random.Random(i).choice("xy"), text) for i, (_, text) in enumerate(documents)]  # the same texts in other domains
+    documents += [
+        (random.Random(i).choice("xy"), text) for i, (_, text) in enumerate(documents)
+    ]  # the same texts in other domains
     dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(documents)), val_fraction=0.5)
     for part in (dataset.train, dataset.val):
         for row, domain in zip(part.rows, part.domain):
             letters = set(bytes(t for t in row.tolist() if t != 255).decode()) & set("abc")
             name = dataset.domains[domain]
             assert name in "xy" or letters <= {name}
-    sides = [{documents[row["record"]][1] for row in table(dataset, split)} for split in ("train", "val")]
-    assert not sides[0] & sides[1] and min(map(len, sides)) > 100
+    sides = [
+        {documents[row["record"]][1] for row in table(dataset, split)} for split in ("train", "val")
+    ]
+    assert not sides[0] & sides[1]
+    assert min(map(len, sides)) > 100
 
 
 def test_the_split_is_by_hash_and_of_the_size_asked_for(tmp_path):
@@ -139,7 +183,8 @@ def test_the_split_is_by_hash_and_of_the_size_asked_for(tmp_path):
     for fraction in (0.0, 0.1, 0.9):
         dataset = run(tmp_path, source, val_fraction=fraction, overwrite=True)
         val = sum(d["val"]["documents"] for d in dataset.meta["by_domain"].values())
-        assert abs(val / 2000 - fraction) < 0.03 and (fraction or not len(dataset.val.rows))
+        assert abs(val / 2000 - fraction) < 0.03
+        assert fraction or not len(dataset.val.rows)
         for row in table(dataset, "val"):
             hashed = hashlib.blake2b(documents[row["record"]][1].encode(), digest_size=8).digest()
             assert int.from_bytes(hashed, "big") / 2**64 < fraction
@@ -149,32 +194,60 @@ def big(path, n=120, size=40_000):
     """About n * size bytes in several jobs."""
     rng = random.Random(1)
     words = [f"w{rng.randrange(10**6)}" for _ in range(500)]
-    documents = [(rng.choice("ABCDE"), " ".join(rng.choices(words, k=rng.randrange(size // 4))) + f" {i}") for i in range(n)]
+    documents = [
+        (rng.choice("ABCDE"), " ".join(rng.choices(words, k=rng.randrange(size // 4))) + f" {i}")
+        for i in range(n)
+    ]
     return write(path, lines(documents))
 
 
 def test_the_same_files_whatever_the_workers(tmp_path):
     source = big(tmp_path / "big.jsonl", 100)
-    found = [digest(run(tmp_path, source, workers=n, data_dir=str(tmp_path / f"out{n}")).path) for n in (1, 2, 3)]
+    found = [
+        digest(run(tmp_path, source, workers=n, data_dir=str(tmp_path / f"out{n}")).path)
+        for n in (1, 2, 3)
+    ]
     assert found[0] == found[1] == found[2]
     dataset = data.open_dataset(tmp_path / "out1")
     for name in ARRAYS:
         array = np.load(dataset.path / name)
         assert dataset.meta["sha256"][name] == found[0][name]  # of the file: what sha256sum prints
-        assert array.flags.c_contiguous and array.dtype == np.uint16
-    assert dataset.meta["schema"] == data.SCHEMA and (dataset.meta["vocab_size"], dataset.meta["eot"]) == (256, 255)
-    assert sorted(path.name for path in dataset.path.iterdir()) == sorted([*ARRAYS, *TABLES, "meta.json"])
-    types = {"doc": "int64", "record": "int64", "first_chunk": "int64", "first_token": "int32", "n_tokens": "int64"}
+        assert array.flags.c_contiguous
+        assert array.dtype == np.uint16
+    assert dataset.meta["schema"] == data.SCHEMA
+    assert (
+        dataset.meta["vocab_size"],
+        dataset.meta["eot"],
+    ) == (256, 255)
+    assert sorted(path.name for path in dataset.path.iterdir()) == sorted(
+        [*ARRAYS, *TABLES, "meta.json"]
+    )
+    types = {
+        "doc": "int64",
+        "record": "int64",
+        "first_chunk": "int64",
+        "first_token": "int32",
+        "n_tokens": "int64",
+    }
     types |= {"domain": "string", "source": "string"}
-    assert {field.name: str(field.type) for field in pq.read_schema(dataset.path / "train_docs.parquet")} == types
+    assert {
+        field.name: str(field.type) for field in pq.read_schema(dataset.path / "train_docs.parquet")
+    } == types
 
 
 def test_endoftext_in_a_text_is_text(tmp_path):
     text = "one <|endoftext|> two " * 40
-    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines([("a", text)])), tokenizer="gpt2", val_fraction=0)
+    dataset = run(
+        tmp_path,
+        write(tmp_path / "d.jsonl", lines([("a", text)])),
+        tokenizer="gpt2",
+        val_fraction=0,
+    )
     (row,) = table(dataset, "train")
     found, _ = found_text(dataset, "train", row)
-    assert dataset.meta["eot"] not in found and text.startswith(data.tokenizer("gpt2").decode(found)) and b"endoftext" in text.encode()
+    assert dataset.meta["eot"] not in found
+    assert text.startswith(data.tokenizer("gpt2").decode(found))
+    assert b"endoftext" in text.encode()
 
 
 def test_limit_tokens_stops_after_the_document_that_reaches_it(tmp_path):
@@ -182,12 +255,21 @@ def test_limit_tokens_stops_after_the_document_that_reaches_it(tmp_path):
     source = write(tmp_path / "d.jsonl", lines(documents))
     length = np.cumsum([len(text) + 1 for _, text in documents])
     for limit in (1, 5_000, int(length[99]), int(length[99]) + 1):
-        dataset = run(tmp_path, source, limit_tokens=limit, val_fraction=0, block_size=1, overwrite=True)
+        dataset = run(
+            tmp_path, source, limit_tokens=limit, val_fraction=0, block_size=1, overwrite=True
+        )
         assert dataset.meta["documents"] == 1 + np.searchsorted(length, limit)
         assert max(row["doc"] for row in table(dataset, "train")) == dataset.meta["documents"] - 1
-        assert sum(dataset.meta["tokens"].values()) + dataset.meta["dropped_tokens"] == length[dataset.meta["documents"] - 1]
-    large = big(tmp_path / "big.jsonl", 100)  # several jobs, and more of them in flight with more workers
-    found = [run(tmp_path, large, limit_tokens=1_500_000, workers=n, overwrite=True).hash for n in (1, 3)]
+        assert (
+            sum(dataset.meta["tokens"].values()) + dataset.meta["dropped_tokens"]
+            == length[dataset.meta["documents"] - 1]
+        )
+    large = big(
+        tmp_path / "big.jsonl", 100
+    )  # several jobs, and more of them in flight with more workers
+    found = [
+        run(tmp_path, large, limit_tokens=1_500_000, workers=n, overwrite=True).hash for n in (1, 3)
+    ]
     assert found[0] == found[1]
 
 
@@ -195,7 +277,8 @@ def test_domains_keeps_only_those(tmp_path):
     documents = texts(300)
     source = write(tmp_path / "d.jsonl", lines(documents))
     dataset = run(tmp_path, source, domains="c, a")
-    assert sorted(dataset.domains) == ["a", "c"] and dataset.meta["documents"] == sum(domain in "ac" for domain, _ in documents)
+    assert sorted(dataset.domains) == ["a", "c"]
+    assert dataset.meta["documents"] == sum(domain in "ac" for domain, _ in documents)
     assert {documents[row["record"]][0] for row in table(dataset, "train")} == {"a", "c"}
 
 
@@ -204,19 +287,42 @@ def test_domains_keeps_only_those(tmp_path):
 
 def test_what_is_no_text_is_counted_and_skipped(tmp_path):
     good = texts(200)
-    bad = [b"\xff\xfe\n", b'{"text": "caf\xe9"}\n', b'{"text": \n', b"[1, 2]\n", b"null\n", b'{"text": 7}\n', b'{"meta": {}}\n', b'{"text": ""}\n']
+    bad = [
+        b"\xff\xfe\n",
+        b'{"text": "caf\xe9"}\n',
+        b'{"text": \n',
+        b"[1, 2]\n",
+        b"null\n",
+        b'{"text": 7}\n',
+        b'{"meta": {}}\n',
+        b'{"text": ""}\n',
+    ]
     bad += [b'{"text": " \\n "}\n', b'{"text": "half \\ud800"}\n', b"[" * 100_000 + b"\n", b"\n"]
     parts = [lines([document]) for document in good]
     for i, line in enumerate(bad):
         parts.insert(5 + 10 * i, line)
     raw = b"".join(parts)
     dataset = run(tmp_path, write(tmp_path / "d.jsonl", raw[:-1]))  # the last line has no end
-    assert dataset.meta["skipped"] == {"not_utf8": 2, "not_json": 2, "no_text": 4, "empty": 2, "lone_surrogate": 1, "too_long": 0, "not_tokenized": 0}
+    assert dataset.meta["skipped"] == {
+        "not_utf8": 2,
+        "not_json": 2,
+        "no_text": 4,
+        "empty": 2,
+        "lone_surrogate": 1,
+        "too_long": 0,
+        "not_tokenized": 0,
+    }
     assert dataset.meta["documents"] == len(good)
     numbered = raw.split(b"\n")
     for row in table(dataset, "train"):
-        assert json.loads(numbered[row["record"]])["text"].encode().startswith(bytes(found_text(dataset, "train", row)[0].tolist()))
-    clean = run(tmp_path, write(tmp_path / "clean.jsonl", lines(good)), data_dir=str(tmp_path / "clean"))
+        assert (
+            json.loads(numbered[row["record"]])["text"]
+            .encode()
+            .startswith(bytes(found_text(dataset, "train", row)[0].tolist()))
+        )
+    clean = run(
+        tmp_path, write(tmp_path / "clean.jsonl", lines(good)), data_dir=str(tmp_path / "clean")
+    )
     assert clean.hash == dataset.hash
 
 
@@ -225,44 +331,74 @@ def test_bad_utf8_in_parquet_and_txt(tmp_path):
     raw = [text.encode() for _, text in good]
     raw[3:3] = [b"\xff", None, b""]
     column = pa.array(raw, pa.binary())
-    column = pa.Array.from_buffers(pa.string(), len(raw), column.buffers(), column.null_count)  # pyarrow does not look at the bytes
+    column = pa.Array.from_buffers(
+        pa.string(), len(raw), column.buffers(), column.null_count
+    )  # pyarrow does not look at the bytes
     (tmp_path / "a").mkdir()
     pq.write_table(pa.table({"text": column}), tmp_path / "a" / "p.parquet")
     dataset = run(tmp_path, tmp_path / "a" / "p.parquet")
-    assert dataset.domains == ["p"] and dataset.meta["documents"] == 100
-    assert {k: n for k, n in dataset.meta["skipped"].items() if n} == {"not_utf8": 1, "no_text": 1, "empty": 1}
+    assert dataset.domains == ["p"]
+    assert dataset.meta["documents"] == 100
+    assert {k: n for k, n in dataset.meta["skipped"].items() if n} == {
+        "not_utf8": 1,
+        "no_text": 1,
+        "empty": 1,
+    }
     assert {row["record"] for row in table(dataset, "train")} & {3, 4, 5} == set()
     for i, text in enumerate(raw):
         write(tmp_path / "b" / f"{i:03}.txt", text or b" ")
     dataset = run(tmp_path, tmp_path / "b", data_dir=str(tmp_path / "txt"))
-    assert dataset.domains == ["b"] and dataset.meta["skipped"]["not_utf8"] == 1 and dataset.meta["skipped"]["empty"] == 2
+    assert dataset.domains == ["b"]
+    assert dataset.meta["skipped"]["not_utf8"] == 1
+    assert dataset.meta["skipped"]["empty"] == 2
 
 
 def test_a_long_txt_is_cut_at_lines(tmp_path):
     text = "".join(f"line {i} é\n" for i in range(60_000))
-    dataset = run(tmp_path, write(tmp_path / "books" / "long.txt.zst", zstandard.compress(text.encode())), val_fraction=0)
+    dataset = run(
+        tmp_path,
+        write(tmp_path / "books" / "long.txt.zst", zstandard.compress(text.encode())),
+        val_fraction=0,
+    )
     rows = table(dataset, "train")
     sizes = [row["n_tokens"] for row in rows]
-    assert len(rows) > 10 and max(sizes) < (64 << 10) + 20 and dataset.domains == ["books"]
+    assert len(rows) > 10
+    assert max(sizes) < (64 << 10) + 20
+    assert dataset.domains == ["books"]
     assert [row["record"] for row in rows] == list(range(len(rows)))
     found = [bytes(found_text(dataset, "train", row)[0].tolist()) for row in rows]
-    assert all(piece.endswith(b"\n") for piece in found[:-1]) and text.encode().startswith(b"".join(found))
+    assert all(piece.endswith(b"\n") for piece in found[:-1])
+    assert text.encode().startswith(b"".join(found))
 
 
 def test_keys_may_be_anywhere_and_a_domain_is_a_word_or_the_files_name(tmp_path):
     values = ["x", 7, None, "", True]
-    records = [{"doc": {"body": text, "kind": value}} for (_, text), value in zip(texts(200), values * 40)]
-    source = write(tmp_path / "my.file.jsonl", b"".join(json.dumps(r).encode() + b"\n" for r in records))
+    records = [
+        {"doc": {"body": text, "kind": value}} for (_, text), value in zip(texts(200), values * 40)
+    ]
+    source = write(
+        tmp_path / "my.file.jsonl", b"".join(json.dumps(r).encode() + b"\n" for r in records)
+    )
     dataset = run(tmp_path, source, text_key="doc.body", domain_key="doc.kind")
     assert set(dataset.domains) == {"x", "7", "my.file", "True"}
-    pq.write_table(pa.Table.from_pylist([{"doc": {"body": text, "kind": i % 2}} for i, (_, text) in enumerate(texts(200))]), tmp_path / "p.parquet")
-    dataset = run(tmp_path, tmp_path / "p.parquet", text_key="doc.body", domain_key="doc.kind", overwrite=True)
+    pq.write_table(
+        pa.Table.from_pylist(
+            [{"doc": {"body": text, "kind": i % 2}} for i, (_, text) in enumerate(texts(200))]
+        ),
+        tmp_path / "p.parquet",
+    )
+    dataset = run(
+        tmp_path, tmp_path / "p.parquet", text_key="doc.body", domain_key="doc.kind", overwrite=True
+    )
     assert set(dataset.domains) == {"0", "1"}
 
 
 def test_a_file_cut_short_is_an_error_not_a_smaller_dataset(tmp_path):
     raw = lines(texts(500))
-    for name, zipped in (("d.jsonl.zst", zstandard.compress(raw)), ("d.jsonl.gz", gzip.compress(raw))):
+    for name, zipped in (
+        ("d.jsonl.zst", zstandard.compress(raw)),
+        ("d.jsonl.gz", gzip.compress(raw)),
+    ):
         with pytest.raises(ValueError, match="damaged or cut short"):
             run(tmp_path, write(tmp_path / name, zipped[: len(zipped) // 2]))
         with pytest.raises(ValueError, match="damaged or cut short"):
@@ -294,13 +430,28 @@ def test_a_dataset_whose_meta_gains_keys_later(tmp_path):
         r |= {"id": i} if i > 350 else {}
     del records[7]["meta"]
     raw = b"".join(json.dumps(r).encode() + b"\n" for r in records)
-    write(tmp_path / "set" / "00.jsonl.zst", zstandard.compress(raw[: raw.index(b"\n", len(raw) // 2) + 1]))
-    write(tmp_path / "set" / "01.jsonl.zst", zstandard.compress(raw[raw.index(b"\n", len(raw) // 2) + 1 :]))
+    write(
+        tmp_path / "set" / "00.jsonl.zst",
+        zstandard.compress(raw[: raw.index(b"\n", len(raw) // 2) + 1]),
+    )
+    write(
+        tmp_path / "set" / "01.jsonl.zst",
+        zstandard.compress(raw[raw.index(b"\n", len(raw) // 2) + 1 :]),
+    )
     hub = run(tmp_path, "", dataset=str(tmp_path / "set"), data_dir=str(tmp_path / "hub"))
     files = run(tmp_path, tmp_path / "set")
-    assert {*hub.domains} == {*"abc", "set"} and {*files.domains} == {*"abc", "00"}  # the record without one
-    assert hub.hash == files.hash and hub.meta["source"] == str(tmp_path / "set") and hub.meta["documents"] == 400
-    assert {Path(row["source"]).name for row in table(hub, "train")} == {"00.jsonl.zst", "01.jsonl.zst"}
+    assert {*hub.domains} == {*"abc", "set"}
+    assert {*files.domains} == {
+        *"abc",
+        "00",
+    }
+    assert hub.hash == files.hash
+    assert hub.meta["source"] == str(tmp_path / "set")
+    assert hub.meta["documents"] == 400
+    assert {Path(row["source"]).name for row in table(hub, "train")} == {
+        "00.jsonl.zst",
+        "01.jsonl.zst",
+    }
     parquet(tmp_path / "p.parquet", texts(100))
     write(tmp_path / "set2" / "p.parquet", (tmp_path / "p.parquet").read_bytes())
     hub = run(tmp_path, "", dataset=str(tmp_path / "set2"), overwrite=True)
@@ -311,19 +462,35 @@ def test_a_dataset_whose_meta_gains_keys_later(tmp_path):
 
 
 def command(folder, source, *options, **popen):
-    arguments = [sys.executable, SCRIPT, f"--source={source}", f"--data_dir={folder / 'out'}", "--block_size=64", "--val_fraction=0.3", *options]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    arguments = [
+        sys.executable,
+        SCRIPT,
+        f"--source={source}",
+        f"--data_dir={folder / 'out'}",
+        "--block_size=64",
+        "--val_fraction=0.3",
+        *options,
+    ]
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
 
 
 def wait_for(condition, process=None):
     end = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < end and (process is None or process.poll() is None), process and process.communicate()
+        assert time.monotonic() < end and (process is None or process.poll() is None), (
+            process and process.communicate()
+        )
         time.sleep(0.002)
 
 
 def children(pid):
-    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+    return [
+        int(p)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for p in (task / "children").read_text().split()
+    ]
 
 
 def gone(pid):
@@ -339,10 +506,19 @@ def slow(tmp_path_factory):
     return source, digest(run(folder, source, tokenizer="gpt2", workers=1).path)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130), ("worker", 2), ("answering worker", 2)])
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        (signal.SIGKILL, -9),
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        ("worker", 2),
+        ("answering worker", 2),
+    ],
+)
 def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, code):
     source, undisturbed = slow
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background job ignores Ctrl-C
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = command(tmp_path, source, "--workers=1", start_new_session=True, preexec_fn=listen)
     partial = tmp_path / "out.parts" / "1-of-1.partial"
     wait_for(lambda: any(path.stat().st_size > 1000 for path in partial.glob("*.arrow")), process)
@@ -351,7 +527,9 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
     with pytest.raises(ValueError, match=r"another process is writing"):
         run(tmp_path, source)
     if number in ("worker", "answering worker"):
-        if number == "answering worker":  # with the parent stopped, it stands still in the midst of an answer that no pipe holds whole
+        if (
+            number == "answering worker"
+        ):  # with the parent stopped, it stands still in the midst of an answer that no pipe holds whole
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(1)
         os.kill(workers[0], signal.SIGKILL)
@@ -364,7 +542,8 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
     assert process.returncode == code and not (tmp_path / "out").exists(), errors
     wait_for(lambda: all(map(gone, workers)))
     if code == 2:
-        assert errors.count("\n") == 1 and errors.startswith("error: a worker process was killed")
+        assert errors.count("\n") == 1
+        assert errors.startswith("error: a worker process was killed")
     else:
         assert not errors
     assert [path.name for path in tmp_path.iterdir()] == ["out.parts"] * (number == signal.SIGKILL)
@@ -373,7 +552,8 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
         process = command(tmp_path, source, "--workers=2")
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        assert "next: python train.py" in output and digest(tmp_path / "out") == undisturbed
+        assert "next: python train.py" in output
+        assert digest(tmp_path / "out") == undisturbed
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -384,13 +564,16 @@ def test_a_finished_folder_is_kept_or_replaced(tmp_path, capsys):
     capsys.readouterr()
     run(tmp_path, source, workers=2)
     assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"prepared with --block_size=64 --val_fraction=0.3: add --overwrite"):
+    with pytest.raises(
+        ValueError, match=r"prepared with --block_size=64 --val_fraction=0.3: add --overwrite"
+    ):
         run(tmp_path, source, block_size=32, val_fraction=0.4)
     with pytest.raises(ValueError, match="no document of 'z'"):
         run(tmp_path, source, domains="z", overwrite=True)
     assert digest(old.path, (*ARRAYS, *TABLES, "meta.json")) == before
     new = run(tmp_path, source, block_size=32, overwrite=True)
-    assert new.meta["block_size"] == 32 and new.hash != old.hash
+    assert new.meta["block_size"] == 32
+    assert new.hash != old.hash
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out"]
     with open(new.path / "train.npy", "r+b") as file:
         file.truncate(1000)
@@ -427,16 +610,30 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path):
         ("d.jsonl", {"shard": "5/4"}, "write --shard=<i>/<n, i from 1 to n>"),
         ("d.jsonl", {"shard": "0/4"}, "write --shard=<i>/<n, i from 1 to n>"),
         ("d.jsonl", {"shard": "x"}, "write --shard=<i>/<n, i from 1 to n>"),
-        ("d.jsonl", {"shard": "1/2", "merge": True}, "neither --merge nor --limit_tokens nor --source=python"),
-        ("d.jsonl", {"shard": "1/2", "limit_tokens": 5}, "neither --merge nor --limit_tokens nor --source=python"),
+        (
+            "d.jsonl",
+            {"shard": "1/2", "merge": True},
+            "neither --merge nor --limit_tokens nor --source=python",
+        ),
+        (
+            "d.jsonl",
+            {"shard": "1/2", "limit_tokens": 5},
+            "neither --merge nor --limit_tokens nor --source=python",
+        ),
         ("python", {"shard": "1/2"}, "neither --merge nor --limit_tokens nor --source=python"),
-        ("d.jsonl", {"merge": True}, "1 of 1 parts are missing, unfinished or of other files or options (d.jsonl): type: python prepare_pile.py"),
+        (
+            "d.jsonl",
+            {"merge": True},
+            "1 of 1 parts are missing, unfinished or of other files or options (d.jsonl): type: python prepare_pile.py",
+        ),
         ("d.jsonl", {"verify": True}, "no prepared data in"),
         ("d.jsonl", {"data_dir": "d.jsonl"}, "Not a directory"),
         ("d.jsonl", {"data_dir": "d.jsonl/under"}, "Not a directory"),
     ],
 )
-def test_an_error_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, source, options, answer):
+def test_an_error_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, source, options, answer
+):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", lines(texts()))
     write(tmp_path / "d.csv", b"text\n")
@@ -448,23 +645,32 @@ def test_an_error_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit) as stop:
         config.main(lambda: run(tmp_path, source, **options))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and answer in error
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert answer in error
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_full_disk(tmp_path):
     source = big(tmp_path / "big.jsonl")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     process = command(tmp_path, source, "--tokenizer=byte", "--workers=1", preexec_fn=limit)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2 and errors.startswith("error: ") and "too large" in errors and errors.count("\n") == 1
+    assert process.returncode == 2
+    assert errors.startswith("error: ")
+    assert "too large" in errors
+    assert errors.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["big.jsonl"]
 
 
 def test_without_a_network_it_says_what_to_type(tmp_path):
     process = command(tmp_path, "", env={**os.environ, "HF_HUB_OFFLINE": "1"})
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.count("\n") == 1 and "--source=python" in errors and "monology/pile-uncopyrighted" in errors
+    assert process.returncode == 2
+    assert errors.count("\n") == 1
+    assert "--source=python" in errors
+    assert "monology/pile-uncopyrighted" in errors
     assert not list(tmp_path.iterdir())
 
 
@@ -473,7 +679,11 @@ def test_local_sources_import_neither_datasets_nor_torch(tmp_path):
     code = "import sys, prepare_pile as p; p.prepare(p.Config(source='d.jsonl', tokenizer='byte', block_size=64, val_fraction=.3, data_dir='out'))"
     code += "; print([m for m in ('datasets', 'torch', 'tiktoken', 'wandb') if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
@@ -486,15 +696,30 @@ SMALL_PARTS = "import sys, config, prepare_pile as p; p.PART = 1; config.main(la
 
 def small_parts(folder, *options):
     """prepare_pile.py as a process, with a part for each of the small files a test has."""
-    arguments = [sys.executable, "-c", SMALL_PARTS, f"--source={folder / 'pile'}", f"--data_dir={folder / 'out'}"]
+    arguments = [
+        sys.executable,
+        "-c",
+        SMALL_PARTS,
+        f"--source={folder / 'pile'}",
+        f"--data_dir={folder / 'out'}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    return subprocess.Popen([*arguments, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [*arguments, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 def pile(folder, files, n=60, **options):
     """A folder of files, each a text of its own, and the digest of what one undisturbed run makes of it, all in one part."""
     for i in range(files):
-        write(folder / "pile" / f"{i:02}.jsonl", lines(texts(n, seed=i, words=300, domains="abcd"[i % 2 :])))  # "a" is not met first everywhere
+        write(
+            folder / "pile" / f"{i:02}.jsonl",
+            lines(texts(n, seed=i, words=300, domains="abcd"[i % 2 :])),
+        )  # "a" is not met first everywhere
     dataset = run(folder, folder / "pile", data_dir=str(folder / "one"), **options)
     return digest(dataset.path), dataset
 
@@ -516,7 +741,8 @@ def test_shards_and_a_merge_give_what_one_run_gives(tmp_path, monkeypatch, capsy
             )
         )
         done = {part for k in range(i, n + 1) for part in range(k, 6, n)}
-        assert not (tmp_path / "out").exists() and {int(path.name[:5]) for path in tmp_path.glob("out.parts/*")} == done
+        assert not (tmp_path / "out").exists()
+        assert {int(path.name[:5]) for path in tmp_path.glob("out.parts/*")} == done
     assert "--merge" in capsys.readouterr().out
     merged = run(tmp_path, tmp_path / "pile", merge=True, workers=2)
     assert digest(merged.path) == undisturbed
@@ -529,13 +755,27 @@ def test_shards_and_a_merge_give_what_one_run_gives(tmp_path, monkeypatch, capsy
 def test_merge_says_which_shard_to_type(tmp_path, monkeypatch):
     undisturbed, _ = pile(tmp_path, 4)
     monkeypatch.setattr("prepare_pile.PART", 1)
-    options = dict(source=str(tmp_path / "pile"), tokenizer="byte", block_size=64, val_fraction=0.3, data_dir=str(tmp_path / "out"))
-    for i, other in ((1, {}), (2, {"block_size": 32}), (4, {})):  # the second is of other options, the third is not there
+    options = dict(
+        source=str(tmp_path / "pile"),
+        tokenizer="byte",
+        block_size=64,
+        val_fraction=0.3,
+        data_dir=str(tmp_path / "out"),
+    )
+    for i, other in (
+        (1, {}),
+        (2, {"block_size": 32}),
+        (4, {}),
+    ):  # the second is of other options, the third is not there
         prepare(Config(**{**options, **other}, workers=1, shard=f"{i}/4"))
-    write(tmp_path / "out.parts" / "3-of-4.partial" / "00003-0123456789abcdef.arrow", b"ARROW1")  # and was not finished
+    write(
+        tmp_path / "out.parts" / "3-of-4.partial" / "00003-0123456789abcdef.arrow", b"ARROW1"
+    )  # and was not finished
     with pytest.raises(ValueError, match="2 of 4 parts are missing") as error:
         prepare(Config(**options, merge=True))
-    assert "01.jsonl, " in str(error.value) and "02.jsonl)" in str(error.value) and "00.jsonl" not in str(error.value)
+    assert "01.jsonl, " in str(error.value)
+    assert "02.jsonl)" in str(error.value)
+    assert "00.jsonl" not in str(error.value)
     for _ in range(2):  # what it says is what helps
         python, script, *arguments = str(error.value).partition("type: ")[2].split()
         assert (python, script) == ("python", "prepare_pile.py")
@@ -546,7 +786,9 @@ def test_merge_says_which_shard_to_type(tmp_path, monkeypatch):
     prepare(Config(**options, merge=True))
     assert digest(tmp_path / "out") == undisturbed
     pile(tmp_path, 3, overwrite=True)
-    write(tmp_path / "pile" / "00.jsonl", lines(texts(9)))  # a source that has changed is another source
+    write(
+        tmp_path / "pile" / "00.jsonl", lines(texts(9))
+    )  # a source that has changed is another source
     with pytest.raises(ValueError, match=r"4 of 4 parts are missing.*--shard=1/4"):
         prepare(Config(**options, merge=True, overwrite=True))
     assert digest(tmp_path / "out") == undisturbed
@@ -554,7 +796,12 @@ def test_merge_says_which_shard_to_type(tmp_path, monkeypatch):
 
 def test_a_shard_killed_at_any_moment_goes_on_after_its_last_file(tmp_path):
     undisturbed, _ = pile(tmp_path, 6, n=250, tokenizer="gpt2")
-    rng, kills, whole, options = random.Random(3), 0, {}, ["--block_size=64", "--val_fraction=0.3", "--workers=1"]
+    rng, kills, whole, options = (
+        random.Random(3),
+        0,
+        {},
+        ["--block_size=64", "--val_fraction=0.3", "--workers=1"],
+    )
     while len(whole) < 6:
         assert kills < 20
         process = small_parts(tmp_path, "--shard=1/1", *options)
@@ -564,7 +811,10 @@ def test_a_shard_killed_at_any_moment_goes_on_after_its_last_file(tmp_path):
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-        now = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("out.parts/*.arrow")}
+        now = {
+            path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in tmp_path.glob("out.parts/*.arrow")
+        }
         assert whole.items() <= now.items()  # what was whole was not written again
         whole = now
     assert kills >= 2
@@ -572,12 +822,17 @@ def test_a_shard_killed_at_any_moment_goes_on_after_its_last_file(tmp_path):
     wait_for(lambda: any(tmp_path.glob("out.parts/1-of-1.partial/train.npy")), process)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    assert whole == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("out.parts/*.arrow")}
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert whole == {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in tmp_path.glob("out.parts/*.arrow")
+    }
     process = small_parts(tmp_path, "--merge", *options)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "6 of 6 parts are there already" in output and digest(tmp_path / "out") == undisturbed
+    assert "6 of 6 parts are there already" in output
+    assert digest(tmp_path / "out") == undisturbed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "pile"]
 
 
@@ -592,14 +847,16 @@ def test_a_damaged_file_leaves_the_parts_before_it(tmp_path, monkeypatch, capsys
     (tmp_path / "pile" / "02.jsonl.gz").unlink()
     write(tmp_path / "pile" / "02.jsonl", good)
     run(tmp_path, tmp_path / "pile")
-    assert "2 of 3 parts are there already" in capsys.readouterr().out and digest(tmp_path / "out") == undisturbed
+    assert "2 of 3 parts are there already" in capsys.readouterr().out
+    assert digest(tmp_path / "out") == undisturbed
 
 
 def test_limit_tokens_over_several_parts(tmp_path, monkeypatch):
     _, one = pile(tmp_path, 4, limit_tokens=150_000)
     monkeypatch.setattr("prepare_pile.PART", 1)
     assert digest(run(tmp_path, tmp_path / "pile", limit_tokens=150_000).path) == digest(one.path)
-    assert one.meta["documents"] < 240 and len({row["source"] for row in table(one, "train")}) > 1
+    assert one.meta["documents"] < 240
+    assert len({row["source"] for row in table(one, "train")}) > 1
 
 
 def test_numbers_beyond_32_bits(tmp_path):
@@ -620,30 +877,54 @@ def test_numbers_beyond_32_bits(tmp_path):
 
 
 def test_too_many_domains(tmp_path):
-    source = write(tmp_path / "d.jsonl", b"".join(b'{"text": "a", "meta": {"pile_set_name": %d}}\n' % i for i in range((1 << 16) + 1)))
+    source = write(
+        tmp_path / "d.jsonl",
+        b"".join(
+            b'{"text": "a", "meta": {"pile_set_name": %d}}\n' % i for i in range((1 << 16) + 1)
+        ),
+    )
     with pytest.raises(ValueError, match=r"--domain_key=meta\.pile_set_name has 65537 values"):
         run(tmp_path, source, block_size=1, val_fraction=0)
 
 
 def test_the_readmes_commands_for_large_data(tmp_path):
     """The section's own lines, typed one after another where a folder named pile is."""
-    section = (SCRIPT.parent / "README.md").read_text().partition("## Data at the Pile's size")[2].partition("\n## ")[0]
-    commands = [line.partition("#")[0].split() for line in section.partition("```sh\n")[2].partition("```")[0].splitlines()]
-    assert [command[-1] for command in commands] == ["--source=pile", "--shard=1/2", "--shard=2/2", "--merge", "--verify"]
+    section = (
+        (SCRIPT.parent / "README.md")
+        .read_text()
+        .partition("## Data at the Pile's size")[2]
+        .partition("\n## ")[0]
+    )
+    commands = [
+        line.partition("#")[0].split()
+        for line in section.partition("```sh\n")[2].partition("```")[0].splitlines()
+    ]
+    assert [command[-1] for command in commands] == [
+        "--source=pile",
+        "--shard=1/2",
+        "--shard=2/2",
+        "--merge",
+        "--verify",
+    ]
     big(tmp_path / "pile" / "00.jsonl", 400, 8_000)
     write(tmp_path / "pile" / "01.jsonl", (tmp_path / "pile" / "00.jsonl").read_bytes())
     digests = []
     for python, script, *arguments in commands:
         assert (python, script) == ("python", "prepare_pile.py")
-        done = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         if "--shard=1/2" in arguments or "--merge" in arguments:
             assert "already prepared" not in done.stdout
         if "--shard" not in arguments[-1]:
             digests.append(digest(tmp_path / "data" / "pile"))
         if len(digests) == 1 and (tmp_path / "data" / "pile").exists():
-            (tmp_path / "data" / "pile").rename(tmp_path / "alone")  # the second way starts from nothing
-    assert digests[0] == digests[1] == digests[2] and "as it was written" in done.stdout
+            (tmp_path / "data" / "pile").rename(
+                tmp_path / "alone"
+            )  # the second way starts from nothing
+    assert digests[0] == digests[1] == digests[2]
+    assert "as it was written" in done.stdout
 
 
 def test_300_million_chunks(tmp_path):
@@ -655,12 +936,20 @@ def test_300_million_chunks(tmp_path):
     scale.sparse_set(tmp_path, n, 1024)
     assert (tmp_path / "train.npy").stat().st_size == 128 + n * 2050
     seconds, dataset = scale.timed(data.open_dataset, tmp_path)
-    assert seconds < 1 and dataset.train.rows.shape == (n, 1025)
+    assert seconds < 1
+    assert dataset.train.rows.shape == (n, 1025)
     for step in (0, 1000, 1_000_000, 5 * n // 1024):
         seconds, ids = scale.timed(data.global_batch, step, 512, n, 1337)
-        assert seconds < 0.1 and len(np.unique(ids)) == 512 and 0 <= ids.min() and n // 2 < ids.max() < n
+        assert seconds < 0.1
+        assert len(np.unique(ids)) == 512
+        assert 0 <= ids.min()
+        assert n // 2 < ids.max() < n
         seconds, (X, _) = scale.timed(dataset.train.batch, ids, 1024)
-        assert seconds < 1 and X.shape == (512, 1024)  # 6 to 12 s where the system reads 8 MB ahead of each row
+        assert seconds < 1
+        assert X.shape == (
+            512,
+            1024,
+        )
     assert sum(scale.memory()) - sum(before) < 1 << 30
 
 
@@ -670,10 +959,24 @@ def test_300_million_chunks(tmp_path):
 @pytest.mark.parametrize(
     "damage, answer",
     [
-        (lambda path, meta: (path / "train.npy").write_bytes((path / "train.npy").read_bytes()[:-1]), "train.npy is missing or damaged"),
-        (lambda path, meta: (path / "val_domain.npy").write_bytes(b""), "val_domain.npy is missing or damaged"),
-        (lambda path, meta: (path / "train_domain.npy").unlink(), "train_domain.npy is missing or damaged"),
-        (lambda path, meta: meta["chunks"].update(train=meta["chunks"]["train"] + 1), "its shape is"),
+        (
+            lambda path, meta: (path / "train.npy").write_bytes(
+                (path / "train.npy").read_bytes()[:-1]
+            ),
+            "train.npy is missing or damaged",
+        ),
+        (
+            lambda path, meta: (path / "val_domain.npy").write_bytes(b""),
+            "val_domain.npy is missing or damaged",
+        ),
+        (
+            lambda path, meta: (path / "train_domain.npy").unlink(),
+            "train_domain.npy is missing or damaged",
+        ),
+        (
+            lambda path, meta: meta["chunks"].update(train=meta["chunks"]["train"] + 1),
+            "its shape is",
+        ),
         (lambda path, meta: meta.update(block_size=63), "its shape is"),
         (lambda path, meta: meta.update(schema=0), "schema 0"),
         (lambda path, meta: (path / "meta.json").unlink(), "no prepared data"),
@@ -694,11 +997,19 @@ def test_a_flipped_bit(tmp_path, monkeypatch):
     for name in ARRAYS:
         good = (dataset.path / name).read_bytes()
         (dataset.path / name).write_bytes(good[:-9] + bytes([good[-9] ^ 4]) + good[-8:])
-        with pytest.raises(ValueError, match=rf"{name} is damaged.*type: python prepare_pile.py .*--overwrite"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is damaged.*type: python prepare_pile.py .*--overwrite"
+        ):
             data.open_dataset(dataset.path)
         if name == "train.npy":
-            process = subprocess.run([sys.executable, SCRIPT, "--verify", f"--data_dir={dataset.path}"], capture_output=True, text=True)
-            assert process.returncode == 2 and process.stderr.count("\n") == 1 and f"{name} is damaged" in process.stderr
+            process = subprocess.run(
+                [sys.executable, SCRIPT, "--verify", f"--data_dir={dataset.path}"],
+                capture_output=True,
+                text=True,
+            )
+            assert process.returncode == 2
+            assert process.stderr.count("\n") == 1
+            assert f"{name} is damaged" in process.stderr
             with monkeypatch.context() as patch:
                 patch.setattr(data, "CHECKED", 0)  # too large to be read whenever it is opened
                 with pytest.raises(ValueError, match="is damaged"):
@@ -709,9 +1020,27 @@ def test_a_flipped_bit(tmp_path, monkeypatch):
 
 def test_the_benchmark_ends_with_one_line_of_json(tmp_path):
     source = write(tmp_path / "d.jsonl", lines(texts(300, words=400)))
-    arguments = [f"--source={source}", "--tokenizer=byte", "--rounds=1", "--chunks=5000", "--steps=0,7", f"--folder={tmp_path}"]
-    done = subprocess.run([sys.executable, SCRIPT.parent / "bench" / "scale.py", *arguments], capture_output=True, text=True)
+    arguments = [
+        f"--source={source}",
+        "--tokenizer=byte",
+        "--rounds=1",
+        "--chunks=5000",
+        "--steps=0,7",
+        f"--folder={tmp_path}",
+    ]
+    done = subprocess.run(
+        [sys.executable, SCRIPT.parent / "bench" / "scale.py", *arguments],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert [row["stage"] for row in rows[5:]] == ["read", "parse", "tokenize", "write", "pack"] and len(rows) == 10
+    assert [row["stage"] for row in rows[5:]] == [
+        "read",
+        "parse",
+        "tokenize",
+        "write",
+        "pack",
+    ]
+    assert len(rows) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]

@@ -38,8 +38,16 @@ class Small:
 
 def test_values_take_the_type_of_their_field():
     cfg = config.load(Small, ["--rate=1", "--steps=1e3", "--name=n=3,4", "--kind=y", "--fast"])
-    assert (cfg.rate, cfg.steps, cfg.name, cfg.kind, cfg.fast, cfg.out_dir) == (1.0, 1000, "n=3,4", "y", True, "out/run")
-    assert isinstance(cfg.rate, float) and isinstance(cfg.steps, int)
+    assert (cfg.rate, cfg.steps, cfg.name, cfg.kind, cfg.fast, cfg.out_dir) == (
+        1.0,
+        1000,
+        "n=3,4",
+        "y",
+        True,
+        "out/run",
+    )
+    assert isinstance(cfg.rate, float)
+    assert isinstance(cfg.steps, int)
     assert config.load(Small, ["--fast=False", "--steps=-2", "--steps=12_000"]).steps == 12000
 
 
@@ -71,11 +79,20 @@ def test_a_value_behind_a_space_says_what_to_type():
 
 
 def test_config_files_are_python_with_a_namespace_of_their_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("import math\n_half = 0.5\nrate = _half * math.pi\nfast = True\n")
+    (tmp_path / "mine.py").write_text(
+        "import math\n_half = 0.5\nrate = _half * math.pi\nfast = True\n"
+    )
     cfg = config.load(Small, [str(tmp_path / "mine.py"), "--steps=4"])
-    assert cfg.rate == pytest.approx(1.5708, abs=1e-4) and cfg.fast and cfg.steps == 4
+    assert cfg.rate == pytest.approx(1.5708, abs=1e-4)
+    assert cfg.fast
+    assert cfg.steps == 4
     assert cfg.out_dir == "out/mine"
-    wrong = {"rats = 1": "unknown key 'rats' in", "steps = 'x'": "not an int", "steps = (": "SyntaxError", "rate = nix": "NameError"}
+    wrong = {
+        "rats = 1": "unknown key 'rats' in",
+        "steps = 'x'": "not an int",
+        "steps = (": "SyntaxError",
+        "rate = nix": "NameError",
+    }
     for text, answer in wrong.items():
         (tmp_path / "mine.py").write_text(text)
         with pytest.raises(ValueError) as error:
@@ -87,19 +104,40 @@ def test_config_files_are_python_with_a_namespace_of_their_own(tmp_path, monkeyp
 def test_a_config_is_found_by_any_of_its_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = config.load(train.Config, [name])
-    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.batch_size) == (12, 12, 768, 1024, 16)
-    assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (0.9, 0.95, 0.1, 6e-4, 6e-5)
-    assert (cfg.warmup_iters, cfg.grad_clip, cfg.decay_lr, cfg.out_dir) == (2000, 1.0, True, "out/gpt2_inrun")
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.batch_size) == (
+        12,
+        12,
+        768,
+        1024,
+        16,
+    )
+    assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.learning_rate, cfg.min_lr) == (
+        0.9,
+        0.95,
+        0.1,
+        6e-4,
+        6e-5,
+    )
+    assert (cfg.warmup_iters, cfg.grad_clip, cfg.decay_lr, cfg.out_dir) == (
+        2000,
+        1.0,
+        True,
+        "out/gpt2_inrun",
+    )
 
 
 def test_every_config_loads_and_opens_with_its_command():
     for path in (ROOT / "configs").glob("*.py"):
         config.load(train.Config, [str(path)])
-        assert f"python train.py config/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
+        assert f"python train.py config/{path.name}" in ast.get_docstring(
+            ast.parse(path.read_text())
+        )
 
 
 def test_a_json_config_from_a_run(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"rate": 0.5, "out_dir": "out/x"}, "git_commit": "abc"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": {"rate": 0.5, "out_dir": "out/x"}, "git_commit": "abc"})
+    )
     assert config.load(Small, [str(tmp_path / "config.json")]).out_dir == "out/x"
 
 
@@ -133,7 +171,9 @@ for script in sys.argv[1:]:
 @pytest.fixture(scope="module")
 def helps():
     """{script: what its --help prints}, all asked by one process, for torch takes seconds."""
-    done = subprocess.run([sys.executable, "-c", ASK_ALL, *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_ALL, *SCRIPTS], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     parts = re.split(r"^=== (\S+) 0$", done.stdout, flags=re.M)
     return dict(zip(parts[1::2], parts[0::2]))
@@ -144,7 +184,9 @@ def test_help_lists_every_key(helps):
     for script in SCRIPTS:
         shown = helps[script]
         tree = ast.parse((ROOT / script).read_text())
-        fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config").body
+        fields = next(
+            node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
+        ).body
         for field in fields:
             if isinstance(field, ast.AnnAssign):
                 assert f"--{field.target.id}=" in shown, (script, field.target.id)
@@ -167,7 +209,8 @@ def test_benchmarks_end_with_one_line_of_json(command, rows):
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["torch"] and len(found["rows"]) == rows
+    assert found["torch"]
+    assert len(found["rows"]) == rows
 
 
 def ended(work, capsys):
@@ -281,16 +324,32 @@ FLOORS = {
 
 
 def test_imports_go_strictly_down():
-    allowed = {module: set(below.split()) for modules, below in FLOORS.items() for module in modules.split()}
+    allowed = {
+        module: set(below.split())
+        for modules, below in FLOORS.items()
+        for module in modules.split()
+    }
     local = {path.stem for path in ROOT.glob("*.py")}
     assert local <= set(allowed), "give the new module a floor"
     files = {ROOT / f"{module}.py": allowed[module] for module in local}
-    folders = {"ops": {"ghost", "ledger", "parallel"}, "sources": {"ledger"}, "show": {"data", "ledger"}}
-    files |= {path: below for folder, below in folders.items() for path in (ROOT / folder).glob("*.py")}
+    folders = {
+        "ops": {"ghost", "ledger", "parallel"},
+        "sources": {"ledger"},
+        "show": {"data", "ledger"},
+    }
+    files |= {
+        path: below for folder, below in folders.items() for path in (ROOT / folder).glob("*.py")
+    }
     assert len(files) > len(local) + 4
     for path, below in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert (set(names) & local) <= below, f"{path} imports {names}"
 
 
@@ -321,8 +380,16 @@ def test_the_faster_pattern_gives_gpt2s_own_tokens():
     from tiktoken_ext import openai_public
 
     ours = data.tokenizer("gpt2")
-    theirs = tiktoken.Encoding("r50k", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ours.bpe._mergeable_ranks, special_tokens={})
-    texts = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60]]
+    theirs = tiktoken.Encoding(
+        "r50k",
+        pat_str=openai_public.r50k_pat_str,
+        mergeable_ranks=ours.bpe._mergeable_ranks,
+        special_tokens={},
+    )
+    texts = [
+        path.read_text(errors="replace")
+        for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+    ]
     texts += [
         "  \n\n  x \t\n",
         " ",

@@ -152,7 +152,8 @@ def test_what_this_program_writes_is_no_source(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", numbered(*range(40)))
     run(tmp_path, ".", data_dir="out", val_fraction=0)
     again = run(tmp_path, ".", data_dir="out", val_fraction=0, overwrite=True)
-    assert again.meta["documents"] == 40 and not again.meta["left_out"]
+    assert again.meta["documents"] == 40
+    assert not again.meta["left_out"]
     run(tmp_path, ".", data_dir="out", val_fraction=0)  # and its own files change no source
     for source in ("out", "out/meta.json", "out/*.parquet"):
         with pytest.raises(UserError, match=r"lies in .*out, which this program writes"):

@@ -36,7 +36,14 @@ TWO = "--targets=val:Python code,val:Docstrings"
 
 
 def arguments(data_dir, out_dir, *more):
-    return [*SMALL.split(), f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--max_iters=12", "--checkpoint_interval=5", *more]
+    return [
+        *SMALL.split(),
+        f"--data_dir={data_dir}",
+        f"--out_dir={out_dir}",
+        "--max_iters=12",
+        "--checkpoint_interval=5",
+        *more,
+    ]
 
 
 def run(data_dir, out_dir, *more):
@@ -86,39 +93,58 @@ def test_values_are_the_sum_of_the_ledger_and_map_to_documents(python_data, tmp_
     run(python_data, tmp_path / "run", TWO, "--book_interval=3")
     table = capsys.readouterr().out
     data = open_dataset(python_data)
-    values, visits, books = (np.load(tmp_path / "run" / f"{name}.npy") for name in ("values", "ledger", "books"))
+    values, visits, books = (
+        np.load(tmp_path / "run" / f"{name}.npy") for name in ("values", "ledger", "books")
+    )
     n = len(data.train.rows)
-    assert values.shape == (n, 2) and values.dtype == np.float32
-    assert visits.dtype.names == ("step", "chunk", "loss", "value", "grad_norm", "early") and len(visits) == 12 * 4
+    assert values.shape == (n, 2)
+    assert values.dtype == np.float32
+    assert visits.dtype.names == ("step", "chunk", "loss", "value", "grad_norm", "early")
+    assert len(visits) == 12 * 4
     assert (visits["step"] == np.repeat(np.arange(12), 4)).all()
     assert len(set(visits["chunk"])) == len(visits)  # without replacement
-    assert (visits["chunk"] == np.concatenate([global_batch(s, 4, n, 1337) for s in range(12)])).all()
+    assert (
+        visits["chunk"] == np.concatenate([global_batch(s, 4, n, 1337) for s in range(12)])
+    ).all()
     total = np.zeros((n, 2))
     for visit in visits:
         total[visit["chunk"]] += visit["value"]
     used = np.isin(np.arange(n), visits["chunk"])
     assert np.isnan(values[~used]).all()
-    assert (values[used] == total[used].astype(np.float32)).all() and np.isfinite(values[used]).all()
+    assert (values[used] == total[used].astype(np.float32)).all()
+    assert np.isfinite(values[used]).all()
     # the books: the data column is the sum of the step's values; what is not computed is NaN
     assert np.allclose(books["data"], visits["value"].reshape(12, 4, 2).sum(1), rtol=1e-5)
     assert np.allclose(books["loss"], visits["loss"].reshape(12, 4).mean(1), rtol=1e-5)
-    assert (visits["early"] == (visits["step"] < 3)).all() and (visits["grad_norm"] > 0).all()
+    assert (visits["early"] == (visits["step"] < 3)).all()
+    assert (visits["grad_norm"] > 0).all()
     measured = books["step"] % 3 == 0
     for name in ("after", "momentum", "decay", "residual"):
         assert (np.isfinite(books[name]) == measured[:, None]).all()
     drop = books["data"] + books["momentum"] + books["decay"] + books["residual"]
     assert np.allclose((books["before"] - books["after"])[measured], drop[measured], atol=1e-6)
     assert (
-        f"Python code: accounted for {1 - books['residual'][measured, 0].sum() / (books['before'] - books['after'])[measured, 0].sum():.1%}" in table
+        f"Python code: accounted for {1 - books['residual'][measured, 0].sum() / (books['before'] - books['after'])[measured, 0].sum():.1%}"
+        in table
     )
-    assert (books["kappa"] <= 1).all() and (books["kappa"] < 1).any()
+    assert (books["kappa"] <= 1).all()
+    assert (books["kappa"] < 1).any()
     about = json.loads((tmp_path / "run" / "values.json").read_text())
-    assert about["committed_step"] == 12 and about["unit"] == "nats" and about["data_hash"] == data.hash
+    assert about["committed_step"] == 12
+    assert about["unit"] == "nats"
+    assert about["data_hash"] == data.hash
     assert [t["name"] for t in about["targets"]] == ["Python code", "Docstrings"]
     # the table on the terminal says the same
     for d, name in enumerate(data.domains):
         chosen = used & (data.train.domain == d)
-        line = next((line for line in table.splitlines() if line.startswith(f"{name} ") and line.endswith("%")), None)
+        line = next(
+            (
+                line
+                for line in table.splitlines()
+                if line.startswith(f"{name} ") and line.endswith("%")
+            ),
+            None,
+        )
         assert bool(line) == chosen.any()
         if line:
             assert int(line[24:32]) == chosen.sum()
@@ -143,7 +169,12 @@ def test_values_are_the_sum_of_the_ledger_and_map_to_documents(python_data, tmp_
 def test_a_step_of_a_run_is_what_exact_says(python_data, tmp_path, rule):
     """From the checkpoint of step 5 the ledger's rows of step 5: order of chunks, drawn targets, clipping, accumulation."""
     out = tmp_path / "run"
-    argv = (TWO + f",own={tmp_path / 'own.txt'}", f"--rule={rule}", "--dtype=float64", "--target_batch=3")
+    argv = (
+        TWO + f",own={tmp_path / 'own.txt'}",
+        f"--rule={rule}",
+        "--dtype=float64",
+        "--target_batch=3",
+    )
     (tmp_path / "own.txt").write_text("def main():\n    return 'a short text, padded and masked'\n")
     run(python_data, out, *argv, "--max_iters=5", "--lr_decay_iters=12")
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
@@ -159,13 +190,30 @@ def test_a_step_of_a_run_is_what_exact_says(python_data, tmp_path, rule):
     X, Y = map(torch.from_numpy, data.train.batch(ids, 32))
     chosen = []
     for k, target in enumerate(parse_targets(argv[0].removeprefix("--targets="), data, 32)):
-        picks = np.random.default_rng((1337, k, 5)).choice(len(target), min(3, len(target)), replace=False)
+        picks = np.random.default_rng((1337, k, 5)).choice(
+            len(target), min(3, len(target)), replace=False
+        )
         chosen.append(tuple(map(torch.from_numpy, target.batch(picks))))
-    x, known, losses = exact.chunk_gradients(model, X, Y), rules.known_rows(model, X, Y), [exact.batch_loss(*pair) for pair in chosen]
-    truth = rules.rule_values(model, optimizer, x, losses, rule, float(books["lr"][5].astype(np.float64)), 0.5, known=known)
+    x, known, losses = (
+        exact.chunk_gradients(model, X, Y),
+        rules.known_rows(model, X, Y),
+        [exact.batch_loss(*pair) for pair in chosen],
+    )
+    truth = rules.rule_values(
+        model,
+        optimizer,
+        x,
+        losses,
+        rule,
+        float(books["lr"][5].astype(np.float64)),
+        0.5,
+        known=known,
+    )
     rows = visits[5 * 4 : 6 * 4]
     assert (rows["chunk"] == ids).all()
-    assert np.linalg.norm(rows["value"] - truth.numpy()) < 1e-6 * np.linalg.norm(truth)  # the ledger's float32
+    assert np.linalg.norm(rows["value"] - truth.numpy()) < 1e-6 * np.linalg.norm(
+        truth
+    )  # the ledger's float32
     assert books["kappa"][5] < 1
 
 
@@ -186,11 +234,20 @@ def test_the_batch_may_be_cut_in_any_way(python_data, tmp_path, rule):
     """The same global batch as 1, 2 and 4 micro-steps: equal values for equal chunks, in equal rows."""
     runs = []
     for n in (1, 2, 4):
-        run(python_data, tmp_path / str(n), "--dtype=float64", f"--rule={rule}", f"--batch_size={4 // n}", f"--gradient_accumulation_steps={n}")
+        run(
+            python_data,
+            tmp_path / str(n),
+            "--dtype=float64",
+            f"--rule={rule}",
+            f"--batch_size={4 // n}",
+            f"--gradient_accumulation_steps={n}",
+        )
         runs.append(np.load(tmp_path / str(n) / "ledger.npy"))
     for other in runs[1:]:
         assert (other["chunk"] == runs[0]["chunk"]).all()
-        assert np.linalg.norm(other["value"] - runs[0]["value"]) < 1e-6 * np.linalg.norm(runs[0]["value"])
+        assert np.linalg.norm(other["value"] - runs[0]["value"]) < 1e-6 * np.linalg.norm(
+            runs[0]["value"]
+        )
 
 
 def test_a_second_epoch_adds_to_the_first(python_data, tmp_path):
@@ -198,15 +255,30 @@ def test_a_second_epoch_adds_to_the_first(python_data, tmp_path):
     data = open_dataset(python_data)
     n = len(data.train.rows)
     B, steps = 512, -(-n // 512) + 2
-    run(python_data, tmp_path / "run", f"--batch_size={B}", "--gradient_accumulation_steps=1", f"--max_iters={steps}", "--n_layer=1")
+    run(
+        python_data,
+        tmp_path / "run",
+        f"--batch_size={B}",
+        "--gradient_accumulation_steps=1",
+        f"--max_iters={steps}",
+        "--n_layer=1",
+    )
     visits, values = read(tmp_path / "run"), np.load(tmp_path / "run" / "values.npy")
     assert len(set(visits["chunk"][:n])) == n
     total, used = np.zeros((n, 1)), np.zeros(n, bool)
     add_visits(visits, total, used)
-    assert used.all() and (values == total[:, 0].astype(np.float32)).all()
+    assert used.all()
+    assert (values == total[:, 0].astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("more", [("--rule=adamw2", "--dropout=0.2"), ("--batch_size=7", "--audit_permutations=20"), ("--grad_clip=0",)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--rule=adamw2", "--dropout=0.2"),
+        ("--batch_size=7", "--audit_permutations=20"),
+        ("--grad_clip=0",),
+    ],
+)
 def test_an_audit_disturbs_nothing(python_data, tmp_path, capsys, more):
     """The same losses and files with the audit on and off, dropout and 14 chunks a step (permutations) included."""
     more = (TWO, "--max_iters=9", "--book_interval=3", *more)
@@ -215,29 +287,49 @@ def test_an_audit_disturbs_nothing(python_data, tmp_path, capsys, more):
     assert audited == plain
     files = read_bytes(tmp_path / "audited")
     audits = np.load(tmp_path / "audited" / "audit.npy")
-    assert files.pop("audit.npy") and files == read_bytes(tmp_path / "plain")
+    assert files.pop("audit.npy")
+    assert files == read_bytes(tmp_path / "plain")
     assert list(audits["step"]) == [3, 7]
     for name in ("pearson", "spearman", "loo_pearson"):
         assert (np.abs(audits[name]) <= 1).all()
-    assert (audits["rel_l2"] > 0).all() and np.isfinite(audits["efficiency_gap"]).all()
+    assert (audits["rel_l2"] > 0).all()
+    assert np.isfinite(audits["efficiency_gap"]).all()
     permuted = "--batch_size=7" in more
     assert ((audits["standard_error"] > 0) == permuted).all()
-    if "--dropout=0.2" not in more and not permuted:  # with dropout the target is free of it, and 20 permutations are few
-        assert audits["pearson"][-1].min() > 0.8  # the first audit is of the fourth step, where every rule is rough
-    assert f"Docstrings: audit of 2 steps: Pearson {audits['pearson'][:, 1].mean():.4f}" in capsys.readouterr().out
+    if (
+        "--dropout=0.2" not in more and not permuted
+    ):  # with dropout the target is free of it, and 20 permutations are few
+        assert (
+            audits["pearson"][-1].min() > 0.8
+        )  # the first audit is of the fourth step, where every rule is rough
+    assert (
+        f"Docstrings: audit of 2 steps: Pearson {audits['pearson'][:, 1].mean():.4f}"
+        in capsys.readouterr().out
+    )
 
 
 def test_momentum_is_credited_to_domains(python_data, tmp_path, capsys):
     """One momentum buffer a domain: they add up to the optimizer's own, and their credits to the momentum column."""
     out, data = tmp_path / "run", open_dataset(python_data)
-    run(python_data, out, TWO, "--book_interval=1", "--domain_momentum", "--dtype=float64", "--dropout=0.1")
+    run(
+        python_data,
+        out,
+        TWO,
+        "--book_interval=1",
+        "--domain_momentum",
+        "--dtype=float64",
+        "--dropout=0.1",
+    )
     books, checkpoint = np.load(out / "books.npy"), torch.load(out / "ckpt.pt", weights_only=True)
     assert books["momentum_by_domain"].shape == (12, 2, len(data.domains))
     assert np.allclose(books["momentum_by_domain"].sum(2), books["momentum"], rtol=1e-5, atol=1e-9)
     moments = [state["exp_avg"] for state in checkpoint["optimizer"]["state"].values()]
     sums = [m.sum(0) for m in checkpoint["valuation"]["domain_momentum"]]
     assert len(moments) == len(sums)
-    assert sum(min(float((s - m).abs().max()) for m in moments if m.shape == s.shape) for s in sums) < 1e-12
+    assert (
+        sum(min(float((s - m).abs().max()) for m in moments if m.shape == s.shape) for s in sums)
+        < 1e-12
+    )
     assert "momentum, of the same drop: Python code" in capsys.readouterr().out
 
 
@@ -247,7 +339,18 @@ def test_momentum_is_credited_to_domains(python_data, tmp_path, capsys):
 KILLED = [
     (0, 5, ("--rule=adamw_linear",)),
     (1, 1, ("--book_interval=2",)),
-    (2, 4, ("--rule=adamw2", "--target_interval=3", "--dropout=0.2", "--book_interval=3", "--domain_momentum", "--audit_interval=15")),
+    (
+        2,
+        4,
+        (
+            "--rule=adamw2",
+            "--target_interval=3",
+            "--dropout=0.2",
+            "--book_interval=3",
+            "--domain_momentum",
+            "--audit_interval=15",
+        ),
+    ),
 ]
 
 
@@ -285,13 +388,18 @@ def test_killed_runs_end_like_one_that_was_not(python_data, tmp_path, seed, inte
     final.join()
     assert final.exitcode == 0, log.read_text()
     assert read_bytes(out) == read_bytes(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(tmp_path / "whole").values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(out).values(), weights(tmp_path / "whole").values())
+    )
 
 
 def test_the_files_of_a_killed_run_agree(python_data, tmp_path):
     """Right after a kill, and after the resumption's first moment, values.npy is the sum of the rows that ledger.npy shows."""
     out, log = tmp_path / "run", tmp_path / "log"
-    process = in_process(quiet_run, arguments(python_data, out, "--max_iters=4000", "--checkpoint_interval=3"), log)
+    process = in_process(
+        quiet_run, arguments(python_data, out, "--max_iters=4000", "--checkpoint_interval=3"), log
+    )
     while not (out / "ckpt.pt").exists():
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
@@ -299,12 +407,20 @@ def test_the_files_of_a_killed_run_agree(python_data, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    run(python_data, out, "--init_from=resume", f"--max_iters={checkpoint['iter_num']}", "--lr_decay_iters=4000")
+    run(
+        python_data,
+        out,
+        "--init_from=resume",
+        f"--max_iters={checkpoint['iter_num']}",
+        "--lr_decay_iters=4000",
+    )
     visits, values = read(out), np.load(out / "values.npy")
     assert len(visits) == 4 * checkpoint["iter_num"]
     total, used = np.zeros((len(values), 1)), np.zeros(len(values), bool)
     add_visits(visits, total, used)
-    assert np.array_equal(values, np.where(used, total[:, 0], np.nan).astype(np.float32), equal_nan=True)
+    assert np.array_equal(
+        values, np.where(used, total[:, 0], np.nan).astype(np.float32), equal_nan=True
+    )
 
 
 # --- what goes wrong ----------------------------------------------------------
@@ -347,9 +463,14 @@ def test_a_command_line_with_an_error(tmp_path):
     """As typed in a shell: the config file's typo is found too, and nothing is written."""
     (tmp_path / "mine.py").write_text("from configs.demo import *\nlearing_rate = 1\n")
     root = Path(config.__file__).parent
-    done = subprocess.run([sys.executable, root / "train.py", "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, root / "train.py", "mine.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown key 'learing_rate' in mine.py: did you mean 'learning_rate'?\n"
+    assert (
+        done.stderr
+        == "error: unknown key 'learing_rate' in mine.py: did you mean 'learning_rate'?\n"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.py"]
 
 
@@ -357,7 +478,9 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(python_data, tmp_pa
     out = tmp_path / "run"
     run(python_data, out)
     before = read_bytes(out)
-    assert "--init_from=resume goes on, --overwrite starts over" in refused(capsys, python_data, out)
+    assert "--init_from=resume goes on, --overwrite starts over" in refused(
+        capsys, python_data, out
+    )
     for argument, had in {
         "--rule=sgd": "rule=adamw",
         "--n_embd=32": "n_embd=16",
@@ -365,11 +488,22 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(python_data, tmp_pa
         "--seed=1": "seed=1337",
         TWO: "targets=val",
     }.items():
-        assert f"was run with {had}: type --{had}" in refused(capsys, python_data, out, "--init_from=resume", argument)
+        assert f"was run with {had}: type --{had}" in refused(
+            capsys, python_data, out, "--init_from=resume", argument
+        )
     from prepare_pile import Config as Prepare
     from prepare_pile import prepare
 
-    prepare(Prepare(source="python", tokenizer="byte", block_size=32, val_fraction=0.1, limit_tokens=300_000, data_dir=str(tmp_path / "other")))
+    prepare(
+        Prepare(
+            source="python",
+            tokenizer="byte",
+            block_size=32,
+            val_fraction=0.1,
+            limit_tokens=300_000,
+            data_dir=str(tmp_path / "other"),
+        )
+    )
     capsys.readouterr()
     assert "is not the data of" in refused(capsys, tmp_path / "other", out, "--init_from=resume")
     assert read_bytes(out) == before
@@ -390,14 +524,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
     more = ("--optimizer=sgd", f"--rule={rule}", "--grad_clip=0", "--decay_lr=False")
     run(python_data, out, *more, "--max_iters=3", "--learning_rate=1e-3", "--lr_decay_iters=3")
     state = torch.load(out / "ckpt.pt", weights_only=True)
-    state["model"]["transformer.ln_f.weight"][0] = 3e38  # the weights diverge: the next losses overflow
+    state["model"]["transformer.ln_f.weight"][0] = (
+        3e38  # the weights diverge: the next losses overflow
+    )
     state["config"]["max_iters"] = 9
     with RunFolder(out) as folder:
         Checkpoints(folder, 1, False, out / "ckpt.pt", 3).write(3, state)
     spoiled = (out / "ckpt.pt").read_bytes()
-    line = refused(capsys, python_data, out, *more, "--max_iters=9", "--learning_rate=1e-3", "--lr_decay_iters=3", "--init_from=resume")
+    line = refused(
+        capsys,
+        python_data,
+        out,
+        *more,
+        "--max_iters=9",
+        "--learning_rate=1e-3",
+        "--lr_decay_iters=3",
+        "--init_from=resume",
+    )
     ids = global_batch(3, 4, len(open_dataset(python_data).train.rows), 1337)
-    assert "not finite" in line and "step" in line
+    assert "not finite" in line
+    assert "step" in line
     if rule == "sgd":
         assert line.startswith("error: step 3: the loss of chunks")
         assert all(str(i) in line for i in ids)
@@ -406,7 +552,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
 
 
 def starved_run(argv, log, limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # no file may grow beyond it, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)
+    )  # no file may grow beyond it, as on a full disk
     quiet_run(argv, log)
 
 
@@ -419,11 +567,17 @@ def test_a_full_disk_loses_nothing(python_data, tmp_path):
     more = ("--init_from=resume", "--lr_decay_iters=12")
     for limit in (size // 2, 200):  # in the checkpoint, in the ledger
         log.unlink(missing_ok=True)
-        process = in_process(starved_run, arguments(python_data, out, *more), log, max(limit, 100_000 if limit == size // 2 else 2_000))
+        process = in_process(
+            starved_run,
+            arguments(python_data, out, *more),
+            log,
+            max(limit, 100_000 if limit == size // 2 else 2_000),
+        )
         process.join()
         assert process.exitcode == 2
         last = log.read_text().strip().splitlines()[-1]
-        assert last.startswith("error: ") and "File too large" in last
+        assert last.startswith("error: ")
+        assert "File too large" in last
         assert torch.load(out / "ckpt.pt", weights_only=True)["iter_num"] == 5
         assert not list(out.glob("*.tmp"))
     run(python_data, out, *more)
@@ -443,7 +597,11 @@ def test_damaged_data_is_named(python_data, tmp_path, capsys):
         ("train.npy", lambda b: b[: len(b) // 2], "train.npy is missing or damaged"),
         ("val_domain.npy", None, "val_domain.npy is missing or damaged (No such file"),
         ("meta.json", lambda b: b[:50], "meta.json is damaged"),
-        ("meta.json", lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'), "its checksum does not fit"),
+        (
+            "meta.json",
+            lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'),
+            "its checksum does not fit",
+        ),
     ]:
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(python_data, tmp_path / "data")
@@ -464,33 +622,67 @@ def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
     out = tmp_path / "run"
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(40)))
-    more = ("--optimizer=sgd", "--rule=sgd", "--decay_lr=False", "--learning_rate=0.05", "--dtype=float64")
-    run(python_data, out, *more, f"--targets=t={text}", "--target_batch=1000", "--target_sampling=fixed", "--max_iters=60", "--batch_size=8")
+    more = (
+        "--optimizer=sgd",
+        "--rule=sgd",
+        "--decay_lr=False",
+        "--learning_rate=0.05",
+        "--dtype=float64",
+    )
+    run(
+        python_data,
+        out,
+        *more,
+        f"--targets=t={text}",
+        "--target_batch=1000",
+        "--target_sampling=fixed",
+        "--max_iters=60",
+        "--batch_size=8",
+    )
     books = np.load(out / "books.npy")
     drop = books["before"][0, 0] - books["before"][-1, 0]
     assert drop > 0.1
     assert books["data"][:-1].sum() == pytest.approx(drop, rel=0.15)
 
 
-@pytest.mark.parametrize("rule, head", [("adamw", "chunked"), ("adamw", "whole"), ("adamw2", "chunked")])
+@pytest.mark.parametrize(
+    "rule, head", [("adamw", "chunked"), ("adamw", "whole"), ("adamw2", "chunked")]
+)
 def test_compiled_values_equal_eager_ones(python_data, tmp_path, monkeypatch, rule, head):
     """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently.
     After three steps nothing is compiled again, a graph break is an error (fullgraph), and two-pass rules read their tape, as in eager."""
     monkeypatch.setattr(ops.head, "FORM", head)
     torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
     graphs, schedule = [], train_module.schedule
-    monkeypatch.setattr(train_module, "schedule", lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or schedule(*args))
-    more = (f"--rule={rule}", "--n_layer=1", "--max_iters=8", "--book_interval=2", "--batch_size=4", "--gradient_accumulation_steps=1")
+    monkeypatch.setattr(
+        train_module,
+        "schedule",
+        lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or schedule(*args),
+    )
+    more = (
+        f"--rule={rule}",
+        "--n_layer=1",
+        "--max_iters=8",
+        "--book_interval=2",
+        "--batch_size=4",
+        "--gradient_accumulation_steps=1",
+    )
     more += ("--eval_interval=0", "--dtype=float64", TWO)
     run(python_data, tmp_path / "eager", *more)
     graphs.clear()
     read_tape, reads = ghost.Tape.values, []
-    monkeypatch.setattr(ghost.Tape, "values", lambda tape: reads.append(len(tape.ops)) or read_tape(tape))
+    monkeypatch.setattr(
+        ghost.Tape, "values", lambda tape: reads.append(len(tape.ops)) or read_tape(tape)
+    )
     run(python_data, tmp_path / "compiled", *more, "--compile")
-    assert len(graphs) == 8 and 0 < graphs[3] == graphs[-1]
-    assert len(reads) == (8 if rule == "adamw2" else 0) and len(set(reads)) <= 1  # two passes, but forward and backward once
+    assert len(graphs) == 8
+    assert 0 < graphs[3] == graphs[-1]
+    assert len(reads) == (8 if rule == "adamw2" else 0)
+    assert len(set(reads)) <= 1
     eager, compiled = read(tmp_path / "eager"), read(tmp_path / "compiled")
-    assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(eager["value"])  # of what float32 on disk holds
+    assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(
+        eager["value"]
+    )  # of what float32 on disk holds
     assert not any(key.startswith("_orig_mod") for key in weights(tmp_path / "compiled"))
 
 
@@ -508,55 +700,94 @@ def test_wandb_goes_offline_without_a_login(python_data, tmp_path, monkeypatch):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     root, out = Path(config.__file__).parent, tmp_path / "run"
-    argv = arguments(python_data, out, TWO, "--wandb_log", "--tensorboard_log", "--wandb_histogram_interval=4", "--audit_interval=6")
-    done = subprocess.run([sys.executable, root / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    argv = arguments(
+        python_data,
+        out,
+        TWO,
+        "--wandb_log",
+        "--tensorboard_log",
+        "--wandb_histogram_interval=4",
+        "--audit_interval=6",
+    )
+    done = subprocess.run(
+        [sys.executable, root / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "no login found, so this run is logged offline" in done.stdout
     logged = next(out.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
     scalars, histograms, curves, tables = (
-        ["train/loss", "train/lr", "overhead/mfu", "overhead/valuation_share", "val/loss", "val_loss/Python code"],
+        [
+            "train/loss",
+            "train/lr",
+            "overhead/mfu",
+            "overhead/valuation_share",
+            "val/loss",
+            "val_loss/Python code",
+        ],
         [],
         [],
         [],
     )
     scalars += ["val_loss/Python code", "val_loss/Docstrings"]
     for name in ("Python code", "Docstrings"):
-        scalars += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [f"audit/{name}/{x}" for x in ("pearson", "rel_l2")]
-        scalars += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [f"value_by_domain/{name}/Topics"]
+        scalars += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [
+            f"audit/{name}/{x}" for x in ("pearson", "rel_l2")
+        ]
+        scalars += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [
+            f"value_by_domain/{name}/Topics"
+        ]
         histograms += [f"histogram/{name}"]
         curves += [f"domains/{name}"]
         tables += [f"chunks/{name}/top", f"chunks/{name}/bottom"]
-    assert [key for key in [*scalars, *histograms, *curves, *tables] if key.encode() not in logged] == []
+    assert [
+        key for key in [*scalars, *histograms, *curves, *tables] if key.encode() not in logged
+    ] == []
 
     values, data = np.load(out / "values.npy"), open_dataset(python_data)
     best = int(np.nanargmax(values[:, 0]))
-    found = [json.loads(path.read_text()) for path in out.glob("wandb/offline-run-*/files/media/table/chunks/Python code/top_*.table.json")]
+    found = [
+        json.loads(path.read_text())
+        for path in out.glob(
+            "wandb/offline-run-*/files/media/table/chunks/Python code/top_*.table.json"
+        )
+    ]
     assert len(found) == 3  # one a checkpoint
-    last = next(table for table in found if table["data"][0][0] == best and abs(table["data"][0][2] - values[best, 0]) < 1e-6)
-    tokens = data.train.rows[best]
-    assert last["data"][0][1] == data.domains[data.train.domain[best]] and last["data"][0][3] == bytes(tokens[tokens < 255].tolist()).decode(
-        errors="replace"
+    last = next(
+        table
+        for table in found
+        if table["data"][0][0] == best and abs(table["data"][0][2] - values[best, 0]) < 1e-6
     )
+    tokens = data.train.rows[best]
+    assert last["data"][0][1] == data.domains[data.train.domain[best]]
+    assert last["data"][0][3] == bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
 
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    assert set(scalars) <= set(events.Tags()["scalars"]) and set(histograms) <= set(events.Tags()["histograms"])
+    assert set(scalars) <= set(events.Tags()["scalars"])
+    assert set(histograms) <= set(events.Tags()["histograms"])
     assert {f"{name}/text_summary" for name in tables} <= set(events.Tags()["tensors"])
-    assert events.Scalars("value/Python code/mean")[-1].value == pytest.approx(read(out)["value"][-4:, 0].mean(), rel=1e-5)
+    assert events.Scalars("value/Python code/mean")[-1].value == pytest.approx(
+        read(out)["value"][-4:, 0].mean(), rel=1e-5
+    )
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
     n, B = 1000, 48
     ids = np.concatenate([global_batch(s, B, n, 7) for s in range(42)])
-    assert sorted(ids[:n]) == list(range(n)) and sorted(ids[n : 2 * n]) == list(range(n))
+    assert sorted(ids[:n]) == list(range(n))
+    assert sorted(ids[n : 2 * n]) == list(range(n))
     assert (ids[:n] != ids[n : 2 * n]).mean() > 0.9  # each epoch anew
     assert (global_batch(17, B, n, 7) == ids[17 * B : 18 * B]).all()
     assert (global_batch(17, B, n, 8) != ids[17 * B : 18 * B]).any()
-    assert (np.concatenate([global_batch(s, 2 * B, n, 7) for s in range(21)]) == ids).all()  # not of B
+    assert (
+        np.concatenate([global_batch(s, 2 * B, n, 7) for s in range(21)]) == ids
+    ).all()  # not of B
     began = time.perf_counter()
     far = global_batch(10**6, 480, 300_000_000, 1)
-    assert time.perf_counter() - began < 1 and far.min() >= 0 and far.max() < 300_000_000
+    assert time.perf_counter() - began < 1
+    assert far.min() >= 0
+    assert far.max() < 300_000_000
     # as even as chance: the halves of the set meet in every batch
     share = np.mean([(global_batch(s, 100, 10_000, 1) < 5000).mean() for s in range(100)])
     assert share == pytest.approx(0.5, abs=0.01)

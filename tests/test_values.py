@@ -40,15 +40,32 @@ def targets(K):
 class Run:
     """A model, its optimizer and its accountant, stepped as train.py steps them."""
 
-    def __init__(self, tmp_path, dtype, rule="adamw_linear", K=1, tie=True, bias=False, optimizer="adamw", autocast=False, **options):
+    def __init__(
+        self,
+        tmp_path,
+        dtype,
+        rule="adamw_linear",
+        K=1,
+        tie=True,
+        bias=False,
+        optimizer="adamw",
+        autocast=False,
+        **options,
+    ):
         torch.manual_seed(1)
-        self.model = GPT(GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)).to(dtype)
+        self.model = GPT(
+            GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)
+        ).to(dtype)
         adamw = self.model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
-        self.optimizer = adamw if optimizer == "adamw" else torch.optim.SGD(self.model.parameters(), lr=1e-2)
+        self.optimizer = (
+            adamw if optimizer == "adamw" else torch.optim.SGD(self.model.parameters(), lr=1e-2)
+        )
         self.targets = targets(K)
         options = {"target_batch": 3, "target_sampling": "fixed", **options}
         self.autocast = autocast
-        self.valuation = Valuation(self.model, self.optimizer, self.loss, self.targets, rule, B, 100, tmp_path, **options)
+        self.valuation = Valuation(
+            self.model, self.optimizer, self.loss, self.targets, rule, B, 100, tmp_path, **options
+        )
 
     def loss(self, X, Y, ledger=None):
         with torch.amp.autocast("cpu", torch.bfloat16, enabled=self.autocast):
@@ -59,7 +76,16 @@ class Run:
         rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
         X, Y = rows[:, :-1], rows[:, 1:]
         x, known = exact.chunk_gradients(self.model, X, Y), rules.known_rows(self.model, X, Y)
-        truth = rules.rule_values(self.model, self.optimizer, x, target_losses(self), self.valuation.rule, lr, clip, known=known)
+        truth = rules.rule_values(
+            self.model,
+            self.optimizer,
+            x,
+            target_losses(self),
+            self.valuation.rule,
+            lr,
+            clip,
+            known=known,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.valuation.open(step, lr, rows.numpy())
@@ -77,7 +103,11 @@ class Run:
         return *settled(self.valuation), truth
 
 
-FORMS = ["running chunked", "running whole", "matmul whole"]  # of the contraction, and of the head with its cross-entropy
+FORMS = [
+    "running chunked",
+    "running whole",
+    "matmul whole",
+]  # of the contraction, and of the head with its cross-entropy
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +132,9 @@ def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
     for i, (tie, bias) in enumerate(kinds):
         (run_dir := tmp_path / str(i)).mkdir()
         run = Run(run_dir, dtype, rule, K, tie, bias)
-        for step, (clip, micro_steps) in enumerate([(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]):
+        for step, (clip, micro_steps) in enumerate(
+            [(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]
+        ):
             for group in run.optimizer.param_groups if "adamw" in rule else []:
                 # the first step is g / (|g| + eps), by elements: in float32 the sign of one that is zero but for rounding is noise
                 group["eps"] = 1e-3 if step == 0 and dtype == torch.float32 else 1e-8
@@ -117,7 +149,9 @@ def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
     for micro_steps in (1, 2, 4):
         (run_dir := tmp_path / str(micro_steps)).mkdir()
         run = Run(run_dir, torch.float64, rule)
-        runs[micro_steps] = torch.cat([run.step(s, clip=0.05, micro_steps=micro_steps)[0] for s in range(3)])
+        runs[micro_steps] = torch.cat(
+            [run.step(s, clip=0.05, micro_steps=micro_steps)[0] for s in range(3)]
+        )
     assert relative(runs[2], runs[1]) < 1e-10
     assert relative(runs[4], runs[1]) < 1e-10
 
@@ -127,14 +161,18 @@ def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
 def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias):
     ghost.FORM, head.FORM = form.split()
     torch.manual_seed(0)
-    model = GPT(GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)).double()
+    model = GPT(
+        GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)
+    ).double()
     for p in model.parameters():
         p.h = torch.randn(2, *p.shape, dtype=p.dtype)
     rows = torch.from_numpy(text(B, 0).astype(np.int64))
     X, Y = rows[:, :-1], rows[:, 1:]
     logits, loss = model(X, Y)
     plain = torch.autograd.grad(loss, list(model.parameters()))
-    ghost_logits, ghost_loss = model(X, Y, torch.zeros(B, 2, dtype=torch.float64, requires_grad=True))
+    ghost_logits, ghost_loss = model(
+        X, Y, torch.zeros(B, 2, dtype=torch.float64, requires_grad=True)
+    )
     valued = torch.autograd.grad(ghost_loss, list(model.parameters()))
     assert ghost_logits is None if head.FORM == "chunked" else torch.equal(logits, ghost_logits)
     assert abs(loss.item() - ghost_loss.item()) < 1e-14
@@ -147,12 +185,18 @@ def test_the_chunked_head_refuses_a_word_that_is_none():
     x, w = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
     w.h = torch.randn(1, 5, 4)
     with pytest.raises(IndexError, match="out of bounds"):
-        head.loss(x, w, torch.tensor([[0, 1, 2], [3, -1, 4]]), torch.zeros(2, 1, requires_grad=True))
+        head.loss(
+            x, w, torch.tensor([[0, 1, 2], [3, -1, 4]]), torch.zeros(2, 1, requires_grad=True)
+        )
 
 
 def test_tiles_of_a_large_weight_add_up(monkeypatch):
     """The running form works through a weight in tiles; their number does not show in the result."""
-    gy, x, h = torch.randn(3, 5, 37).double(), torch.randn(3, 5, 11).double(), torch.randn(2, 37, 11).double()
+    gy, x, h = (
+        torch.randn(3, 5, 37).double(),
+        torch.randn(3, 5, 11).double(),
+        torch.randn(2, 37, 11).double(),
+    )
     monkeypatch.setattr(ghost, "TILE", 50)
     gw, values = ghost.weight_grad(gy, x, h, "running")
     truth = torch.einsum("bto,bti->boi", gy, x)
@@ -242,7 +286,9 @@ def tokens(run, step):
 def settled(valuation):
     """The last step's values (B, K) and losses (B,), not rounded to what goes on disk."""
     closed = valuation.pending[-1]
-    values, losses, _ = settle(host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa))
+    values, losses, _ = settle(
+        host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa)
+    )
     return torch.from_numpy(values), torch.from_numpy(losses)
 
 
@@ -260,10 +306,13 @@ def test_sgd2_is_the_second_order_value_with_an_explicit_hessian(tmp_path):
         x, (loss,) = exact.chunk_gradients(run.model, X, Y), target_losses(run)
         g, g_k = [sum(parts) for parts in zip(*x)], exact.gradient(run.model, loss)
         hessian_g = rules.hvp(run.model, loss, g)
-        truth = torch.stack([lr * exact.dot(x_i, g_k) - lr**2 / 2 * exact.dot(x_i, hessian_g) for x_i in x])
+        truth = torch.stack(
+            [lr * exact.dot(x_i, g_k) - lr**2 / 2 * exact.dot(x_i, hessian_g) for x_i in x]
+        )
         values, _, _ = run.step(0, lr=lr)
         errors.append(float((values[:, 0] - truth).norm()))
-    assert 6.5 < errors[0] / errors[1] < 9.5 and 7 < errors[1] / errors[2] < 9
+    assert 6.5 < errors[0] / errors[1] < 9.5
+    assert 7 < errors[1] / errors[2] < 9
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -275,12 +324,20 @@ def test_adamw2_values_sum_to_what_the_step_does_along_the_gradient(tmp_path, cl
         run.step(step)
     params, (loss,) = list(run.model.parameters()), target_losses(run)
     # where nobody's step lands: the optimizer on a zero gradient
-    nobody = exact.Step(run.model, run.optimizer, exact.chunk_gradients(run.model, *tokens(run, steps)), [loss], clip)
+    nobody = exact.Step(
+        run.model,
+        run.optimizer,
+        exact.chunk_gradients(run.model, *tokens(run, steps)),
+        [loss],
+        clip,
+    )
     nobody.land(np.zeros(B, bool))
     empty = [p.detach().clone() for p in nobody.params]
     values, _, _ = run.step(steps, lr=lr, clip=clip)
     moved = [p.detach() - e for p, e in zip(params, empty)]
-    middle = rules.displaced(nobody.twin, [e + m / 2 - p.detach() for e, m, p in zip(empty, moved, nobody.params)])
+    middle = rules.displaced(
+        nobody.twin, [e + m / 2 - p.detach() for e, m, p in zip(empty, moved, nobody.params)]
+    )
     drop = -exact.dot(exact.gradient(middle, loss), moved)
     assert float(values.sum()) == pytest.approx(float(drop), rel=1e-6)
 
@@ -291,16 +348,24 @@ def test_degenerate_first_steps_are_finite_and_right(tmp_path, rule, clip):
     """v = 0, kappa = 1 and far below 1, an untied embedding with rows that no chunk read (g = 0), biases without decay."""
     run = Run(tmp_path, torch.float64, rule, K=3, tie=False, bias=True)
     values, _, truth = run.step(0, clip=clip)
-    assert torch.isfinite(values).all() and relative(values, truth) < 1e-10 and truth.abs().min() > 0
+    assert torch.isfinite(values).all()
+    assert relative(values, truth) < 1e-10
+    assert truth.abs().min() > 0
     wte = run.model.transformer.wte.weight
     unread = torch.ones(VOCAB, dtype=torch.bool)
     unread[tokens(run, 0)[0]] = False
-    assert unread.any() and torch.isfinite(wte.h).all()
+    assert unread.any()
+    assert torch.isfinite(wte.h).all()
     state = run.optimizer.state[wte]
-    assert (state["exp_avg_sq"][unread] == 0).all()  # and again with m = v = 0 in an optimizer that has moved
+    assert (
+        state["exp_avg_sq"][unread] == 0
+    ).all()  # and again with m = v = 0 in an optimizer that has moved
     values, _, truth = run.step(1, clip=clip)
-    assert torch.isfinite(values).all() and relative(values, truth) < 1e-10
-    groups = {p: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert torch.isfinite(values).all()
+    assert relative(values, truth) < 1e-10
+    groups = {
+        p: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]
+    }
     assert {groups[p] for p in run.model.parameters()} == {0.0, 0.1}
 
 
@@ -318,12 +383,15 @@ def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
                 kappas.append(rules.clip_coefficient([sum(parts) for parts in zip(*x)], clip))
                 for group in run.optimizer.param_groups:
                     group["lr"] = 1e-3
-                truth = exact.shapley(exact.Step(run.model, run.optimizer, x, target_losses(run), clip), B)[:, 0]
+                truth = exact.shapley(
+                    exact.Step(run.model, run.optimizer, x, target_losses(run), clip), B
+                )[:, 0]
             values, _, _ = run.step(step, lr=1e-3, clip=clip)
             if step >= 20:
                 agreements[rule].append(exact.agreement(values[:, 0].numpy(), truth))
     l2 = {rule: np.median([a["rel_l2"] for a in of]) for rule, of in agreements.items()}
-    assert np.mean([a["pearson"] for a in agreements["adamw2"]]) > 0.999 and l2["adamw2"] < 0.1
+    assert np.mean([a["pearson"] for a in agreements["adamw2"]]) > 0.999
+    assert l2["adamw2"] < 0.1
     assert l2["adamw2"] < l2["adamw"] < l2["sgd"]
     assert (max(kappas) < 0.8) == bool(clip)
 
@@ -338,7 +406,11 @@ def test_the_books_close(tmp_path):
             run.step(step, lr=1e-3)
         run.step(4, lr=lr)
         book, values = run.valuation.pending[-1].book, settled(run.valuation)[0]
-        residuals.append((book["before"] - book["after"] - values.sum(0) - book["momentum"] - book["decay"]).abs().max())
+        residuals.append(
+            (book["before"] - book["after"] - values.sum(0) - book["momentum"] - book["decay"])
+            .abs()
+            .max()
+        )
         assert (book["before"] - book["after"]).abs().min() > 20 * residuals[-1]
     assert residuals[0] / residuals[1] > 5
 
@@ -346,7 +418,15 @@ def test_the_books_close(tmp_path):
 class WaitsForNothing(TorchDispatchMode):
     """Refuses what makes the host wait for a GPU, on any device: reading a number, or a shape that depends on numbers."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.name().split("::")[1].split(".")[0] not in self.WAITING, func.name()
@@ -362,7 +442,11 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
         with WaitsForNothing():
             run.valuation.open(step, 1e-2, torch.cat([X, Y[:, -1:]], 1).numpy())
             for ids in np.split(np.arange(B), 2 if step == 1 else 1):
-                (run.loss(X[ids], Y[ids], run.valuation.ledger(ids, X[ids], Y[ids])) * len(ids) / B).backward()
+                (
+                    run.loss(X[ids], Y[ids], run.valuation.ledger(ids, X[ids], Y[ids]))
+                    * len(ids)
+                    / B
+                ).backward()
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
             run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
         run.optimizer.step()
