@@ -27,9 +27,9 @@ import numpy as np
 
 import config
 from show import commands
+from show.documents import Documents, check_export, write_texts
 from show.run import open_run
-from sources.origins import Documents, check_export, write_texts
-from sources.scores import chunk_scores, document_scores, score_and_error
+from show.scores import chunk_scores, document_scores, score_and_error
 from system import files
 from system.errors import UserError
 

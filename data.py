@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.targets import Target, parse_targets  # noqa: F401
-from sources.tokenizers import TOKENIZERS, tokenizer  # noqa: F401
+from pile.targets import Target, parse_targets  # noqa: F401
+from pile.tokenizers import TOKENIZERS, tokenizer  # noqa: F401
 from system import terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, footer_crc32, load_array, read_json

@@ -12,8 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import ghost
-from ops import head
+from shapley import ghost, head
 
 # --- layers that take the ledger; without one they are PyTorch's own ----------
 
@@ -171,7 +170,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, ledger=None):
         """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger (B, K) zeros that require
         grad, or None. Returns logits (B, T, vocab_size), or (B, 1, vocab_size) without targets, or None where the head works
-        chunk by chunk (ops/head.py), and the mean token loss in nats.
+        chunk by chunk (shapley/head.py), and the mean token loss in nats.
         """
         B, T = idx.size()
         if T > self.config.block_size:

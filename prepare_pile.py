@@ -58,15 +58,15 @@ from tqdm import tqdm
 
 import config
 import data
+from pile import workers
+from pile.documents import find_source, jobs
+from pile.domains import Wanted
+from pile.encode import worker
+from pile.files import changes, end_of, explain_left_out, find_files, inventory, stated
+from pile.folders import Folders
+from pile.pack import MB, MOST_DOMAINS, SPLITS, pack, read_held, write_part
+from pile.tokenizers import TOKENIZERS
 from show import tables
-from sources import workers
-from sources.documents import find_source, jobs
-from sources.domains import Wanted
-from sources.encode import worker
-from sources.files import changes, end_of, explain_left_out, find_files, inventory, stated
-from sources.folders import Folders
-from sources.rows import MB, MOST_DOMAINS, SPLITS, pack, read_held, write_part
-from sources.tokenizers import TOKENIZERS
 from system.errors import UserError
 from system.files import Claim, write_json
 from system.terminal import command, listed, say

@@ -12,9 +12,9 @@ from pathlib import Path
 import jinja2
 
 import config
-from show import payload
+from show import page as payload
+from show.documents import Documents
 from show.run import open_run
-from sources.origins import Documents
 from system.errors import UserError
 from system.files import atomic
 from system.terminal import say

@@ -27,23 +27,28 @@ import numpy as np
 import torch
 
 import config
-import ghost
-import ledger
 import train
 from data import open_dataset, parse_targets
-from ops.checkpoints import Checkpoints, check_targets, find_checkpoints, fitting, read_checkpoint
-from ops.folder import (
+from pile.targets import with_commas
+from shapley import ghost
+from system import files, store
+from system.checkpoints import (
+    Checkpoints,
+    check_targets,
+    find_checkpoints,
+    fitting,
+    read_checkpoint,
+)
+from system.errors import UserError
+from system.files import refuse_strangers
+from system.folder import (
     REVALUATION,
     REVALUATION_FILES,
     RunFolder,
     is_revaluation,
     remove_revaluation,
 )
-from ops.machine import check_system, describe_run
-from sources.targets import with_commas
-from system import files
-from system.errors import UserError
-from system.files import refuse_strangers
+from system.machine import check_system, describe_run
 from system.terminal import command, progress, say
 from valuation import Valuation
 
@@ -128,7 +133,7 @@ def open_data(of, options, newest):
     if newest["data_hash"] != data.hash:
         what = f"{data.path} is not the data of {of} (its hash differs)"
         raise UserError(f"{what}: name the run's data with --data_dir=...")
-    if newest["keep"] != ledger.crc(data.keep):
+    if newest["keep"] != store.crc(data.keep):
         raise UserError(f"{options.keep} does not name the chunks that {of} was trained on")
     options.block_size = options.block_size or data.meta["block_size"]
     if newest["model_args"] != train.model_args(options, data):
@@ -166,7 +171,7 @@ def replay(cfg, of, options, checkpoints, data, targets, folder, end, about):
             remove_revaluation(folder)
     for path in find_checkpoints(folder):  # of the weights that the run has
         path.unlink()
-    was, now = ledger.read(of), ledger.read(folder)
+    was, now = store.read(of), store.read(folder)
     same = was[np.searchsorted(was["step"], cfg.start) :][: len(now)]
     off = np.abs(now["loss"] - same["loss"]).max()
     alike = np.array_equal(now["chunk"], same["chunk"]) and off == 0
@@ -202,25 +207,25 @@ def repair(cfg):
     data = open_data(of, options, newest)
     last, batch = max(checkpoints), options.batch_size * options.gradient_accumulation_steps
     counted = newest["valuation"].get("records", {})
-    damaged = {name: ledger.damaged_blocks(of / f"{name}.npy", counted[name]) for name in counted}
+    damaged = {name: store.damaged_blocks(of / f"{name}.npy", counted[name]) for name in counted}
     damaged = {name: blocks for name, blocks in damaged.items() if blocks}
     targets = parse_targets(options.targets, data, options.block_size)
     check_targets(targets, newest["valuation"].get("targets", {}), of)
     if damaged:
         per_step = {"ledger": batch, "books": 1, "audit": 1 / max(1, options.audit_interval)}
-        first = min(blocks[0] * ledger.BLOCK // per_step[n] for n, blocks in damaged.items())
-        end = max((blocks[-1] + 1) * ledger.BLOCK / per_step[n] for n, blocks in damaged.items())
+        first = min(blocks[0] * store.BLOCK // per_step[n] for n, blocks in damaged.items())
+        end = max((blocks[-1] + 1) * store.BLOCK / per_step[n] for n, blocks in damaged.items())
         first, end = int(first), min(last, int(np.ceil(end)))
         for name, blocks in damaged.items():
-            rows = ledger.which_rows(blocks, counted[name]["rows"])
+            rows = store.which_rows(blocks, counted[name]["rows"])
             say(f"{of}/{name}.npy is damaged: {rows}")
         say(f"training again through steps {first} to {end}")
         folder = of / "revalued" / "repair"
         try:
             replay_steps(folder, of, options, checkpoints, first, end)
-            start = ledger.read(folder, "books")["step"][0]
+            start = store.read(folder, "books")["step"][0]
             for name, blocks in damaged.items():
-                rows, skipped = ledger.read(folder, name), int(start * per_step[name])
+                rows, skipped = store.read(folder, name), int(start * per_step[name])
                 put_rows(of / f"{name}.npy", counted[name], blocks, rows, skipped)
         finally:
             remove_revaluation(folder)
@@ -248,14 +253,14 @@ def put_rows(path, counted, blocks, rows, skipped):
     UserError before it writes where they are not those that were there."""
     new = {}
     for i in blocks:
-        begin, end = i * ledger.BLOCK, min(counted["rows"], (i + 1) * ledger.BLOCK)
+        begin, end = i * store.BLOCK, min(counted["rows"], (i + 1) * store.BLOCK)
         part = rows[begin - skipped : end - skipped].tobytes()
         if zlib.crc32(part) != counted["sums"][i]:
             what = f"the rows of {path} came out otherwise, of another machine or number of threads"
             raise UserError(f"{what}: repair it where the run was made")
         new[counted["start"] + begin * counted["itemsize"]] = part
     path.touch()
-    records = ledger.Records(path, rows.dtype, counted)  # with a new header
+    records = store.Records(path, rows.dtype, counted)  # with a new header
     for start, part in new.items():
         os.pwrite(records.file.fileno(), part, start)
     os.fsync(records.file.fileno())
@@ -333,7 +338,7 @@ class Frozen:
 
 def walk(cfg, of, options, checkpoints, data, targets, folder, end, about):
     """Returns what is approximate."""
-    books = ledger.read(of, "books")
+    books = store.read(of, "books")
     partial = folder.with_name(folder.name + ".partial")
     with files.Claim(partial, "name") as claim:
         refuse_strangers(partial, REVALUATION_FILES, "write another --name")
@@ -393,7 +398,7 @@ def tokens(run, chunks):
     targets = parse_targets(options.targets, run.data, options.block_size)
     frozen, book = (
         Frozen(options, run.data, targets, cfg.target_batch),
-        ledger.read(of, "books")[(step := max(checkpoints)) - 1],
+        store.read(of, "books")[(step := max(checkpoints)) - 1],
     )
     frozen.valuation.directions.keeping = {}  # the rows that `adamw` values by the whole batch's gradient
     frozen.restore(checkpoints[step], book)

@@ -12,9 +12,9 @@ import torch
 import config
 from data import tokenizer
 from model import GPT
-from ops.checkpoints import fitting, read_checkpoint
-from ops.machine import check_device
+from system.checkpoints import fitting, read_checkpoint
 from system.errors import UserError
+from system.machine import check_device
 from system.terminal import say, say_text
 
 

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 import config
-import ledger as books
-import parallel
 from data import open_dataset, parse_targets, tokenizer
 from model import GPT, GPTConfig
-from ops.checkpoints import (
+from show import dashboard, tables
+from system import files, parallel, store, terminal
+from system.checkpoints import (
     STARTS,
     Checkpoints,
     find_checkpoint,
@@ -39,8 +39,9 @@ from ops.checkpoints import (
     load_optimizer,
     settings_of,
 )
-from ops.folder import RUN_FILES, RunFolder
-from ops.machine import (
+from system.errors import UserError
+from system.folder import RUN_FILES, RunFolder
+from system.machine import (
     Interrupted,
     check_system,
     describe_run,
@@ -48,10 +49,7 @@ from ops.machine import (
     rng_state,
     set_rng_state,
 )
-from ops.verify import verify
-from show import dashboard, tables
-from system import files, terminal
-from system.errors import UserError
+from system.verify import verify
 from valuation import Valuation
 
 # what a number must be: at least 1, at least 0, below 1
@@ -348,7 +346,7 @@ def run(cfg, folder, device, data, targets):
     )  # fmt: skip
     board = None
     if (cfg.wandb_log or cfg.tensorboard_log) and parallel.rank() == 0:
-        visits = books.read(out) if targets and start else ()
+        visits = store.read(out) if targets and start else ()
         board = dashboard.Board(
             cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode, visits
         )
@@ -407,7 +405,7 @@ def run(cfg, folder, device, data, targets):
         )
         content |= dict(
             data_hash=data.hash,
-            keep=books.crc(data.keep),
+            keep=store.crc(data.keep),
             tokenizer=data.meta["tokenizer"],
             rng=parallel.gather_objects(rng_state()),
         )
@@ -528,10 +526,10 @@ def run(cfg, folder, device, data, targets):
     if targets and valuation.used is not None and valuation.used.any():
         names, audits = (
             [t.name for t in targets],
-            books.read(out, "audit") if cfg.audit_interval else [],
+            store.read(out, "audit") if cfg.audit_interval else [],
         )
         end = tables.domains(valuation.total, valuation.used, data, names)
-        for line in [*end, *tables.account(books.read(out, "books"), audits, names, data.domains)]:
+        for line in [*end, *tables.account(store.read(out, "books"), audits, names, data.domains)]:
             say(line)
     written = ", ".join(name for name in RUN_FILES if (out / name).exists())
     say("")

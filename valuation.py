@@ -1,7 +1,7 @@
 """The accountant: what did each chunk of this step's batch do to the targets' loss?
 
 A step is a game whose players are the chunks of the global batch; chunk i's value for target k is <x_i, h_k> nats, where x_i is the gradient of
-its share of the training loss and h_k the rule's direction, times lr (ops/directions.py). Positive: it lowered the target's loss. The first
+its share of the training loss and h_k the rule's direction, times lr (shapley/directions.py). Positive: it lowered the target's loss. The first
 EARLY steps are marked in the ledger: every rule is rough there.
 
 Clipping depends on the whole batch, so a chunk has a part in it. Two-pass rules know it; `adamw` corrects its values d_i afterwards, with
@@ -12,7 +12,7 @@ Books, of measured steps and per target, in nats:
     before - after = data + momentum + decay + residual,  data = sum_i value_i, momentum = lr <g_k, D(0)>, decay = lr wd <g_k, w>
 with g_k halfway between w and w_empty in the last two. A measured step costs the targets' pass once more, and two forwards.
 
-Works on any nn.Module made of ghost.py's ops; ops/net.py makes one. Shape suffixes: B chunks of the global batch, b of a micro-batch, K targets.
+Works on any nn.Module made of ghost.py's ops; shapley/wrap.py makes one. Shape suffixes: B chunks of the global batch, b of a micro-batch, K targets.
 """
 
 import contextlib
@@ -24,17 +24,14 @@ import numpy as np
 import torch
 from torch import nn
 
-import exact
-import ghost
-import ledger as books
-import parallel
-from ops.adamw import TINY, displacement
-from ops.directions import TWO_PASS, Directions
-from ops.machine import replaying, rng_state
-from parallel import local
-from system import files, terminal
+from shapley import exact, ghost
+from shapley.directions import TWO_PASS, Directions
+from shapley.sweeps import TINY, displacement
+from system import files, parallel, store, terminal
 from system.errors import UserError
 from system.files import crc32
+from system.machine import replaying, rng_state
+from system.parallel import local
 
 EARLY = 3
 
@@ -82,7 +79,7 @@ class Valuation:
         book_interval=1, audit_interval=0, audit_permutations=200, domains=None, info=None, step=0, state=None,
     ):  # fmt: skip
         """model: built of ghost ops; loss(X, Y, ledger=None) -> its mean loss on a batch of a target, a scalar tensor. targets: objects with name,
-        ids, len() and batch(picks) -> arrays X, Y (n, ...), of -1 or NaN where there is no label (data.Target, ops/net.Examples). batch: B. run:
+        ids, len() and batch(picks) -> arrays X, Y (n, ...), of -1 or NaN where there is no label (data.Target, shapley/wrap.Examples). batch: B. run:
         the folder written to, or None. A target's gradient comes from target_batch of its chunks, in slices of micro_batch (0: at once), every
         target_interval steps (0: where .grads is None). compile: the model is compiled, and so are the sweeps. The books are measured every
         book_interval steps (0: never), the step audited every audit_interval (0: never; by every subset up to 12 chunks, else by
@@ -136,9 +133,9 @@ class Valuation:
         self.domains, n_domains = domains, 0 if domains is None else int(domains.max()) + 1
         K = len(targets)
         self.dtypes = dict(
-            ledger=books.visit_dtype(K),
-            books=books.book_dtype(K, n_domains),
-            audit=books.audit_dtype(K),
+            ledger=store.visit_dtype(K),
+            books=store.book_dtype(K, n_domains),
+            audit=store.audit_dtype(K),
         )
         if run and parallel.rank() == 0:  # the one that writes
             counted, names = (
@@ -146,17 +143,17 @@ class Valuation:
                 ["ledger", "books", "audit"][: 3 if audit_interval else 2],
             )
             self.records = {
-                name: books.Records(run / f"{name}.npy", self.dtypes[name], counted.get(name))
+                name: store.Records(run / f"{name}.npy", self.dtypes[name], counted.get(name))
                 for name in names
             }
             self.total, self.used = np.zeros((n_chunks, K)), np.zeros(n_chunks, bool)
             if step:
-                books.add_visits(books.read(run), self.total, self.used)
+                store.add_visits(store.read(run), self.total, self.used)
             self.files = (
                 {"chunks.npy": crc32(run / "chunks.npy")} if (run / "chunks.npy").is_file() else {}
             )
         self.info = dict(
-            schema=books.SCHEMA,
+            schema=store.SCHEMA,
             sign="positive = lowered the target's loss",
             unit="nats",
             rule=rule,
@@ -610,7 +607,7 @@ class Valuation:
                     - entries["after"]
                     - sum(entries[name] for name in ("data", "momentum", "decay"))
                 )
-            book = books.empty(self.dtypes["books"])
+            book = store.empty(self.dtypes["books"])
             for name, x in entries.items():
                 book[name] = x
             new.ledger.append(visits)
@@ -622,12 +619,12 @@ class Valuation:
             if records and name in self.records:
                 self.records[name].pending.append(getattr(new, name))
         if self.records and new.ledger is not None:
-            books.add_visits(new.ledger, self.total, self.used)
+            store.add_visits(new.ledger, self.total, self.used)
         return new
 
     def compare(self, closed, values):
         """An audited step's record: its values beside the truth, target by target."""
-        audit, truth = books.empty(self.dtypes["audit"]), closed.truth
+        audit, truth = store.empty(self.dtypes["audit"]), closed.truth
         audit["step"], audit["utility"], audit["efficiency_gap"] = (
             closed.step,
             truth.whole,
@@ -652,7 +649,7 @@ class Valuation:
             records.commit()
         if self.records:
             sums = {f"{name}.npy": records.counted() for name, records in self.records.items()}
-            sums["values.npy"] = books.write_values(self.run, self.total, self.used)
+            sums["values.npy"] = store.write_values(self.run, self.total, self.used)
             info = dict(self.info, committed_step=self.step, files=self.files | sums)
             files.write_json(self.run / "values.json", info)
 

@@ -20,12 +20,12 @@ import sys
 import numpy as np
 
 import config
+from pile.targets import read_text
+from pile.tokenizers import whole_characters
 from show import commands, tables
+from show.documents import Documents
 from show.exports import compare, export
 from show.run import open_run
-from sources.origins import Documents
-from sources.targets import read_text
-from sources.tokenizers import whole_characters
 from system.errors import UserError
 
 # --- the commands: (run, options) -> plain dicts and lists; a float may be NaN ------

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("TRITON_INTERPRET", None)
 
 import config
-from ops import weight_grad as kernel
+from shapley import kernel
 from system.errors import UserError
 
 # Registers and bytes of shared memory of a multiprocessor; a block's share of the second is 1 KB more than it asks for.

@@ -32,8 +32,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
 import torch
 
 import config
-import ghost
-from ops import head
+from shapley import ghost, head
 from system.errors import UserError
 
 MARGIN = 4.0

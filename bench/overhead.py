@@ -33,13 +33,13 @@ import numpy as np
 import torch
 
 import config
-import ghost
-import parallel
 from data import Target
 from model import GPT, GPTConfig
-from ops.directions import RULES
-from ops.machine import peak_flops
+from shapley import ghost
+from shapley.directions import RULES
+from system import parallel
 from system.errors import UserError
+from system.machine import peak_flops
 from valuation import Valuation
 
 SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B

@@ -32,10 +32,10 @@ import pyarrow.parquet
 import config
 import data
 import prepare_pile
-from sources.documents import find_source, size_of
-from sources.encode import Encoder
-from sources.files import stated
-from sources.rows import DOCUMENTS, pack, read_held, write_part
+from pile.documents import find_source, size_of
+from pile.encode import Encoder
+from pile.files import stated
+from pile.pack import DOCUMENTS, pack, read_held, write_part
 from system.files import footer_crc32, write_json
 
 

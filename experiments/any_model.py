@@ -4,7 +4,7 @@ Any model of nn.Linear, nn.Embedding, nn.LayerNorm and nn.Conv2d, valued while i
     python experiments/any_model.py                       a small CNN on drawn images, a tenth of them with a wrong label
     python experiments/any_model.py --rule=sgd --seed=2
 
-It shows how ops/net.py and valuation.py are used without train.py; it measures nothing (experiments/mislabeled.py does). One core: 15 s.
+It shows how shapley/wrap.py and valuation.py are used without train.py; it measures nothing (experiments/mislabeled.py does). One core: 15 s.
 Writes values.npy, ledger.npy, books.npy and values.json into --out. Expected: of the ten lowest values 9 belong to wrong labels (seed 2: 6),
 where 1 in 10 would by chance, and the books account for 99.9 % of what the validation loss fell by.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import config
 from data import global_batch
-from ops.net import Examples, Net
+from shapley.wrap import Examples, Net
 from show import tables
 from valuation import Valuation
 
@@ -31,7 +31,7 @@ from valuation import Valuation
 @dataclass
 class Config:
     rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = (
-        "adamw2"  # what a value is (math in ops/directions.py)
+        "adamw2"  # what a value is (math in shapley/directions.py)
     )
     steps: int = 500
     batch: int = 20  # examples of a step

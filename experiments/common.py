@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ops.folder import RUN_FILES
-from ops.machine import describe_run
 from system.errors import UserError
 from system.files import remove_folder
+from system.folder import RUN_FILES
+from system.machine import describe_run
 
 
 def begin(cfg):

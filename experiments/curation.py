@@ -48,10 +48,10 @@ from experiments.common import (
     shown,
     side_by_side,
 )
+from pile.documents import open_source, records
+from pile.tokenizers import tokenizer
 from prepare_pile import Config as PileConfig
 from show.run import open_run
-from sources.documents import open_source, records
-from sources.tokenizers import tokenizer
 from system.errors import UserError
 
 JUNK = ("shuffled tokens", "base64", "duplicates", "wrong language")

@@ -237,7 +237,7 @@ def scores(out, data):
 def test_losses(out, data, test, options):
     """Of every checkpoint: {"step", "loss": {domain: nats per token}}."""
     from model import GPT, GPTConfig
-    from ops.checkpoints import find_checkpoints, read_checkpoint
+    from system.checkpoints import find_checkpoints, read_checkpoint
 
     evaluations = []
     for path in reversed(find_checkpoints(out)):

@@ -32,11 +32,10 @@ import torch
 from tqdm import tqdm
 
 import config
-import exact
 from data import global_batch, open_dataset
-from experiments import rules
 from experiments.common import forget_run
 from model import GPT, GPTConfig
+from shapley import exact, rules
 from system.errors import UserError
 
 T, WARMUP = 64, 100

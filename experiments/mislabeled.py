@@ -55,7 +55,7 @@ from experiments.common import (
     shown,
     side_by_side,
 )
-from ops.net import Examples, Net
+from shapley.wrap import Examples, Net
 from system.errors import UserError
 from valuation import Valuation
 

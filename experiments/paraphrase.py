@@ -51,10 +51,10 @@ from experiments.common import (
     shown,
     side_by_side,
 )
-from ops.checkpoints import read_checkpoint
+from pile.documents import open_source, records
+from pile.tokenizers import TOKENIZERS, GPT2Tokenizer, tokenizer
 from show.run import open_run
-from sources.documents import open_source, records
-from sources.tokenizers import TOKENIZERS, GPT2Tokenizer, tokenizer
+from system.checkpoints import read_checkpoint
 from system.errors import UserError
 
 KINDS = ("partial exact", "paraphrase", "significant paraphrase", "similar topic")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ledger import AUDIT_ENTRIES
 from system.files import short
+from system.store import AUDIT_ENTRIES
 from system.terminal import say, shorten, visible, warn
 
 PATIENCE = 3  # failures of a logger that a run puts up with

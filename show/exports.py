@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.origins import Documents
+from show.documents import Documents
 from system.errors import UserError
 from system.files import atomic
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-import ledger
 from data import Dataset, open_dataset
-from sources.tokenizers import tokenizer
-from system import terminal
+from pile.tokenizers import tokenizer
+from system import store, terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, load_array, read_json
 
@@ -166,12 +165,12 @@ def open_run(path, data_dir=""):
 def read_info(path, cfg):
     """values.json, of the last commit."""
     if not (path / "values.json").is_file():
-        info = dict(schema=ledger.SCHEMA, committed_step=0)
+        info = dict(schema=store.SCHEMA, committed_step=0)
     else:
         keys = {"schema": int, "committed_step": int}
         info = read_json(path / "values.json", again(path), keys)
-    if info["schema"] != ledger.SCHEMA:
-        what = f"{path}/values.json has schema {info['schema']}, this code reads {ledger.SCHEMA}"
+    if info["schema"] != store.SCHEMA:
+        what = f"{path}/values.json has schema {info['schema']}, this code reads {store.SCHEMA}"
         raise UserError(f"{what}: run train.py again")
     if not info["committed_step"]:
         steps = min(cfg["checkpoint_interval"], cfg["max_iters"])
@@ -191,12 +190,12 @@ def read_arrays(path, info):
     its checksum."""
     K, files, cure = len(info["targets"]), info["files"], again(path)
     check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
-    visits = read_records(path, "ledger", ledger.visit_dtype(K), files)
+    visits = read_records(path, "ledger", store.visit_dtype(K), files)
     books = read_records(path, "books", None, files)
     if "audit.npy" in files:
-        audit = read_records(path, "audit", ledger.audit_dtype(K), files)
+        audit = read_records(path, "audit", store.audit_dtype(K), files)
     else:
-        audit = np.zeros(0, ledger.audit_dtype(K))
+        audit = np.zeros(0, store.audit_dtype(K))
     if not is_book(books.dtype, K) or len(visits) != len(books) * info["batch"]:
         what = f"ledger.npy has {len(visits)} visits, books.npy {len(books)} steps"
         raise UserError(f"{path}/values.json is damaged ({what}): {cure}")
@@ -206,12 +205,12 @@ def read_arrays(path, info):
     values = values.reshape(-1, K)
     if crc32(path / "values.npy") == files["values.npy"]:
         return values, visits, books, audit
-    if len(ledger.read(path)) == len(visits):
+    if len(store.read(path)) == len(visits):
         raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")
     # a commit is under way, or was cut off, and values.npy is ahead of values.json
     total, used = np.zeros(values.shape), np.zeros(len(values), bool)
     for part in checked_parts(path, visits, info["batch"], len(values)):
-        ledger.add_visits(part, total, used)
+        store.add_visits(part, total, used)
     values = np.where(used[:, None], total, np.nan).astype(np.float32)
     return values, visits, books, audit
 
@@ -221,7 +220,7 @@ def read_records(path, name, dtype, files):
     repair = "type: " + terminal.command("python", "revalue.py", str(path), "--repair")
     file = path / f"{name}.npy"
     counted = files[file.name]
-    ledger.check(path, {name: counted}, repair)
+    store.check(path, {name: counted}, repair)
     records = load_array(file, repair, dtype)
     if len(records) < counted["rows"] or records.dtype.itemsize != counted["itemsize"]:
         what = f"{records.dtype} {records.shape} does not fit values.json"
@@ -234,7 +233,7 @@ def is_book(dtype, K):
     n_domains = 0
     if dtype.names is not None and "momentum_by_domain" in dtype.names:
         n_domains = dtype["momentum_by_domain"].shape[-1]
-    return dtype == ledger.book_dtype(K, n_domains)
+    return dtype == store.book_dtype(K, n_domains)
 
 
 def checked_parts(path, visits, batch, n_chunks):

@@ -7,9 +7,9 @@ import unicodedata
 
 import numpy as np
 
-from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
-from sources.domains import LONGEST
-from sources.files import explain_left_out
+from pile.domains import LONGEST
+from pile.files import explain_left_out
+from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import visible
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-import ledger
+from system import store
 from system.files import crc32, write_json
 
 
@@ -29,14 +29,14 @@ def as_of_step(run, step):
     for name in {"ledger.npy", "books.npy", "audit.npy"} & files.keys():
         records, sums = np.load(run / name), []
         records = records[records["step"] < step]
-        ledger.add_sums(sums, 0, records.tobytes(), ledger.BLOCK * records.dtype.itemsize)
+        store.add_sums(sums, 0, records.tobytes(), store.BLOCK * records.dtype.itemsize)
         files[name] |= dict(rows=len(records), sums=sums)
     change(run / "values.json", committed_step=step, files=files)
 
 
 def replace_records(run, name, records):
     """Another ledger.npy, say, of a run, that values.json knows."""
-    file = ledger.Records(run / f"{name}.npy", records.dtype)
+    file = store.Records(run / f"{name}.npy", records.dtype)
     file.pending = [records]
     file.commit()
     files = json.loads((run / "values.json").read_text())["files"]

@@ -19,12 +19,12 @@ import zstandard
 import config
 import curate
 import data
-import ledger
 import prepare_pile
 import revalue
 import train
 import values
 from show.run import open_run
+from system import store
 from system.files import write_json
 
 ROOT = Path(config.__file__).parent
@@ -317,7 +317,7 @@ def test_a_run_on_what_is_kept(folder, tmp_path):
         "--checkpoint_interval=7",
     ]
     out = run(folder, "kept", *argv)
-    visits, values = ledger.read(out), np.load(out / "values.npy")
+    visits, values = store.read(out), np.load(out / "values.npy")
     for passed in range(len(visits) // n):
         assert sorted(visits["chunk"][passed * n : (passed + 1) * n]) == keep.tolist()
     assert set(np.flatnonzero(np.isfinite(values))) == set(keep)
@@ -335,9 +335,9 @@ def test_a_run_on_what_is_kept(folder, tmp_path):
             config.load(revalue.Config, [str(out), "--targets=val:prose", "--replay", "--end=7"])
         )
     )
-    assert np.array_equal(ledger.read(out / "revalued" / "prose")["chunk"], visits["chunk"][:28])
+    assert np.array_equal(store.read(out / "revalued" / "prose")["chunk"], visits["chunk"][:28])
     revalue.revalue(revalue.Config(str(out), targets="val:code", end=7, name="walk"))
-    assert np.array_equal(ledger.read(out / "revalued" / "walk")["chunk"], visits["chunk"][:28])
+    assert np.array_equal(store.read(out / "revalued" / "walk")["chunk"], visits["chunk"][:28])
 
     curate.curate(curate.Config(run=str(out)))  # and can be curated again, into its own folder
     again = config.load(
@@ -350,7 +350,7 @@ def test_a_run_on_what_is_kept(folder, tmp_path):
         ],
     )
     train.train(again)
-    assert set(ledger.read(out)["chunk"]) == set(keep.tolist())
+    assert set(store.read(out)["chunk"]) == set(keep.tolist())
     with pytest.raises(ValueError, match="does not name the chunks"):
         train.train(
             config.load(
@@ -363,8 +363,8 @@ def test_a_run_on_what_is_kept(folder, tmp_path):
 def test_a_chunk_that_stands_twice_is_met_twice(folder, tmp_path):
     np.save(tmp_path / "keep.npy", [3, 3, 3, 5])
     out = run(folder, "twice", f"--keep={tmp_path}/keep.npy", "--max_iters=4", "--eval_interval=0")
-    assert np.bincount(ledger.read(out)["chunk"])[[3, 5]].tolist() == [12, 4]
-    visits, values = ledger.read(out), np.load(out / "values.npy")
+    assert np.bincount(store.read(out)["chunk"])[[3, 5]].tolist() == [12, 4]
+    visits, values = store.read(out), np.load(out / "values.npy")
     np.testing.assert_allclose(
         values[3], visits["value"][visits["chunk"] == 3].sum(dtype=float), rtol=1e-5
     )

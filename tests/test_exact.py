@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import exact
-from experiments import rules
+from shapley import exact, rules
 
 
 def problem(kind, seed=0, players=6):

@@ -335,7 +335,7 @@ def test_the_most_workers_are_four_a_core():
 
 
 def test_workers_that_cannot_be_started_leave_none_behind(monkeypatch):
-    from sources import workers
+    from pile import workers
 
     started = []
     start = multiprocessing.Process.start

@@ -12,7 +12,7 @@ import test_damage
 from commands import on_terminal, readers, run
 
 import train
-from sources.targets import with_commas
+from pile.targets import with_commas
 from system import files
 
 FORGED = "error: forged"

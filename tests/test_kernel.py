@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import ghost
-from ops import weight_grad as kernel
+from shapley import ghost, kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

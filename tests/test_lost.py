@@ -21,17 +21,15 @@ from test_train import SMALL, in_process
 
 import config
 import data
-import ledger
 import revalue
 import train
-from ops import checkpoints
-from ops.checkpoints import Checkpoints, read_checkpoint
-from ops.folder import RunFolder
 from prepare_pile import Config as Prepare
 from prepare_pile import prepare
 from show.run import open_run
-from system import files
+from system import checkpoints, files, store
+from system.checkpoints import Checkpoints, read_checkpoint
 from system.errors import UserError
+from system.folder import RunFolder
 
 MORE = ("--max_iters=8", "--checkpoint_interval=4", "--eval_interval=4", "--book_interval=2")
 MORE += ("--lr_decay_iters=20",)
@@ -79,7 +77,7 @@ def test_a_domain_called_val_is_one_like_any_other(tmp_path, capsys):
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
     assert type(checkpoint["best_val_loss"]) is float
     run(tmp_path / "d", out, "--targets=val,val:train", "--init_from=resume", "--max_iters=9")
-    assert len(ledger.read(out)) == 9 * 4
+    assert len(store.read(out)) == 9 * 4
 
 
 def test_a_checkpoint_that_cannot_be_read_again_replaces_none(python_data, tmp_path):
@@ -169,7 +167,7 @@ def test_a_copied_run_goes_on_by_itself(python_data, tmp_path):
     shutil.copytree(out, copy)
     more = ["--init_from=resume", "--max_iters=10"]
     train.train(config.load(train.Config, [str(copy / "config.json"), *more]))
-    assert len(ledger.read(copy)) == 40
+    assert len(store.read(copy)) == 40
     assert whole_run(out) == before
     copy.rename(tmp_path / "renamed")
     more = ["--init_from=resume", "--max_iters=11"]
@@ -202,7 +200,7 @@ def test_a_start_that_comes_to_nothing_leaves_the_run_before(python_data, tmp_pa
         assert whole_run(out) == before, more
     assert [p.name for p in out.iterdir() if p.is_dir()] == ["revalued"]
     run(python_data, out, "--overwrite", "--seed=5", "--max_iters=4")
-    assert len(ledger.read(out)) == 16
+    assert len(store.read(out)) == 16
     assert not (out / "revalued" / "walk").exists()  # it was of the run before
     assert not (out / "before").exists()
 
@@ -292,7 +290,7 @@ def test_a_refused_start_leaves_no_folder(python_data, tmp_path):
 @pytest.fixture
 def blocks_of_eight(monkeypatch):
     """Checksums of a few rows each, as a run has that is thousands of steps long."""
-    monkeypatch.setattr(ledger, "BLOCK", 8)
+    monkeypatch.setattr(store, "BLOCK", 8)
 
 
 def flip(path, at):
@@ -482,7 +480,7 @@ def test_planted_links_are_not_followed(python_data, tmp_path):
     assert not planted.is_symlink()
     link = tmp_path / "ledger.npy"
     link.symlink_to(victim)
-    ledger.Records(link, ledger.visit_dtype(1)).commit()  # as for a model of one's own
+    store.Records(link, store.visit_dtype(1)).commit()  # as for a model of one's own
     assert not link.is_symlink()
     assert victim.read_text() == "mine"
     (out / "lock").unlink()

@@ -1,4 +1,4 @@
-"""ops/net.py: the values of models that know nothing of the ledger are those of the rules' definitions, in float64 to 1e-10."""
+"""shapley/wrap.py: the values of models that know nothing of the ledger are those of the rules' definitions, in float64 to 1e-10."""
 
 import copy
 import functools
@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import exact
-import ghost
-from experiments import any_model, rules
-from ops.directions import RULES
-from ops.net import Examples, Net
+from experiments import any_model
+from shapley import exact, ghost, rules
+from shapley.directions import RULES
+from shapley.wrap import Examples, Net
 from valuation import Valuation, host, settle
 
 B, CLASSES = 5, 4

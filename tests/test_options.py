@@ -18,9 +18,9 @@ import report
 import revalue
 import sample
 import train
+from pile.targets import parse_targets, split_targets, with_commas
 from prepare_pile import Config as Prepare
 from prepare_pile import prepare
-from sources.targets import parse_targets, split_targets, with_commas
 from system.errors import UserError
 
 MODULES = [curate, prepare_pile, report, revalue, sample, train]

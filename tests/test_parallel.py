@@ -19,9 +19,9 @@ import torch
 from test_train import TWO, arguments, in_process, quiet_run, read_bytes, run, weights
 
 import config
-import parallel
-from ledger import read
-from ops.checkpoints import read_checkpoint
+from system import parallel
+from system.checkpoints import read_checkpoint
+from system.store import read
 
 ROOT = Path(config.__file__).parent
 MORE = (TWO, "--book_interval=3", "--target_batch=3", "--lr_decay_iters=12")

@@ -34,8 +34,8 @@ from piles import (
 
 import config
 import data
+from pile.pack import Split
 from prepare_pile import Config, prepare
-from sources.rows import Split
 from system.files import write_json
 
 SCRIPT = Path(config.__file__).parent / "prepare_pile.py"

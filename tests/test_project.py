@@ -308,65 +308,6 @@ def test_what_is_no_config_file_is_not_run(tmp_path, monkeypatch, script):
     assert run(script, ["a folder"]).is_refusal()
 
 
-FLOORS = {
-    "config data ghost exact ledger": "",
-    "parallel": "ledger",
-    "model": "ghost",
-    "valuation": "exact ghost ledger parallel",
-    "values": "config ledger revalue",
-    "prepare_pile": "config data ledger",
-    "train": "config data ledger model valuation parallel",
-    "sample": "config data model",
-    "revalue": "config data ghost ledger parallel train valuation",
-    "report": "config ledger revalue",
-    "curate": "config ledger",
-}
-
-
-def test_imports_go_strictly_down():
-    allowed = {
-        module: set(below.split())
-        for modules, below in FLOORS.items()
-        for module in modules.split()
-    }
-    local = {path.stem for path in ROOT.glob("*.py")}
-    assert local <= set(allowed), "give the new module a floor"
-    files = {ROOT / f"{module}.py": allowed[module] for module in local}
-    folders = {
-        "ops": {"ghost", "ledger", "parallel"},
-        "sources": {"ledger"},
-        "show": {"data", "ledger"},
-    }
-    files |= {
-        path: below for folder, below in folders.items() for path in (ROOT / folder).glob("*.py")
-    }
-    assert len(files) > len(local) + 4
-    for path, below in files.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            assert (set(names) & local) <= below, f"{path} imports {names}"
-
-
-def test_system_knows_nothing_of_what_stands_on_it():
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"ops", "sources", "show", "experiments"}
-    paths = list((ROOT / "system").glob("*.py"))
-    assert len(paths) >= 3
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            assert not {name.split(".")[0] for name in names} & ours, f"{path} imports {names}"
-
-
 def test_training_needs_none_of_the_optional_libraries():
     """datasets, wandb, tiktoken and pyarrow are imported only where they are used: a GPU machine may lack them."""
     code = "import sys, train, sample; print([m for m in 'datasets wandb tiktoken pyarrow scipy matplotlib'.split() if m in sys.modules])"

@@ -15,15 +15,16 @@ from sealed import replace_records
 
 import config
 import data
-import ledger
 import prepare_pile
 import revalue
 import train
+from pile.pack import DOCUMENTS
 from report import Config, report
-from show import payload, tables
+from show import page as payload
+from show import tables
+from show.documents import Documents
 from show.run import open_run
-from sources.origins import Documents
-from sources.rows import DOCUMENTS
+from system import store
 from system.files import write_json
 
 ROOT = Path(config.__file__).parent
@@ -100,13 +101,13 @@ def make_run(
     )
     write_json(out / "config.json", dict(config=cfg))
     visits, books = (
-        ledger.Records(out / "ledger.npy", ledger.visit_dtype(K)),
-        ledger.Records(out / "books.npy", ledger.book_dtype(K)),
+        store.Records(out / "ledger.npy", store.visit_dtype(K)),
+        store.Records(out / "books.npy", store.book_dtype(K)),
     )
     total, used = np.zeros((n, K)), np.zeros(n, bool)
     for start in range(0, steps, 1 << 16):
         step = np.arange(start, min(steps, start + (1 << 16)))
-        rows = np.repeat(ledger.empty(visits.dtype), len(step) * B)
+        rows = np.repeat(store.empty(visits.dtype), len(step) * B)
         rows["step"], rows["chunk"] = (
             np.repeat(step, B),
             np.arange(start * B, start * B + len(rows)) * 7919 % n,
@@ -117,7 +118,7 @@ def make_run(
         rows["loss"], rows["early"] = rng.normal(5, 1, len(rows)), rows["step"] < 3
         if overshoot in step:
             rows["value"][rows["step"] == overshoot, 0] = 9
-        book = np.repeat(ledger.empty(books.dtype), len(step))
+        book = np.repeat(store.empty(books.dtype), len(step))
         book["step"], book["data"] = step, rows["value"].reshape(len(step), B, K).sum(1)
         at = step % 20 == 0 if measured else step < 0
         book["momentum"][at], book["decay"][at], book["residual"][at], book["before"][at] = (
@@ -129,22 +130,22 @@ def make_run(
         book["after"][at] = 5 - book["data"][at] - 0.0011
         visits.pending, books.pending = [rows], [book]
         visits.commit(), books.commit()
-        ledger.add_visits(rows, total, used)
+        store.add_visits(rows, total, used)
     files = {
-        "values.npy": ledger.write_values(out, total, used),
+        "values.npy": store.write_values(out, total, used),
         "ledger.npy": visits.counted(),
         "books.npy": books.counted(),
     }
     if audits:
-        audit = np.repeat(ledger.empty(ledger.audit_dtype(K)), audits)
-        for name in ledger.AUDIT_ENTRIES:
+        audit = np.repeat(store.empty(store.audit_dtype(K)), audits)
+        for name in store.AUDIT_ENTRIES:
             audit[name] = np.linspace(0.5, 0.9, audits)[:, None]
-        records = ledger.Records(out / "audit.npy", audit.dtype)
+        records = store.Records(out / "audit.npy", audit.dtype)
         records.pending = [audit]
         records.commit()
         files["audit.npy"] = records.counted()
     info = dict(
-        schema=ledger.SCHEMA,
+        schema=store.SCHEMA,
         rule="adamw",
         batch=B,
         data_hash=opened.hash,

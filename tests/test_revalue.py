@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import config
-import ghost
-import ledger
-import ops.head
 import revalue
+import shapley.head
 import train
+from shapley import ghost
 from show.run import open_run
+from system import store
 
 SCRIPT = Path(revalue.__file__)
 SMALL = dict(
@@ -65,7 +65,7 @@ def run2(python_data, tmp_path_factory):
 
 
 def column(folder, name):
-    return ledger.read(folder)[name]
+    return store.read(folder)[name]
 
 
 @pytest.mark.parametrize("of", ["run", "run2"])
@@ -96,12 +96,12 @@ def test_a_replay_from_a_checkpoint_is_the_runs_end(run, capsys):
     folder = revalue.revalue(revalue.Config(run=str(run), replay=True, start=12, name="end"))
     assert "48 visits: their losses are the run's to the bit" in capsys.readouterr().out
     assert column(folder, "step")[0] == 12
-    assert ledger.read(folder).tobytes() == ledger.read(run)[48:].tobytes()
+    assert store.read(folder).tobytes() == store.read(run)[48:].tobytes()
     opened = open_run(folder)
     assert len(opened.visits) == 48
     assert len(opened.books) == 12
     total, used = np.zeros((len(opened.values), 2)), np.zeros(len(opened.values), bool)
-    ledger.add_visits(ledger.read(run)[48:], total, used)
+    store.add_visits(store.read(run)[48:], total, used)
     np.testing.assert_array_equal(opened.used, np.flatnonzero(used))
     np.testing.assert_array_equal(opened.values[used], total[used].astype(np.float32))
 
@@ -158,7 +158,7 @@ def test_a_walk_is_exact_where_its_checkpoints_are(rule, python_data, tmp_path):
     (tmp_path / "text.txt").write_text("import os\n" * 9)
     train.train(train.Config(**SMALL | options, rule=rule))
     folder = revalue.revalue(revalue.Config(run=str(tmp_path / "run"), target_batch=5))
-    was, now = ledger.read(tmp_path / "run"), ledger.read(folder)
+    was, now = store.read(tmp_path / "run"), store.read(folder)
     np.testing.assert_array_equal(was["chunk"], now["chunk"])
     at = np.isin(was["step"], (6, 12, 18))  # the checkpoint of step 24 comes after the last
     assert np.abs(was["value"] - now["value"])[at].max() < 1e-5 * np.abs(was["value"][at]).max()
@@ -172,7 +172,7 @@ def test_a_walk_is_exact_where_its_checkpoints_are(rule, python_data, tmp_path):
     part = revalue.revalue(
         revalue.Config(run=str(tmp_path / "run"), start=10, end=15, name="part", target_batch=5)
     )
-    assert ledger.read(part).tobytes() == now[(now["step"] >= 10) & (now["step"] < 15)].tobytes()
+    assert store.read(part).tobytes() == now[(now["step"] >= 10) & (now["step"] < 15)].tobytes()
     assert len(open_run(part).visits) == 20
 
 
@@ -195,7 +195,7 @@ def test_a_query_is_made_once(run, capsys):
 @pytest.mark.parametrize("of, head", [("run", "whole"), ("run2", "chunked")])
 def test_tokens_add_up_to_their_chunk(request, of, head, monkeypatch):
     run = request.getfixturevalue(of)
-    monkeypatch.setattr(ops.head, "FORM", head)
+    monkeypatch.setattr(shapley.head, "FORM", head)
     opened = open_run(run)
     chunks = opened.used[:5].tolist()
     step, found = revalue.tokens(opened, chunks)
@@ -302,4 +302,4 @@ def test_a_run_without_checkpoint_or_with_values_already(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="--overwrite makes them again"):
         revalue.revalue(revalue.Config(run=str(run), name="twice"))
     revalue.revalue(revalue.Config(run=str(run), name="twice", end=3, overwrite=True))
-    assert len(ledger.read(run / "revalued" / "twice")) == 12
+    assert len(store.read(run / "revalued" / "twice")) == 12

@@ -23,11 +23,11 @@ from piles import contents, lines, parquet, record, run, texts, write
 
 import config
 import data
+from pile.domains import Wanted
+from pile.files import LISTED, changes, inventory
+from pile.pack import COLUMNS
+from pile.pages import largest_page
 from prepare_pile import Config
-from sources.domains import Wanted
-from sources.files import LISTED, changes, inventory
-from sources.pages import largest_page
-from sources.rows import COLUMNS
 from system.errors import UserError
 
 SCRIPT = Path(config.__file__).parent / "prepare_pile.py"

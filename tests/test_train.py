@@ -17,16 +17,14 @@ import torch
 from torch._dynamo.utils import counters
 
 import config
-import exact
-import ghost
-import ops.head
+import shapley.head
 import train as train_module
 from data import global_batch, open_dataset, parse_targets
-from experiments import rules
-from ledger import add_visits, read
 from model import GPT, GPTConfig
-from ops.checkpoints import Checkpoints
-from ops.folder import RunFolder
+from shapley import exact, ghost, rules
+from system.checkpoints import Checkpoints
+from system.folder import RunFolder
+from system.store import add_visits, read
 from train import Config, train
 from valuation import Valuation
 
@@ -651,7 +649,7 @@ def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
 def test_compiled_values_equal_eager_ones(python_data, tmp_path, monkeypatch, rule, head):
     """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently.
     After three steps nothing is compiled again, a graph break is an error (fullgraph), and two-pass rules read their tape, as in eager."""
-    monkeypatch.setattr(ops.head, "FORM", head)
+    monkeypatch.setattr(shapley.head, "FORM", head)
     torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
     graphs, schedule = [], train_module.schedule
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The values are what experiments/rules.py says they are: in float64 to 1e-10, in float32 to 1e-4, for all parameters at once."""
+"""The values are what shapley/rules.py says they are: in float64 to 1e-10, in float32 to 1e-4, for all parameters at once."""
 
 import itertools
 
@@ -7,12 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import exact
-import ghost
 from data import Target
-from experiments import rules
 from model import GPT, GPTConfig
-from ops import head
+from shapley import exact, ghost, head, rules
 from valuation import Valuation, host, settle
 
 T, B, VOCAB = 12, 4, 61

@@ -23,12 +23,11 @@ from sealed import as_of_step, change, replace_array
 
 import config
 import data
-import ledger
 import prepare_pile
 import revalue
 import train
 import values
-from system import terminal
+from system import store, terminal
 
 ROOT = Path(config.__file__).parent
 SCHEMA = json.loads((ROOT / "show" / "values.schema.json").read_text())
@@ -817,7 +816,7 @@ def test_a_live_run(prepared, typed):
                 time.sleep(0.2)
                 continue
             total, used = np.zeros(run.values.shape), np.zeros(len(run.values), bool)
-            ledger.add_visits(run.visits, total, used)
+            store.add_visits(run.visits, total, used)
             assert (np.nan_to_num(run.values) == total.astype(np.float32)).all()
             assert (np.flatnonzero(used) == run.used).all()
             step = run.info["committed_step"]

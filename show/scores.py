@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sources.origins import Documents
+from show.documents import Documents
 
 
 def chunk_scores(run, k, score):

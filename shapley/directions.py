@@ -33,8 +33,7 @@ Works on this rank's slices where the model is sharded. K targets, B chunks of t
 import numpy as np
 import torch
 
-import parallel
-from ops.adamw import (
+from shapley.sweeps import (
     TINY,
     Scalars,
     land,
@@ -46,7 +45,8 @@ from ops.adamw import (
     subtract,
     sweep,
 )
-from parallel import local
+from system import parallel
+from system.parallel import local
 
 RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
 TWO_PASS = ("sgd2", "adamw2")

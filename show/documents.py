@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.tokenizers import whole_characters
+from pile.tokenizers import whole_characters
 from system.errors import UserError
 from system.files import atomic, short
 from system.terminal import progress
@@ -19,7 +19,7 @@ class Documents:
     def __init__(self, run):
         import pyarrow.parquet
 
-        from sources.rows import DOCUMENTS
+        from pile.pack import DOCUMENTS
 
         self.run, self.path, self.cached = run, run.data.path / "train_docs.parquet", {}
         self.cure = run.data.prepare_again()

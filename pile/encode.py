@@ -4,9 +4,9 @@ import hashlib
 
 import numpy as np
 
-from sources.domains import Wanted, domain_of, printable
-from sources.records import Skipped, opened
-from sources.tokenizers import tokenizer
+from pile.domains import Wanted, domain_of, printable
+from pile.records import Skipped, opened
+from pile.tokenizers import tokenizer
 
 
 class Skip(Exception):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import weight_grad as kernel
+from shapley import kernel
 
 TILE = (
     2**21
@@ -228,7 +228,7 @@ def linear_values(gy, x, hw, hb):
 
 def linear(x, weight, bias, ledger):
     """F.linear for x (B, ..., I); the gradient of ledger (B, K) gains <weight and bias gradient of chunk b, direction k>. A weight of
-    more dimensions (O, ...) stands for the matrix it flattens to (ops/net.py: convolutions)."""
+    more dimensions (O, ...) stands for the matrix it flattens to (shapley/wrap.py: convolutions)."""
     if isinstance(ledger, Tape):
         return ledger.watch(
             F.linear(x, weight, bias),

@@ -1,6 +1,6 @@
 """The rules by their definitions, formula by formula, in float64: what the tests hold the fast path to.
 
-Nothing here is shared with ops/directions.py, which has the formulas' sources; gradients come from exact.py. Of a step that is to come:
+Nothing here is shared with shapley/directions.py, which has the formulas' sources; gradients come from exact.py. Of a step that is to come:
 
     x = exact.chunk_gradients(model, X, Y)
     rules.rule_values(model, optimizer, x, [exact.batch_loss(X_target, Y_target)], "adamw2", lr, grad_clip=1.0)    # (B, K) nats
@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from exact import dot, gradient
+from shapley.exact import dot, gradient
 
 FLOORS = dict(
     adamw_linear=1e-2, adamw=1e-4

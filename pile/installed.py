@@ -6,7 +6,7 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-from sources.records import CODE, Document
+from pile.records import CODE, Document
 
 TESTS = {"pydoc_data", "test", "tests", "idle_test"}  # folders without text worth reading
 LICENCES = ("LICENSE", "LICENCE", "COPYING")

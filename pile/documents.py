@@ -1,6 +1,6 @@
 """Where documents come from: files, the hub, the text this Python installation carries.
 
-cfg: prepare_pile.Config. What a file's records hold is left to the workers (sources/records.py).
+cfg: prepare_pile.Config. What a file's records hold is left to the workers (pile/records.py).
 """
 
 import io
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sources.domains import printable
-from sources.files import find_files, stem, suffixes
-from sources.installed import installed_text
-from sources.parquet import parquet_documents
-from sources.records import BOM, Document, Lines, Skipped, Within, lookup, opened
-from sources.unpack import unpacked
+from pile.domains import printable
+from pile.files import find_files, stem, suffixes
+from pile.installed import installed_text
+from pile.parquet import parquet_documents
+from pile.records import BOM, Document, Lines, Skipped, Within, lookup, opened
+from pile.unpack import unpacked
 from system.errors import UserError
 from system.files import short
 from system.terminal import progress, quoted

@@ -1,6 +1,6 @@
 """The slow truth: each chunk's gradient, and what a step's values ought to be. Autograd, loops and float64.
 
-No ledger, no directions on parameters, nothing shared with valuation.py. (The rules' own definitions: experiments/rules.py.)
+No ledger, no directions on parameters, nothing shared with valuation.py. (The rules' own definitions: shapley/rules.py.)
 
     Step(...), shapley(step, B)      the true Shapley values of that step's game, by running the optimizer for every subset
     monte_carlo, leave_one_out

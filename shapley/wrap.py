@@ -2,7 +2,7 @@
 
 The model is an ordinary nn.Module whose trainable parameters meet the data in nn.Linear, nn.Embedding, nn.LayerNorm and nn.Conv2d only
 (F.linear and its like count too; so do ties and repeated uses), on inputs that have the batch first. Anything else is refused with a
-ValueError (ops/layers.py). Nothing of the model is changed; the names in net.state_dict() are its own behind `model.`.
+ValueError (shapley/layers.py). Nothing of the model is changed; the names in net.state_dict() are its own behind `model.`.
 
 loss: F.cross_entropy, F.mse_loss or anything that is called like them, with reduction="none". An example's loss is the mean over its
 labels, the batch's the mean over its examples; a label of -1, or NaN where they are floats, is none. (Where examples have unequal numbers
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ops.layers import Ghosts
+from shapley.layers import Ghosts
 
 
 class Net(nn.Module):

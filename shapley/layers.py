@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import ghost
+from shapley import ghost
 from system.errors import UserError
 
 INSTEAD = "take nn.Linear, nn.Embedding, nn.LayerNorm or nn.Conv2d in its place, or freeze it with requires_grad_(False)"

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from ledger import AUDIT_ENTRIES, BOOK_ENTRIES
+from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 
 # at most: domains by name, columns of a chart, points, documents named of a chunk, chunks
 DOMAINS, BINS, POINTS, DOCUMENTS, CHUNKS = 60, 60, 4000, 6, 600

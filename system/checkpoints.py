@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ledger
-from parallel import full, is_sharded, rank
+from system import store
 from system.errors import UserError
 from system.files import atomic, check_entries, crc32, read_json, short
+from system.parallel import full, is_sharded, rank
 from system.terminal import command, say, warn
 
 STARTS = ("init_from", "overwrite", "verify", "out_dir")  # settings of a start, not of a run
@@ -113,7 +113,7 @@ class Checkpoints:
     """Writes a run's checkpoints, each whole or not at all, and keeps the last few."""
 
     def __init__(self, folder, keep, background, used=None, step=0):
-        """folder: ops.folder.RunFolder. used: the checkpoint of that step which the run goes on
+        """folder: system.folder.RunFolder. used: the checkpoint of that step which the run goes on
         from, if any; those that came after it, or all, are none of this run's. background: copy to
         the host's memory, and go on while a thread writes."""
         self.folder, self.run, self.keep, self.step = folder, folder.path, keep, step
@@ -225,7 +225,7 @@ def find_checkpoint(cfg, data, targets):
     for path in found:
         try:
             checkpoint = read_checkpoint(path)
-            ledger.check(out, checkpoint["valuation"].get("records", {}))
+            store.check(out, checkpoint["valuation"].get("records", {}))
         except UserError as e:
             say(f"{path} cannot be used ({e}): trying the one before it")
             continue
@@ -267,7 +267,7 @@ def check_resumption(cfg, data, targets, checkpoint, path):
     if checkpoint["data_hash"] != data.hash:
         what = f"{data.path} is not the data of {out} (its hash differs)"
         raise UserError(f"{what}: name the run's data with --data_dir=...")
-    if checkpoint["keep"] != ledger.crc(data.keep):
+    if checkpoint["keep"] != store.crc(data.keep):
         what = f"--keep={cfg.keep} does not name the chunks that {out} was trained on"
         raise UserError(f"{what}: type --keep={was.get('keep', '')}")
     check_targets(targets, checkpoint["valuation"].get("targets", {}), out)

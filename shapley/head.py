@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ghost import Tape, accumulate, linear_values, opaque, tiles
+from shapley.ghost import Tape, accumulate, linear_values, opaque, tiles
 
 # chunked: as above; whole: as any Linear. auto: chunked on CPU from 2^24 logits on (a fifth less time: bench/kernels.py), else whole, for nobody
 # has timed it on a GPU yet.

@@ -19,7 +19,7 @@ behind them does not show, and the next commit overwrites it.
 
 Every file has a checksum, which its readers look at: values.json's "files" has the CRC-32 of
 values.npy and chunks.npy, and one of every BLOCK records of the others; .json and .jsonl files end
-in their own (system/files.py), and so do checkpoints (ops/checkpoints.py).
+in their own (system/files.py), and so do checkpoints (system/checkpoints.py).
 """
 
 import io

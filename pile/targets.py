@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.tokenizers import tokenizer
+from pile.tokenizers import tokenizer
 from system.errors import UserError
 from system.terminal import listed
 

@@ -10,9 +10,9 @@ import fnmatch
 import os
 from pathlib import Path
 
-from parallel import on_rank_0, rank
 from system.errors import UserError
 from system.files import Claim, read_json, remove_folder, strangers
+from system.parallel import on_rank_0, rank
 
 # what train.py leaves in a run's folder, beside what it logs
 RUN_FILES = ["config.json", "ckpt.pt", "ckpt-*.pt", "values.npy", "values.json", "ledger.npy"]

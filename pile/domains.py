@@ -2,9 +2,9 @@
 
 import functools
 
-from sources.files import stem
-from sources.records import Skipped
-from sources.targets import cut_at_comma
+from pile.files import stem
+from pile.records import Skipped
+from pile.targets import cut_at_comma
 from system.terminal import listed
 
 LONGEST = 200  # characters of a domain's name

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import ledger
-from ops.checkpoints import find_checkpoints, read_checkpoint
-from ops.folder import RUN_FILES
+from system import store
+from system.checkpoints import find_checkpoints, read_checkpoint
 from system.errors import UserError
 from system.files import crc32, read_json, read_lines
+from system.folder import RUN_FILES
 from system.terminal import command, say
 
 KNOWN = {*RUN_FILES, "keep.npy", "dropped.npy"}
@@ -58,7 +58,7 @@ def checks(folder):
 
 
 def check_file(path, counted, cure):
-    """counted: the CRC-32 of the file, or what ledger.Records.counted() said of it."""
+    """counted: the CRC-32 of the file, or what store.Records.counted() said of it."""
     if path.name not in KNOWN:
         raise UserError(f"{path.parent} speaks of a file {path.name!r}, which a run does not have")
     if isinstance(counted, dict):
@@ -68,8 +68,8 @@ def check_file(path, counted, cure):
 
 
 def check_records(folder, name, counted, cure):
-    ledger.check(folder, {name: counted}, cure)
-    ledger.read(folder, name)  # its header
+    store.check(folder, {name: counted}, cure)
+    store.read(folder, name)  # its header
 
 
 def check_checkpoint(folder, path, cure):

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from sources.pages import largest_page
-from sources.records import Document, Skipped, Within
+from pile.pages import largest_page
+from pile.records import Document, Skipped, Within
 from system.errors import UserError
 from system.files import short
 from system.terminal import listed
