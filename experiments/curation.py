@@ -1,7 +1,7 @@
 """
 Does training without the chunks of negative value help? The paper's curation experiment, with the controls that its comparison lacks.
 
-    python experiments/curation.py --source=minipile.jsonl.zst --foreign="Handbook de+fr+es" --out=results/2026-11-23_curation
+    python experiments/curation.py --source=minipile.jsonl.zst --foreign="Handbook de+fr+es" --out=results/curation
     python experiments/curation.py --quick                     tiny, on the text every Python installation carries
     python experiments/curation.py --part=report --out=...     tables and figure again, from rows.jsonl and values.jsonl
 

@@ -2,7 +2,7 @@
 Mixture weights from values: train once on the natural mixture, value the domains, train again on a mixture that follows the values.
 
     python experiments/domains.py                                 on the text every Python installation carries
-    python experiments/domains.py --source=minipile.jsonl.zst --data=data/minipile --out=results/2026-11-23_domains
+    python experiments/domains.py --source=minipile.jsonl.zst --data=data/minipile --out=results/domains
     python experiments/domains.py --part=report --out=...         tables and figure again, from natural.jsonl and rows.jsonl
     python experiments/domains.py --quick                         all of it tiny, under a minute
 
@@ -16,7 +16,7 @@ in one pass, drawn by its weights to the chunk: without repetition while a domai
 is missing then goes to the other domains by their weights. Seeds are of everything: the natural run, so its values, weights, draws, initial weights.
 Arms: natural (the run that was valued), uniform, by value and inverted (weights proportional to 1 / those by value) for either target, and
 for `narrow` its domain alone. Writes natural.jsonl, rows.jsonl, table.md, domains.png.
-Two CPU cores: about a quarter of an hour with minipile. Expected there (results/2026-11-23_domains), test loss minus the natural mixture's:
+Two CPU cores: about a quarter of an hour with minipile. Expected there (results/domains), test loss minus the natural mixture's:
 narrow by value -.09, inverted +.33, its own domain alone -.22; broad by value +.003, inverted +.012, uniform -.007: no gain there.
 """
 

@@ -2,7 +2,7 @@
 How far to trust a value: each rule against the step that the optimizer really takes, and cheaper targets against dearer ones.
 
     python experiments/fidelity.py                                         on the text every Python installation carries
-    python experiments/fidelity.py --source=minipile.jsonl.zst --out=results/2026-11-22_fidelity
+    python experiments/fidelity.py --source=minipile.jsonl.zst --out=results/fidelity
     python experiments/fidelity.py --part=report --out=...                 tables and figure again, from rows.jsonl and targets.jsonl
 
 Rules: for every setting a small GPT is trained by AdamW; at some of its steps the game of that very step (B chunks, one target) is

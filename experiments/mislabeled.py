@@ -18,7 +18,7 @@ the whole clean validation set, which KNN-Shapley, TracIn, influence functions a
 functions come from dattri (pip install -r requirements-experiments.txt); KNN-Shapley is written out here, for dattri's, which gives the same, loops
 in Python. Retraining Shapley: permutations cut into blocks whose examples share the block's gain; empirical influence: random halves with and
 without the example; both train --retrainings models for a tenth of the epochs, many at once, and look at the validation loss.
-Expected (results/2026-11-23_mislabeled, four seeds): in-run AUROC .75, as TracIn and last-layer influence at the price of several trainings, far
+Expected (results/mislabeled, four seeds): in-run AUROC .75, as TracIn and last-layer influence at the price of several trainings, far
 above retraining (.52, .67), behind KNN-Shapley (.88 to .95) and the mean training loss of the run (.97), which cost next to nothing; .85 (`sgd`)
 and .81 (`adamw2`) where the training stops at its lowest validation loss. Keeping 80 % by value: accuracy .755 where all images give .730.
 Writes rows.jsonl, table.md, mislabeled.png. Four seeds (images, flips, weights). A core: 10 minutes (--workers=2: 5), --quick 30 seconds.

@@ -4,7 +4,7 @@ a paraphrase in other words and another order, or only a text on a similar topic
 
     pip install -r requirements-experiments.txt                              for BM25
     python experiments/paraphrase.py                                         on the text every Python installation carries
-    python experiments/paraphrase.py --source=minipile.jsonl.zst --out=results/2026-11-23_paraphrase
+    python experiments/paraphrase.py --source=minipile.jsonl.zst --out=results/paraphrase
     python experiments/paraphrase.py --quick                                 all of it, tiny: half a minute
     python experiments/paraphrase.py --part=report --out=...                 tables and figure again, from rows.jsonl
 

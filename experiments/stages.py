@@ -3,7 +3,7 @@ What each domain does for a narrow target, and how that changes while the model 
 
     python experiments/stages.py                                  on the text every Python installation carries
     python experiments/stages.py --source=minipile.jsonl.zst "--targets=Python code,Bible KJV,Handbook de+fr+es" --seeds=1,2,3,4 \
-        --data=data/minipile --out=results/2026-11-23_stages
+        --data=data/minipile --out=results/stages
     python experiments/stages.py --part=report --out=...          tables and figure again, from rows.jsonl
     python experiments/stages.py --quick                          all of it tiny, under a minute
 
@@ -15,7 +15,7 @@ there is the *lift*: a chunk's value over the mean magnitude |value| of its own 
 domain helps as a typical chunk of the step moves; 0: nothing; below 0: it hurts. A domain that gave what its share of tokens is would
 have the lift of `all`, the whole batch. AdamW's first three steps, marked early in the ledger, are left out.
 Writes rows.jsonl, table.md, stages.png.
-Two CPU cores: about ten minutes with minipile and four seeds. Expected there (results/2026-11-23_stages): in the last half of the run the own domain,
+Two CPU cores: about ten minutes with minipile and four seeds. Expected there (results/stages): in the last half of the run the own domain,
 7, 4 and 3 % of the tokens, has 77, 25 and 18 % of the sum of values, its lift 1.6 to 2.0 above the others'; half of the other domains help Python
 code at first and hinder it later; magnitudes fall five- to sevenfold after the warm-up, about twofold beyond the learning rate's own fall.
 """

@@ -103,7 +103,7 @@ def add(path, line):
         ("shapley/ghost.py", "import show.tables", "shapley.ghost -> show.tables"),
         ("system/machine.py", "from shapley import exact", "system.machine -> shapley.exact"),
         ("system/machine.py", "from shapley.exact import dot", "system.machine -> shapley.exact"),
-        ("pile/records.py", "def f():\n    import train", "pile.records -> train"),
+        ("pile/records.py", "def f():\n    import shapley.exact", "pile.records -> shapley.exact"),
     ],
 )
 def test_an_arrow_up_is_seen(copy, module, line, arrow):
