@@ -200,22 +200,34 @@ def out_of_range(cfg, key, wanted):
 
 def describe(cls):
     """Help: the module's docstring, then every key with its default and its comment, as the source
-    has them."""
+    has them. A comment stands behind a field or on the lines above it; `# --- title` begins a
+    section."""
     lines = [(inspect.getmodule(cls).__doc__ or "").strip(), ""]
+    above = []
     for line in inspect.getsource(cls).splitlines():
-        field = re.match(r"\s+(\w+): [^=]*= *(.*?)\s*(?:#\s*(.*))?$", line)
-        if field and field[1] in cls.__dataclass_fields__:
-            lines.append(f"  --{field[1] + '=' + field[2]:<42} {field[3] or ''}".rstrip())
-        elif re.match(r"    # ", line):
-            lines.append("\n" + line.strip()[2:])
-        elif re.match(r"\s+def ", line):
+        title = re.match(r"    # --- (.*)", line)
+        comment = re.match(r"    # (.*)", line)
+        field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if title:
+            lines.append(f"\n{title[1]}")
+        elif comment:
+            above.append(comment[1])
+        elif field and field[1] in cls.__dataclass_fields__:
+            if field[2]:
+                above.append(field[2])
+            default = cls.__dataclass_fields__[field[1]].default
+            option = f"--{field[1]}={default!r}"
+            lines.append(f"  {option:<44} {' '.join(above)}".rstrip())
+            above = []
+        elif re.match(r"    (def|@)", line):
             break
     return "\n".join(lines)
 
 
 def main(run):
-    """Calls run(). What the user can mend, a UserError or what the operating system refuses, becomes
-    one line on stderr and exit code 2; every other exception is a bug and keeps its traceback.
+    """Calls run(). What the user can mend, a UserError or what the operating system refuses,
+    becomes one line on stderr and exit code 2. Every other exception is a bug and keeps its
+    traceback.
     Nothing that stood in the data reaches the terminal raw, not even in a traceback."""
     sys.excepthook = terminal.show_bug
     faulthandler.enable(sys.__stderr__)  # a file cut short under a running process: SIGBUS, a line

@@ -10,13 +10,13 @@ import hashlib
 import json
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pile.targets import Target, parse_targets  # noqa: F401
-from pile.tokenizers import TOKENIZERS, tokenizer  # noqa: F401
+from pile.tokenizers import TOKENIZERS, tokenizer
 from system import terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, footer_crc32, load_array, read_json
@@ -54,9 +54,8 @@ class Dataset:
     meta: dict
     train: Split
     val: Split
-    keep: np.ndarray | None = (
-        None  # int64: the chunks to train on, where not all; one that stands twice is met twice in a pass
-    )
+    # int64: the chunks to train on, where not all. One that stands twice is met twice in a pass
+    keep: np.ndarray | None = None
 
     @property
     def domains(self):
@@ -69,10 +68,12 @@ class Dataset:
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def ids(self, step, batch, seed):
-        """The ids (batch,) of step's chunks: each pass meets every chunk, or every kept one, in an order of its own."""
+        """The ids (batch,) of step's chunks. Each pass meets every chunk, or every kept one, in an
+        order of its own."""
         if self.keep is None:
             return global_batch(step, batch, len(self.train.rows), seed)
-        return np.asarray(self.keep[global_batch(step, batch, len(self.keep), seed)], np.int64)
+        positions = global_batch(step, batch, len(self.keep), seed)
+        return np.asarray(self.keep[positions], np.int64)
 
     def verify(self, names=None):
         """Reads files of the folder, all by default. Raises UserError, saying what to type, if one
@@ -153,7 +154,8 @@ def check_meta(meta, path, cure):
 
 
 def open_split(path, meta, name):
-    cure, n = prepare_again(path, meta), meta["chunks"][name]
+    cure = prepare_again(path, meta)
+    n = meta["chunks"][name]
     shape = (n, meta["block_size"] + 1)
     rows = load_array(path / f"{name}.npy", cure, np.uint16, shape)
     # else the system reads ahead of every row, on some machines 8 MB for 2 KB
@@ -211,35 +213,164 @@ def check_keep(path, about, dataset):
 
 
 def permute(positions, n, key):
-    """Positions in 0..n-1 -> the chunks that stand there in the key's pseudo-random permutation of 0..n-1.
+    """Positions in 0..n-1 -> the chunks that stand there in the key's pseudo-random permutation of
+    0..n-1.
 
-    positions: int array; key: tuple of ints. A Feistel network over the next power of four, walked until it lands below n:
-    any position costs the same and nothing is stored, for a hundred chunks or for 300 million.
+    positions: int array; key: tuple of ints. A Feistel network over the next power of four, walked
+    until it lands below n. Any position costs the same and nothing is stored, for a hundred chunks
+    or for 300 million.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.random.SeedSequence(key).generate_state(8, np.uint64)
 
-    def rounds(x):
+    def network(x):
         left, right = x >> half, x & mask
-        for k in keys:
-            z = (right + k) * np.uint64(
-                0x9E3779B97F4A7C15
-            )  # splitmix64's mixing; arrays wrap around silently
-            z = (z ^ (z >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((z ^ (z >> np.uint64(32))) & mask)
+        for round_key in keys:
+            left, right = right, left ^ (mix(right + round_key) & mask)
         return left << half | right
 
-    x = rounds(np.asarray(positions, np.uint64))
-    while (outside := x >= n).any():
-        x[outside] = rounds(x[outside])
+    x = network(np.asarray(positions, np.uint64))
+    outside = x >= n
+    while outside.any():
+        x[outside] = network(x[outside])
+        outside = x >= n
     return x.astype(np.int64)
 
 
+def mix(z):
+    """splitmix64's mixing of uint64 arrays, which wrap around silently."""
+    z = z * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return z ^ (z >> np.uint64(32))
+
+
 def global_batch(step, batch, n, seed):
-    """The ids (batch,) of step's chunks: a pure function of its arguments, each epoch a permutation of all n chunks."""
+    """The ids (batch,) of step's chunks: a pure function of its arguments. Each epoch is a
+    permutation of all n chunks."""
     epoch, position = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
     ids = np.empty(batch, np.int64)
     for e in np.unique(epoch):
         ids[epoch == e] = permute(position[epoch == e], n, (seed, int(e)))
     return ids
+
+
+# --- targets: whose loss the values speak of ----------------------------------
+
+
+@dataclass
+class Target:
+    """Chunks whose mean token loss the values speak of."""
+
+    name: str
+    rows: np.ndarray  # (n, block_size + 1) integers; -1: no token (a short text's padding)
+    ids: np.ndarray | None  # (n,) chunk ids in val.npy, None for a text of the user's own
+
+    def batch(self, picks):
+        """picks (b,) of its rows -> X, Y int64 (b, block_size); Y is -1 where nothing is to be
+        predicted."""
+        rows = self.rows[picks if self.ids is None else self.ids[picks]].astype(np.int64)
+        return rows[:, :-1].clip(min=0), rows[:, 1:]
+
+    def checksum(self):
+        """CRC-32 of a text, whose file may change; None of chunks of val.npy, which the data's hash
+        covers."""
+        return zlib.crc32(self.rows.tobytes()) if self.ids is None else None
+
+    def __len__(self):
+        return len(self.rows if self.ids is None else self.ids)
+
+
+def parse_targets(spec, dataset, block_size):
+    """ "val", "val:Python code,val:Literature", "name=file.txt", or a mixture -> [Target, ...],
+    names unique.
+
+    A comma parts two targets; within a name or a path it is written \\,. A domain that is known by
+    its commas needs none. Raises UserError for an unknown domain, a missing or empty text, a name
+    used twice."""
+    targets = []
+    for part in split_targets(spec, dataset.domains):
+        target = parse_target(part, dataset, block_size)
+        if not len(target):
+            cure = "prepare with a larger --val_fraction"
+            raise UserError(f"--targets: {part} has no chunk in {dataset.path}/val.npy: {cure}")
+        targets.append(target)
+    names = [target.name for target in targets]
+    if len(set(names)) < len(names):
+        raise UserError(f"--targets: a name stands twice in {', '.join(names)}")
+    return targets
+
+
+def parse_target(part, dataset, block_size):
+    rows = dataset.val.rows[:, : block_size + 1]
+    if part == "val":
+        return Target("val", rows, np.arange(len(rows)))
+    if part.startswith("val:"):
+        domain = part.removeprefix("val:")
+        if domain not in dataset.domains:
+            have = f"{dataset.path}; it has {terminal.listed(dataset.domains)}"
+            raise UserError(f"--targets: no domain {domain!r} in {have}")
+        ids = np.flatnonzero(dataset.val.domain == dataset.domains.index(domain))
+        return Target(domain, rows, ids)
+    name, equals, path = part.partition("=")
+    if not name or not equals:
+        ways = "write val, val:<domain> or <name>=<file.txt> (a comma in a name or path as \\,)"
+        raise UserError(f"--targets: {part!r} is no target: {ways}")
+    tok = tokenizer(dataset.meta["tokenizer"])
+    return Target(name, text_rows(path, tok, block_size), None)
+
+
+def split_targets(spec, domains):
+    """The targets' texts, parted at commas: not at those written \\,, and not within the longest
+    name of a domain that stands there."""
+    parts = []
+    comma = ","
+    while comma:
+        at_domain = cut_at_domain(spec.lstrip(), domains)
+        if at_domain:  # a domain's blanks are its own
+            part, comma, spec = at_domain
+        else:
+            part, comma, spec = terminal.cut_at_comma(spec)
+            part = part.strip()
+        parts.append(part)
+    return parts
+
+
+def cut_at_domain(text, domains):
+    """ "val:a, b,val" -> "val:a, b", ",", "val" where "a, b" is a domain; None where there is none
+    at the beginning."""
+    for domain in sorted(domains, key=len, reverse=True):
+        name = f"val:{domain}"
+        before, comma, rest = text[len(name) :].partition(",")
+        if text.startswith(name) and not before.strip():
+            return name, comma, rest
+    return None
+
+
+def text_rows(path, tok, block_size):
+    """A text file -> int32 (n, block_size + 1): every token predicted once, from <|endoftext|> on,
+    the last row padded with -1."""
+    text = read_text(path, "--targets")
+    if not text.strip():
+        raise UserError(f"--targets: {path} holds no text")
+    return rows_of_text(text, tok, block_size)
+
+
+def rows_of_text(text, tok, block_size):
+    tokens = tok.encode(text).astype(np.int32)
+    n = -(-len(tokens) // block_size)
+    padding = np.full(n * block_size - len(tokens), -1)
+    stream = np.concatenate([[tok.eot], tokens, padding]).astype(np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)
+    return windows[::block_size].copy()
+
+
+def read_text(path, key):
+    """A UTF-8 file's text as training text is read: with its line ends, without a byte order mark.
+    Raises UserError, which names the option it was given to."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{key}: {path} cannot be read as UTF-8 text ({e})") from e
+    except OSError as e:
+        raise UserError(f"{key}: {path} cannot be read as UTF-8 text ({e.strerror})") from e

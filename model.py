@@ -191,7 +191,7 @@ class GPT(nn.Module):
             targets is None
         ):  # inference-time mini-optimization: only forward the lm_head on the very last position
             return self.lm_head(x[:, [-1], :]), None
-        if head.chunked(
+        if head.is_chunked(
             x, self.lm_head.weight, ledger
         ):  # the logits, the largest tensor of the step, never exist whole
             loss, self.chunk_loss = head.loss(x, self.lm_head.weight, targets, ledger)

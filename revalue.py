@@ -1,19 +1,26 @@
 """Values for targets that nobody knew of while the run trained, beside the run's own.
 
-    python revalue.py out/demo --targets=mine=notes.txt              walk: each checkpoint stands for the steps around it (approximate)
-    python revalue.py out/demo --targets=mine=notes.txt --replay     train again, through the same steps, and value for these targets (exact)
-    python revalue.py out/demo --targets=mine=notes.txt --replay --start=500     exact too, from the checkpoint of step 500 on
-    python revalue.py out/demo --repair                              makes again what is damaged of the run's own files
+    python revalue.py out/demo --targets=mine=notes.txt             walk: approximate
+    python revalue.py out/demo --targets=mine=notes.txt --replay    exact: train again
+    python revalue.py out/demo --targets=mine=notes.txt --replay --start=500
+    python revalue.py out/demo --repair              makes again what is damaged of the run's files
 
-Leaves out/demo/revalued/mine, which values.py and report.py read as they read a run; its values.json says what is approximate.
+Leaves out/demo/revalued/mine, which values.py and report.py read as they read a run. Its
+values.json says what is approximate.
 
-A replay is train.py's own loop: the order of chunks and all randomness are functions of the step, so on the same machine the weights go the
-same way to the bit, and the ledger's losses are held against the run's to prove it. A walk takes weights and moments from the nearest
-checkpoint, learning rate and clip coefficient from the books, --target_batch chunks of a target, and a one-pass rule; more
-checkpoints (train.py --keep_checkpoints=20) make it better. It costs a forward and backward of every chunk valued, a replay the training.
+A walk lets each checkpoint stand for the steps around it. It takes weights and moments from the
+nearest checkpoint, learning rate and clip coefficient from the books, --target_batch chunks of a
+target, and a one-pass rule. More checkpoints (train.py --keep_checkpoints=20) make it better. It
+costs a forward and backward of every chunk valued.
 
-A repair trains again through the steps whose rows are damaged, from the checkpoint before them, and puts the rows back where their checksum
-shows that they are the same to the bit. The rest is made from the newest checkpoint: config.json, evaluations.jsonl, values.npy, values.json.
+A replay is train.py's own loop, through the same steps or from a checkpoint's on (--start). The
+order of chunks and all randomness are functions of the step, so on the same machine the weights go
+the same way to the bit. The ledger's losses are held against the run's to prove it. It costs what
+the training did.
+
+A repair trains again through the steps whose rows are damaged, from the checkpoint before them. It
+puts rows back where their checksum shows that they are the same to the bit. The rest is made from
+the newest checkpoint: config.json, evaluations.jsonl, values.npy, values.json.
 """
 
 import hashlib
@@ -29,7 +36,6 @@ import torch
 import config
 import train
 from data import open_dataset, parse_targets
-from pile.targets import with_commas
 from shapley import ghost
 from system import files, store
 from system.checkpoints import (
@@ -49,16 +55,25 @@ from system.folder import (
     remove_revaluation,
 )
 from system.machine import check_system, describe_run
-from system.terminal import command, progress, say
-from valuation import Valuation
+from system.terminal import command, progress, say, with_commas
+from system.writer import Writer
+from valuation import Settings, Valuation
 
-ONE_PASS = {"sgd2": "sgd", "adamw2": "adamw"}  # for a chunk without its batch
+# the rule for a chunk without its batch
+ONE_PASS = {
+    "sgd": "sgd",
+    "sgd2": "sgd",
+    "adamw_linear": "adamw_linear",
+    "adamw": "adamw",
+    "adamw2": "adamw",
+}
 
 
 @dataclass
 class Config:
     run: str = ""  # the run's folder
-    targets: str = ""  # as train.py's: val | val:<domain> | <name>=<file.txt>, comma-separated; empty: the run's own
+    # as train.py's: val | val:<domain> | <name>=<file.txt>, comma-separated; empty: the run's own
+    targets: str = ""
     name: str = ""  # of the folder under <run>/revalued; empty: the targets' names
     replay: bool = False  # train again and be exact, instead of walking the checkpoints
     start: int = 0  # the first step to value; with --replay a checkpoint's
@@ -75,71 +90,97 @@ class Config:
             files.plain_name(self.name, "name")
 
 
+@dataclass
+class Original:
+    """The run that is valued again."""
+
+    path: Path
+    options: train.Config  # its own, with the targets, data_dir and device that are wanted now
+    checkpoints: dict  # {steps done: path}
+    newest: dict  # what the newest checkpoint holds
+
+    @property
+    def last(self):
+        return max(self.checkpoints)
+
+
 def revalue(cfg):
     """Values chunks of cfg.run for cfg.targets. Returns the folder that holds them. Raises
     UserError and OSError, with what to type."""
-    of, options, checkpoints, newest = read(cfg)
-    data = open_data(of, options, newest)
-    targets = parse_targets(options.targets, data, options.block_size)
+    original = read(cfg)
+    data = open_data(original)
+    targets = parse_targets(original.options.targets, data, original.options.block_size)
     if not cfg.targets:
-        check_targets(targets, newest["valuation"].get("targets", {}), of)
+        check_run_targets(original, targets)
     name = cfg.name or files.name_for("+".join(target.name for target in targets))
-    folder, last = of / "revalued" / name, max(checkpoints)
-    end = cfg.end or last
-    if not 0 <= cfg.start < end <= last:
-        what = f"--start={cfg.start} --end={end}: the newest checkpoint is of step {last}"
-        raise UserError(f"{what}: 0 <= start < end <= {last}")
+    folder = original.path / "revalued" / name
+    end = cfg.end or original.last
+    if not 0 <= cfg.start < end <= original.last:
+        what = f"the newest checkpoint is of step {original.last}"
+        wanted = f"0 <= start < end <= {original.last}"
+        raise UserError(f"--start={cfg.start} --end={end}: {what}: {wanted}")
     if folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
         raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
     if is_done(folder) and not cfg.overwrite:
         ways = "--overwrite makes them again, --name=... puts these elsewhere"
         raise UserError(f"{folder} holds values already: {ways}")
-    method = "replay" if cfg.replay else "walk"
-    about = dict(of=str(of), method=method, targets=[target.name for target in targets])
+    about = {
+        "of": str(original.path),
+        "method": "replay" if cfg.replay else "walk",
+        "targets": [target.name for target in targets],
+    }
     work = replay if cfg.replay else walk
-    approximate = work(cfg, of, options, checkpoints, data, targets, folder, end, about)
+    approximate = work(cfg, original, data, targets, folder, end, about)
     info = files.read_json(folder / "values.json", "type it again")
-    info |= dict(of=str(of), method=method, approximate=approximate)
+    info.update(of=about["of"], method=about["method"], approximate=approximate)
     files.write_json(folder / "values.json", info)
     return folder
 
 
 def read(cfg):
-    """-> the run's folder, its train.Config with cfg's targets, {step: path of its checkpoint},
-    and what the newest of them holds."""
-    of = Path(cfg.run)
-    if not cfg.run or not (of / "config.json").is_file():
+    """-> the Original that cfg names."""
+    path = Path(cfg.run)
+    if not cfg.run or not (path / "config.json").is_file():
         what = cfg.run or "no run given"
         raise UserError(f"{what}: name the folder of a run, as out/<the config's name>")
-    options = config.load(train.Config, [str(of / "config.json")])
+    options = config.load(train.Config, [str(path / "config.json")])
     if options.rule == "off":
-        raise UserError(f"{of} was trained with --rule=off: train it with another --rule")
-    for key in ("targets", "data_dir", "device"):
-        setattr(options, key, getattr(cfg, key) or getattr(options, key))
-    options.shard = options.wandb_log = options.tensorboard_log = False  # here is one process
+        raise UserError(f"{path} was trained with --rule=off: train it with another --rule")
+    options.targets = cfg.targets or options.targets
+    options.data_dir = cfg.data_dir or options.data_dir
+    options.device = cfg.device or options.device
+    options.shard = options.wandb_log = False  # here is one process
     check_system(options)
-    path, *older = find_checkpoints(of) or [None]
-    if path is None:
+    paths = find_checkpoints(path)
+    if not paths:
         steps = min(options.checkpoint_interval, options.max_iters)
-        raise UserError(f"{of} has no checkpoint yet: train.py writes one after {steps} steps")
-    newest = read_checkpoint(path)
-    checkpoints = {int(path.stem[5:]): path for path in older} | {newest["iter_num"]: path}
-    return of, options, checkpoints, newest
+        raise UserError(f"{path} has no checkpoint yet: train.py writes one after {steps} steps")
+    newest = read_checkpoint(paths[0])
+    checkpoints = {int(older.stem[5:]): older for older in paths[1:]}
+    checkpoints[newest["iter_num"]] = paths[0]
+    return Original(path, options, checkpoints, newest)
 
 
-def open_data(of, options, newest):
+def open_data(original):
     """-> the run's data. Raises UserError where the newest checkpoint is not of it."""
+    options, newest = original.options, original.newest
     data = open_dataset(options.data_dir, options.keep)
     if newest["data_hash"] != data.hash:
-        what = f"{data.path} is not the data of {of} (its hash differs)"
+        what = f"{data.path} is not the data of {original.path} (its hash differs)"
         raise UserError(f"{what}: name the run's data with --data_dir=...")
     if newest["keep"] != store.crc(data.keep):
-        raise UserError(f"{options.keep} does not name the chunks that {of} was trained on")
+        what = "does not name the chunks"
+        raise UserError(f"{options.keep} {what} that {original.path} was trained on")
     options.block_size = options.block_size or data.meta["block_size"]
-    if newest["model_args"] != train.model_args(options, data):
-        what = f"{of}/config.json is of another model than its newest checkpoint"
+    if newest["model_args"] != train.get_model_args(options, data):
+        what = f"{original.path}/config.json is of another model than its newest checkpoint"
         raise UserError(f"{what}: take the run's own")
     return data
+
+
+def check_run_targets(original, targets):
+    had = original.newest["valuation"].get("targets", {})
+    check_targets(targets, had, original.path)
 
 
 def is_done(folder):
@@ -151,50 +192,66 @@ def is_done(folder):
 # --- exactly: train again ---------------------------------------------------------
 
 
-def replay(cfg, of, options, checkpoints, data, targets, folder, end, about):
+def changed(options, **settings):
+    """A train.Config with some settings changed."""
+    return train.Config(**{**vars(options), **settings})
+
+
+def replay(cfg, original, data, targets, folder, end, about):
     """Returns None where the replay's losses are the run's to the bit, else what is approximate."""
-    changed = dict(targets=options.targets, out_dir=str(folder), max_iters=end, keep_checkpoints=1)
-    changed |= dict(eval_interval=0, audit_interval=0, domain_momentum=False)
     anew = cfg.overwrite and folder.exists()
-    changed |= dict(init_from="scratch", overwrite=True) if anew else dict(init_from="auto")
-    again = train.Config(**vars(options) | changed)
+    again = changed(
+        original.options,
+        out_dir=str(folder),
+        max_iters=end,
+        keep_checkpoints=1,
+        eval_interval=0,
+        audit_interval=0,
+        init_from="scratch" if anew else "auto",
+        overwrite=anew,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / REVALUATION, about)
     try:
         if cfg.start and (anew or not (folder / "config.json").exists()):
-            state = {"records": {}, "grads": None, "domain_momentum": None, "targets": {}}
-            branch(checkpoints, cfg.start, again, folder, state)
-            again.init_from, again.overwrite = "auto", False
+            checksums = {target.name: target.checksum() for target in targets}
+            state = {"records": {}, "targets": checksums}
+            branch(original.checkpoints, cfg.start, again, folder, state)
+            again.init_from = "auto"
+            again.overwrite = False
         train.train(again)
     finally:
         if sorted(os.listdir(folder)) == [REVALUATION]:  # it came to nothing
             remove_revaluation(folder)
     for path in find_checkpoints(folder):  # of the weights that the run has
         path.unlink()
-    was, now = store.read(of), store.read(folder)
-    same = was[np.searchsorted(was["step"], cfg.start) :][: len(now)]
-    off = np.abs(now["loss"] - same["loss"]).max()
-    alike = np.array_equal(now["chunk"], same["chunk"]) and off == 0
-    how = "to the bit" if alike else f"within {off:.1e} nats"
-    say(f"replayed {len(now):,} visits: their losses are the run's {how}")
-    return None if alike else f"the replay's losses differ from the run's by up to {off:.1e} nats"
+    run_visits = store.read(original.path)
+    first = np.searchsorted(run_visits["step"], cfg.start)
+    visits = store.read(folder)
+    run_visits = run_visits[first : first + len(visits)]
+    difference = np.abs(visits["loss"] - run_visits["loss"]).max()
+    is_same = difference == 0 and np.array_equal(visits["chunk"], run_visits["chunk"])
+    how = "to the bit" if is_same else f"within {difference:.1e} nats"
+    say(f"replayed {len(visits):,} visits: their losses are the run's {how}")
+    if is_same:
+        return None
+    return f"the replay's losses differ from the run's by up to {difference:.1e} nats"
 
 
 def branch(checkpoints, step, again, folder, valuation):
     """A folder for train.py to go on in from a run's checkpoint, with no values yet. valuation:
-    what the accountant goes on from."""
+    what the checkpoint says of the values."""
     if step not in checkpoints:
-        have = f"there are checkpoints of steps {', '.join(map(str, sorted(checkpoints)))}"
-        raise UserError(f"--start={step}: {have}, and 0 needs none")
-    if valuation["grads"] is None and step % again.target_interval:
-        cure = f"choose a multiple of --target_interval={again.target_interval}"
-        raise UserError(f"--start={step} lies between two gradients of the target: {cure}")
+        steps = ", ".join(map(str, sorted(checkpoints)))
+        raise UserError(f"--start={step}: there are checkpoints of steps {steps}, and 0 needs none")
     content = read_checkpoint(checkpoints[step])
-    content |= dict(config=train.settings(again), wandb_id=None, valuation=valuation)
+    content["config"] = train.run_settings(again)
+    content["wandb_id"] = None
+    content["valuation"] = valuation
     with RunFolder(folder) as run_folder:
         run_folder.set_aside()
         Checkpoints(run_folder, 1, background=False, step=step).write(step, content)
-        files.write_json(folder / "config.json", dict(config=train.settings(again)))
+        files.write_json(folder / "config.json", {"config": train.run_settings(again)})
 
 
 # --- repair -----------------------------------------------------------------------
@@ -203,168 +260,207 @@ def branch(checkpoints, step, again, folder, valuation):
 def repair(cfg):
     """Makes again what is damaged of a run's own files. Raises UserError where that cannot be, and
     leaves everything as it is then."""
-    of, options, checkpoints, newest = read(cfg)
-    data = open_data(of, options, newest)
-    last, batch = max(checkpoints), options.batch_size * options.gradient_accumulation_steps
-    counted = newest["valuation"].get("records", {})
-    damaged = {name: store.damaged_blocks(of / f"{name}.npy", counted[name]) for name in counted}
-    damaged = {name: blocks for name, blocks in damaged.items() if blocks}
-    targets = parse_targets(options.targets, data, options.block_size)
-    check_targets(targets, newest["valuation"].get("targets", {}), of)
+    original = read(cfg)
+    data = open_data(original)
+    counted = original.newest["valuation"].get("records", {})
+    damaged = {}  # {name of a file: its damaged blocks}
+    for name, counted_file in counted.items():
+        blocks = store.damaged_blocks(original.path / f"{name}.npy", counted_file)
+        if blocks:
+            damaged[name] = blocks
+    targets = parse_targets(original.options.targets, data, original.options.block_size)
+    check_run_targets(original, targets)
     if damaged:
-        per_step = {"ledger": batch, "books": 1, "audit": 1 / max(1, options.audit_interval)}
-        first = min(blocks[0] * store.BLOCK // per_step[n] for n, blocks in damaged.items())
-        end = max((blocks[-1] + 1) * store.BLOCK / per_step[n] for n, blocks in damaged.items())
-        first, end = int(first), min(last, int(np.ceil(end)))
+        repair_rows(original, counted, damaged)
+    restore(original)
+    say(f"{original.path} is whole as of step {original.last}")
+
+
+def repair_rows(original, counted, damaged):
+    """Trains again through the steps of damaged rows, and puts the rows back."""
+    options = original.options
+    rows_of_step = {
+        "ledger": options.batch,
+        "books": 1,
+        "audit": 1 / max(1, options.audit_interval),
+    }
+    first, end = original.last, 0
+    for name, blocks in damaged.items():
+        first = min(first, int(blocks[0] * store.BLOCK // rows_of_step[name]))
+        end = max(end, int(np.ceil((blocks[-1] + 1) * store.BLOCK / rows_of_step[name])))
+        rows = store.which_rows(blocks, counted[name]["rows"])
+        say(f"{original.path}/{name}.npy is damaged: {rows}")
+    end = min(original.last, end)
+    say(f"training again through steps {first} to {end}")
+    folder = original.path / "revalued" / "repair"
+    try:
+        replay_steps(folder, original, first, end)
+        start = store.read(folder, "books")["step"][0]
         for name, blocks in damaged.items():
-            rows = store.which_rows(blocks, counted[name]["rows"])
-            say(f"{of}/{name}.npy is damaged: {rows}")
-        say(f"training again through steps {first} to {end}")
-        folder = of / "revalued" / "repair"
-        try:
-            replay_steps(folder, of, options, checkpoints, first, end)
-            start = store.read(folder, "books")["step"][0]
-            for name, blocks in damaged.items():
-                rows, skipped = store.read(folder, name), int(start * per_step[name])
-                put_rows(of / f"{name}.npy", counted[name], blocks, rows, skipped)
-        finally:
-            remove_revaluation(folder)
-    restore(of, options, newest)
-    say(f"{of} is whole as of step {last}")
+            rows = store.read(folder, name)
+            skipped = int(start * rows_of_step[name])
+            put_rows(original.path / f"{name}.npy", counted[name], blocks, rows, skipped)
+    finally:
+        remove_revaluation(folder)
 
 
-def replay_steps(folder, of, options, checkpoints, first, end):
+def replay_steps(folder, original, first, end):
     """Trains again through some steps, as the run did, which leaves their rows in a folder."""
-    changed = dict(out_dir=str(folder), max_iters=end, keep_checkpoints=1, eval_interval=0)
-    again = train.Config(**vars(options) | changed | dict(init_from="scratch", overwrite=True))
+    again = changed(
+        original.options,
+        out_dir=str(folder),
+        max_iters=end,
+        keep_checkpoints=1,
+        eval_interval=0,
+        init_from="scratch",
+        overwrite=True,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     refuse_strangers(folder, REVALUATION_FILES, "move them away")
-    files.write_json(folder / REVALUATION, dict(of=str(of), method="repair"))
-    earlier = [step for step in checkpoints if 0 < step <= first]
+    files.write_json(folder / REVALUATION, {"of": str(original.path), "method": "repair"})
+    earlier = [step for step in original.checkpoints if 0 < step <= first]
     if earlier:
-        state = read_checkpoint(checkpoints[max(earlier)])["valuation"]
-        branch(checkpoints, max(earlier), again, folder, state | {"records": {}})
-        again.init_from, again.overwrite = "resume", False
+        start = max(earlier)
+        state = dict(read_checkpoint(original.checkpoints[start])["valuation"])
+        state["records"] = {}
+        branch(original.checkpoints, start, again, folder, state)
+        again.init_from = "resume"
+        again.overwrite = False
     train.train(again)
 
 
 def put_rows(path, counted, blocks, rows, skipped):
     """Writes a file's damaged blocks anew. rows: its records from number `skipped` on. Raises
     UserError before it writes where they are not those that were there."""
-    new = {}
+    new = {}  # {where in the file: bytes}
     for i in blocks:
-        begin, end = i * store.BLOCK, min(counted["rows"], (i + 1) * store.BLOCK)
-        part = rows[begin - skipped : end - skipped].tobytes()
-        if zlib.crc32(part) != counted["sums"][i]:
+        begin = i * store.BLOCK
+        end = min(counted["rows"], begin + store.BLOCK)
+        block = rows[begin - skipped : end - skipped].tobytes()
+        if zlib.crc32(block) != counted["sums"][i]:
             what = f"the rows of {path} came out otherwise, of another machine or number of threads"
             raise UserError(f"{what}: repair it where the run was made")
-        new[counted["start"] + begin * counted["itemsize"]] = part
+        new[counted["start"] + begin * counted["itemsize"]] = block
     path.touch()
     records = store.Records(path, rows.dtype, counted)  # with a new header
-    for start, part in new.items():
-        os.pwrite(records.file.fileno(), part, start)
+    for start, block in new.items():
+        os.pwrite(records.file.fileno(), block, start)
     os.fsync(records.file.fileno())
     records.file.close()
 
 
-def restore(of, options, newest):
+def restore(original):
     """What follows from the newest checkpoint and the rows: the other files."""
-    with fitting(of / "ckpt.pt"):
+    path, newest = original.path, original.newest
+    with fitting(path / "ckpt.pt"):
         evaluations = json.loads(newest["evaluations"])
     if evaluations:
-        files.write_lines(of / "evaluations.jsonl", evaluations)
+        files.write_lines(path / "evaluations.jsonl", evaluations)
     try:
-        about = files.read_json(of / "config.json", "")
+        about = files.read_json(path / "config.json", "")
     except UserError:
         about = describe_run(newest["config"], 1, newest["data_hash"], config.ROOT)
-    resumed = dict(out_dir=str(of), init_from="resume", max_iters=newest["iter_num"])
-    train.train(train.Config(**vars(options) | resumed))  # no step, but a commit
-    files.write_json(of / "config.json", about)
+    resumed = changed(
+        original.options, out_dir=str(path), init_from="resume", max_iters=newest["iter_num"]
+    )
+    train.train(resumed)  # no step, but a commit
+    files.write_json(path / "config.json", about)
 
 
 # --- approximately: at checkpoints ------------------------------------------------
 
 
 class Frozen:
-    """A run's model and optimizer as they were at a checkpoint, and a Valuation of them by a one-pass rule. Nothing is trained."""
+    """A run's model and optimizer as they were at a checkpoint, and a Valuation of them by a
+    one-pass rule. Nothing is trained."""
 
-    def __init__(self, options, data, targets, target_batch, folder=None, step=0):
-        """folder: where the values go, from step on; None: nowhere. target_batch: chunks that speak for a target, once a checkpoint."""
+    def __init__(self, options, data, targets, target_batch, writer=None, exact_rows=True):
+        """target_batch: chunks that speak for a target. writer: where the values go, or None.
+        exact_rows: see valuation.Settings."""
         self.options, self.data = options, data
-        self.batch = options.batch_size * options.gradient_accumulation_steps
         self.model = train.build_model(options, data, options.device)
         self.optimizer = train.build_optimizer(options, self.model)
-        self.valuation = Valuation(
-            self.model, self.optimizer, self.loss, targets, ONE_PASS.get(options.rule, options.rule), self.batch, len(data.train.rows), folder,
-            target_batch, "fixed", 0, max(8, options.batch_size), options.seed, book_interval=0, info=dict(data_hash=data.hash), step=step,
-        )  # fmt: skip
+        settings = Settings(
+            rule=ONE_PASS[options.rule],
+            batch=options.batch,
+            target_batch=target_batch,
+            target_sampling="fixed",
+            micro_batch=max(8, options.batch_size),
+            seed=options.seed,
+            book_interval=0,
+            exact_rows=exact_rows,
+        )
+        self.valuation = Valuation(self.model, self.optimizer, self.loss, targets, settings, writer)
+
+    def to_device(self, *arrays):
+        return [torch.as_tensor(a, device=self.options.device) for a in arrays]
 
     def loss(self, X, Y, ledger=None):
-        device = self.options.device.split(":")[0]
-        with torch.amp.autocast(device, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-            return self.model(
-                *(torch.as_tensor(a, device=self.options.device) for a in (X, Y)), ledger
-            )[1]
+        device_type = self.options.device.split(":")[0]
+        is_low = self.options.dtype == "bfloat16"
+        with torch.amp.autocast(device_type, torch.bfloat16, enabled=is_low):
+            return self.model(*self.to_device(X, Y), ledger)[1]
 
     def restore(self, path, book):
-        """The weights and moments of a checkpoint, and there the targets' gradients, for the learning rate of the book."""
-        state = read_checkpoint(path)
+        """The weights and moments of a checkpoint, and there the targets' gradients, for the
+        learning rate of the book."""
+        checkpoint = read_checkpoint(path)
         with fitting(path):
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.valuation.grads = None
-        self.open(0, book)
-
-    def open(self, step, book, tokens=None):
-        self.valuation.directions.t = None  # the moments' age is the checkpoint's
-        self.valuation.open(step, float(book["lr"]), tokens)
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.valuation.freeze_targets()
+        self.valuation.begin_step(0, float(book["lr"]))
 
     def value(self, step, book, ids):
         """The step's chunks, as if the run had been at these weights then."""
-        tokens = self.data.train.batch(ids, self.options.block_size)
-        self.open(step, book, tokens)
-        for micro, X, Y in zip(
-            *(np.split(a, self.options.gradient_accumulation_steps) for a in (ids, *tokens))
-        ):
-            X, Y = (torch.as_tensor(a, device=self.options.device) for a in (X, Y))
-            loss = self.loss(X, Y, self.valuation.ledger(micro, X, Y))
-            (loss / self.options.gradient_accumulation_steps).backward()
+        X, Y = self.data.train.batch(ids, self.options.block_size)
+        self.valuation.begin_step(step, float(book["lr"]), tokens=(X, Y))
+        micro_steps = self.options.gradient_accumulation_steps
+        for rows in train.micro_batches(len(ids), self.options.batch_size):
+            x, y = self.to_device(X[rows], Y[rows])
+            loss = self.loss(x, y, self.valuation.new_ledger(ids[rows], x, y))
+            (loss / micro_steps).backward()
+        clip_coef = float(book["kappa"])
         for p in self.model.parameters():
-            p.grad.mul_(float(book["kappa"]))  # as the run clipped it
-        self.valuation.before_step(float(book["kappa"]))
+            p.grad.mul_(clip_coef)  # as the run clipped it
+        self.valuation.before_update(clip_coef)
         self.optimizer.zero_grad(set_to_none=True)
-        self.valuation.close()
+        self.valuation.end_step()
 
 
-def walk(cfg, of, options, checkpoints, data, targets, folder, end, about):
+def walk(cfg, original, data, targets, folder, end, about):
     """Returns what is approximate."""
-    books = store.read(of, "books")
+    options, checkpoints = original.options, original.checkpoints
+    books = store.read(original.path, "books")
     partial = folder.with_name(folder.name + ".partial")
     with files.Claim(partial, "name") as claim:
         refuse_strangers(partial, REVALUATION_FILES, "write another --name")
-        for path in {*partial.iterdir()} - {partial / "lock"}:  # of a walk that was killed
-            path.unlink()
+        for path in list(partial.iterdir()):  # of a walk that was killed
+            if path.name != "lock":
+                path.unlink()
         files.write_json(partial / REVALUATION, about)
-        frozen = Frozen(options, data, targets, cfg.target_batch, partial, cfg.start)
-        at, used = None, []
+        n_chunks = len(data.train.rows)
+        writer = Writer(partial, n_chunks, len(targets), about={"data_hash": data.hash})
+        frozen = Frozen(options, data, targets, cfg.target_batch, writer)
+        nearest, used = None, []
         for step in progress(range(cfg.start, end), "walk", unit="step"):
-            near = min(checkpoints, key=lambda other: abs(other - step))
-            if near != at:
-                at = near
-                frozen.restore(checkpoints[near], books[min(near, len(books) - 1)])
-                used.append(near)
-            frozen.value(step, books[step], data.ids(step, frozen.batch, options.seed))
+            checkpoint = min(checkpoints, key=lambda other: abs(other - step))
+            if checkpoint != nearest:
+                nearest = checkpoint
+                frozen.restore(checkpoints[nearest], books[min(nearest, len(books) - 1)])
+                used.append(nearest)
+            frozen.value(step, books[step], data.ids(step, options.batch, options.seed))
             if (step + 1) % 100 == 0 or step + 1 == end:
                 frozen.valuation.commit()
         options.out_dir = str(folder)
-        files.write_json(partial / "config.json", dict(config=train.settings(options)))
+        files.write_json(partial / "config.json", {"config": train.run_settings(options)})
         if folder.exists():
             remove_revaluation(folder)
         partial.rename(folder)
         claim.folder = folder
     (folder / "lock").unlink()
-    near = f"those of the nearest checkpoint (steps {', '.join(map(str, used))})"
-    return f"weights and moments are {near}"
+    steps = ", ".join(map(str, used))
+    return f"weights and moments are those of the nearest checkpoint (steps {steps})"
 
 
 def query(run, text):
@@ -374,11 +470,11 @@ def query(run, text):
     path = run.path / "revalued" / (name + ".txt")
     targets = f"query={with_commas(str(path))}"
     cfg = Config(str(run.path), targets, name, overwrite=True, data_dir=str(run.data.path))
-    _, _, checkpoints, _ = read(cfg)
+    last = read(cfg).last
     folder = path.with_suffix("")
     if is_revaluation(folder) and is_done(folder):
         info = files.read_json(folder / "values.json", "", {"committed_step": int})
-        if info["committed_step"] == max(checkpoints):
+        if info["committed_step"] == last:
             return folder
     path.parent.mkdir(exist_ok=True)
     with files.atomic(path) as f:
@@ -387,33 +483,32 @@ def query(run, text):
 
 
 def tokens(run, chunks):
-    """What each token of these chunks (of a show.run.Run) did to the targets, at the newest checkpoint: its step, and float64 (n, T, K) nats.
+    """What each token of these chunks (of a show.run.Run) did to the targets, at the newest
+    checkpoint: its step, and float64 (n, T, K) nats.
 
-    Position t has read token t and predicts the next. A chunk's sum is its value in a step there, <x_i, h>, before what `adamw`
-    corrects for by the batch. Two-pass rules, which need one, are stood in for by the one-pass rule of their optimizer."""
-    of = run.path.parent.parent if run.path.parent.name == "revalued" else run.path
-    cfg = Config(run=str(of), targets=run.cfg["targets"], data_dir=str(run.data.path))
-    of, options, checkpoints, newest = read(cfg)
-    open_data(of, options, newest)
+    Position t has read token t and predicts the next. A chunk's sum is its value in a step there,
+    <x_i, h>, before what `adamw` corrects for by the batch. Two-pass rules need a batch: the
+    one-pass rule of their optimizer stands for them.
+    """
+    path = run.path.parent.parent if run.path.parent.name == "revalued" else run.path
+    cfg = Config(run=str(path), targets=run.cfg["targets"], data_dir=str(run.data.path))
+    original = read(cfg)
+    open_data(original)
+    options, step = original.options, original.last
     targets = parse_targets(options.targets, run.data, options.block_size)
-    frozen, book = (
-        Frozen(options, run.data, targets, cfg.target_batch),
-        store.read(of, "books")[(step := max(checkpoints)) - 1],
-    )
-    frozen.valuation.directions.keeping = {}  # the rows that `adamw` values by the whole batch's gradient
-    frozen.restore(checkpoints[step], book)
+    book = store.read(original.path, "books")[step - 1]
+    frozen = Frozen(options, run.data, targets, cfg.target_batch, exact_rows=False)
+    frozen.restore(original.checkpoints[step], book)
     frozen.model.eval()
-    found = []
+    scale = float(book["lr"] * book["kappa"])
+    of_chunk = []
     for chunk in progress(chunks, "tokens", unit="chunk", leave=False, delay=2):
         tape = ghost.Tape()
         frozen.loss(*run.data.train.batch([chunk], options.block_size), tape).backward()
-        found.append(
-            tape.values(each_token=True).double().cpu().numpy()
-            * float(book["lr"] * book["kappa"])
-            / frozen.batch
-        )
+        values = tape.values(each_token=True).double().cpu().numpy()
+        of_chunk.append(values * scale / options.batch)
         frozen.optimizer.zero_grad(set_to_none=True)
-    return step, np.stack(found)
+    return step, np.stack(of_chunk)
 
 
 def main(cfg):

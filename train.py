@@ -1,36 +1,37 @@
 """
 Train a GPT-2 on numbered chunks and value every chunk in the same run.
 
-    python train.py config/gpt2_inrun.py                        the paper's run
-    python train.py config/demo.py --max_iters=100              a config file, then --key=value
+    python train.py configs/gpt2_inrun.py                       the paper's run
+    python train.py configs/demo.py --max_iters=100             a config file, then --key=value
     python train.py out/demo/config.json --init_from=resume     go on where a run stopped
-    python train.py out/demo/config.json --verify               is every file of it as it was written?
-    torchrun --nproc_per_node=8 train.py config/gpt2_inrun.py   on eight GPUs: the same batches, the same values
+    python train.py out/demo/config.json --verify               are its files as they were written?
+    torchrun --nproc_per_node=8 train.py configs/gpt2_inrun.py  eight GPUs: same batches and values
 
-Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy, books.npy, audit.npy, values.json, config.json.
-SIGTERM or Ctrl-C lets the step finish, writes a checkpoint and says how to go on; a second one stops at once.
+Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy,
+books.npy, audit.npy, values.json, config.json.
+SIGTERM or Ctrl-C lets the step finish, writes a checkpoint and says how to go on; a second one
+stops at once.
 """
 
 import json
 import math
 import os
-import time
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-os.environ.setdefault(
-    "THP_MEM_ALLOC_ENABLE", "1"
-)  # CPU: large tensors in huge pages, or half the time goes into page faults
+# on a CPU: large tensors in huge pages, or half the time goes into page faults
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
 
 import config
-from data import open_dataset, parse_targets, tokenizer
+from data import open_dataset, parse_targets
 from model import GPT, GPTConfig
+from pile.tokenizers import tokenizer
 from show import dashboard, tables
-from system import files, parallel, store, terminal
+from show.progress import Progress
+from system import files, machine, parallel, store, terminal
 from system.checkpoints import (
     STARTS,
     Checkpoints,
@@ -41,106 +42,89 @@ from system.checkpoints import (
 )
 from system.errors import UserError
 from system.folder import RUN_FILES, RunFolder
-from system.machine import (
-    Interrupted,
-    check_system,
-    describe_run,
-    peak_flops,
-    rng_state,
-    set_rng_state,
-)
 from system.verify import verify
-from valuation import Valuation
+from system.writer import Writer
+from valuation import NoValuation, Settings, Valuation
 
-# what a number must be: at least 1, at least 0, below 1
-POSITIVE = """
-target_batch target_interval book_interval audit_permutations log_interval checkpoint_interval
-keep_checkpoints wandb_histogram_interval eval_chunks batch_size gradient_accumulation_steps
-n_layer n_head n_embd max_iters""".split()
-NOT_NEGATIVE = """
-eval_interval audit_interval block_size warmup_iters lr_decay_iters min_lr weight_decay grad_clip
-dropout beta1 beta2 seed""".split()
-AT_LEAST = dict.fromkeys(POSITIVE, 1) | dict.fromkeys(NOT_NEGATIVE, 0)
-BELOW = {"dropout": 1, "beta1": 1, "beta2": 1}
+ON_GPU = torch.cuda.is_available()
+
+# -----------------------------------------------------------------------------
+# default config values designed to train a gpt2 (124M) on the Pile
 
 
 @dataclass
 class Config:
-    # input and output
+    # --- input and output
     data_dir: str = "data/pile"  # what prepare_pile.py wrote
     keep: str = ""  # keep.npy of curate.py: train on these chunks only
     out_dir: str = ""  # where the run goes; default out/<name of the config file>
-    init_from: Literal["scratch", "resume", "auto"] = (
-        "scratch"  # resume: go on from out_dir's checkpoint; auto: if there is one
-    )
-    overwrite: bool = False  # start over in an out_dir that holds a run, which goes with the first checkpoint of the new one
+    # resume: go on from out_dir's checkpoint; auto: if there is one
+    init_from: Literal["scratch", "resume", "auto"] = "scratch"
+    # start over in an out_dir that holds a run; that one goes with the first new checkpoint
+    overwrite: bool = False
     verify: bool = False  # only check the files in out_dir against their checksums
     seed: int = 1337  # initial weights, order of chunks, draws of target chunks
-    # valuation
-    rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = (
-        "adamw"  # what a value is (math in valuation.py)
-    )
+    # --- valuation
+    # what a value is: README, and docs/method.md
+    rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw"
     targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file.txt>
-    target_batch: int = (
-        1  # chunks of each target that speak for it in a step; its cost beside batch chunks
-    )
-    target_sampling: Literal["fixed", "redraw"] = (
-        "redraw"  # the same target chunks all along, or new ones every time
-    )
-    target_interval: int = 1  # steps for which a target's gradient serves
-    book_interval: int = (
-        20  # steps between those whose change of the targets' losses is measured and accounted for
-    )
-    audit_interval: int = 0  # steps between those whose values are compared with the exact truth; 0: never, for it is slow
+    # chunks of each target that speak for it in a step: more of them, less noise, more time
+    target_batch: int = 1
+    # the same target chunks all along, or new ones at every step
+    target_sampling: Literal["fixed", "redraw"] = "redraw"
+    # steps between those whose change of the targets' losses is measured and accounted for
+    book_interval: int = 20
+    # steps between those whose values are compared with the exact truth; 0: never, for it is slow
+    audit_interval: int = 0
     audit_permutations: int = 200  # for the truth where a step has more than 12 chunks
-    domain_momentum: bool = False  # credit momentum to domains: one copy of the parameters a domain, and forward and backward again
-    # evaluation, logging, checkpoints
+    # --- evaluation, logging, checkpoints
     eval_interval: int = 250  # steps between evaluations, by domain; 0: never
     eval_chunks: int = 16  # validation chunks of each domain it uses
     log_interval: int = 10  # steps between progress lines
     checkpoint_interval: int = 250  # steps between checkpoints; a run that ends writes one
     keep_checkpoints: int = 2  # ckpt.pt and older ones, ckpt-<step>.pt
-    background: bool = (
-        torch.cuda.is_available()
-    )  # copy a checkpoint to host memory and go on while it is written
+    background: bool = ON_GPU  # copy a checkpoint to host memory, and train while it is written
     wandb_log: bool = False  # offline when there is no login
     wandb_project: str = "nanoshapley"
     wandb_run_name: str = ""  # default: the name of out_dir
     wandb_histogram_interval: int = 100  # steps between histograms of the values
-    tensorboard_log: bool = False  # the same into out_dir/tensorboard, for tensorboard --logdir
-    # batch
+    # --- batch
     batch_size: int = 12  # chunks of a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches of a step; global batch B = their product, whatever the number of processes
+    # micro-batches of a step; the global batch is their product, whatever the number of processes
+    gradient_accumulation_steps: int = 1
     block_size: int = 0  # tokens of a chunk to train on; 0: all
-    # model
+    # --- model
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = False  # bias inside LayerNorm and Linear layers
+    dropout: float = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
+    bias: bool = False  # do we use bias inside LayerNorm and Linear layers?
     tie_weights: bool = True  # wte and lm_head are one matrix
-    # optimizer
+    # --- optimizer
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 6e-4  # the highest
-    max_iters: int = 600000
+    learning_rate: float = 6e-4  # max learning rate
+    max_iters: int = 600000  # total number of training iterations
     weight_decay: float = 1e-1
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0  # 0: no clipping
-    # learning rate schedule
-    decay_lr: bool = True
-    warmup_iters: int = 2000
-    lr_decay_iters: int = 0  # 0: max_iters
-    min_lr: float = 6e-5
-    # system
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16", "float64"] = (
-        "bfloat16" if torch.cuda.is_available() else "float32"
-    )  # bfloat16: autocast
+    grad_clip: float = 1.0  # clip gradients at this value, or disable if == 0.0
+    # --- learning rate decay settings
+    decay_lr: bool = True  # whether to decay the learning rate
+    warmup_iters: int = 2000  # how many steps to warm up for
+    lr_decay_iters: int = 0  # should be ~= max_iters per Chinchilla; 0: max_iters
+    min_lr: float = 6e-5  # minimum learning rate, should be ~= learning_rate/10 per Chinchilla
+    # --- system
+    device: str = "cuda" if ON_GPU else "cpu"  # examples: cpu, cuda, cuda:0
+    # bfloat16: autocast
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16" if ON_GPU else "float32"
     compile: bool = False  # torch.compile the model
-    shard: bool = (
-        False  # under torchrun: FSDP2, every process holds a slice of the model, instead of DDP
-    )
+    # under torchrun: FSDP2, every process holds a slice of the model, instead of DDP
+    shard: bool = False
+
+    @property
+    def batch(self):
+        """Chunks of a step, of all processes."""
+        return self.batch_size * self.gradient_accumulation_steps
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
@@ -148,24 +132,18 @@ class Config:
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
         if self.optimizer == "adamw" and not self.beta2 > 0:
-            raise UserError(
-                f"--beta2={self.beta2}: AdamW's formulas need it above 0: write --beta2=0.95"
-            )
-        if self.optimizer != "adamw" and (self.rule.startswith("adamw") or self.domain_momentum):
-            what = (
-                "--domain_momentum speaks" if self.domain_momentum else f"--rule={self.rule} speaks"
-            )
-            raise UserError(
-                f"{what} of AdamW's step: with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2, and no --domain_momentum"
-            )
-        if self.shard and (self.compile or self.audit_interval or self.domain_momentum):
-            raise UserError(
-                "--shard knows no --compile, and not whole gradients as --audit_interval and --domain_momentum do: leave those out"
-            )
-        if self.audit_interval and self.batch_size * self.gradient_accumulation_steps < 2:
-            raise UserError(
-                f"--audit_interval={self.audit_interval} correlates the chunks of a step, and there is one: raise --batch_size"
-            )
+            what = f"--beta2={self.beta2}: AdamW's formulas need it above 0"
+            raise UserError(f"{what}: write --beta2=0.95")
+        if self.optimizer != "adamw" and self.rule.startswith("adamw"):
+            what = f"--rule={self.rule} speaks of AdamW's step"
+            cure = f"with --optimizer={self.optimizer} write --rule=sgd or --rule=sgd2"
+            raise UserError(f"{what}: {cure}")
+        if self.shard and (self.compile or self.audit_interval):
+            what = "--shard knows no --compile, and no whole gradients, as --audit_interval does"
+            raise UserError(f"{what}: leave those out")
+        if self.audit_interval and self.batch < 2:
+            what = f"--audit_interval={self.audit_interval} correlates the chunks of a step"
+            raise UserError(f"{what}, and there is one: raise --batch_size")
 
     @classmethod
     def of_run(cls, path):
@@ -173,372 +151,460 @@ class Config:
         return settings_of(path)
 
 
-# --- before the first step ----------------------------------------------------
+AT_LEAST = {
+    "target_batch": 1,
+    "book_interval": 1,
+    "audit_interval": 0,
+    "audit_permutations": 1,
+    "eval_interval": 0,
+    "eval_chunks": 1,
+    "log_interval": 1,
+    "checkpoint_interval": 1,
+    "keep_checkpoints": 1,
+    "wandb_histogram_interval": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "block_size": 0,
+    "n_layer": 1,
+    "n_head": 1,
+    "n_embd": 1,
+    "dropout": 0,
+    "max_iters": 1,
+    "weight_decay": 0,
+    "beta1": 0,
+    "beta2": 0,
+    "grad_clip": 0,
+    "warmup_iters": 0,
+    "lr_decay_iters": 0,
+    "min_lr": 0,
+    "seed": 0,
+}
+BELOW = {"dropout": 1, "beta1": 1, "beta2": 1}
 
 
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout", "tie_weights")
+@dataclass
+class State:
+    """Where a run stands, beside its weights: saved and restored as one."""
+
+    iter_num: int = 0
+    best_val_loss: float = math.inf
+    evaluations: list = field(default_factory=list)  # the lines of evaluations.jsonl
+    wandb_id: str | None = None
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint):
+        return cls(
+            iter_num=checkpoint["iter_num"],
+            best_val_loss=checkpoint["best_val_loss"],
+            evaluations=json.loads(checkpoint["evaluations"]),
+            wandb_id=checkpoint["wandb_id"],
+        )
+
+    def to_checkpoint(self):
+        return asdict(self) | {"evaluations": json.dumps(self.evaluations)}
 
 
-def model_args(cfg, data):
+# -----------------------------------------------------------------------------
+# what a run is made of
+
+
+def get_model_args(cfg, data):
     """GPTConfig's, as checkpoints have them."""
-    args = {key: getattr(cfg, key) for key in MODEL_ARGS}
-    return args | {"vocab_size": -(-data.meta["vocab_size"] // 64) * 64}  # padded up for efficiency
+    return {
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_embd": cfg.n_embd,
+        "block_size": cfg.block_size,
+        "bias": cfg.bias,
+        "dropout": cfg.dropout,
+        "tie_weights": cfg.tie_weights,
+        "vocab_size": -(-data.meta["vocab_size"] // 64) * 64,  # rounded up for efficiency
+    }
 
 
 def build_model(cfg, data, device):
     """Its first weights are a function of the seed."""
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(**model_args(cfg, data))).to(device)
+    model = GPT(GPTConfig(**get_model_args(cfg, data))).to(device)
     return model.double() if cfg.dtype == "float64" else model
 
 
 def build_optimizer(cfg, model):
     if cfg.optimizer == "adamw":
-        return model.configure_optimizers(
-            cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.device.split(":")[0]
-        )
-    return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=cfg.learning_rate)
+        betas = (cfg.beta1, cfg.beta2)
+        device_type = cfg.device.split(":")[0]
+        return model.configure_optimizers(cfg.weight_decay, cfg.learning_rate, betas, device_type)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(params, lr=cfg.learning_rate)
 
 
-def settings(cfg):
-    """Those of the run, not of this start, as config.json and checkpoints hold them."""
+def run_settings(cfg):
+    """The settings of the run, not of this start, as config.json and checkpoints hold them."""
     return {key: value for key, value in vars(cfg).items() if key not in STARTS}
 
 
-# --- in the loop --------------------------------------------------------------
+def micro_batches(n_chunks, batch_size):
+    """n_chunks in as few equal micro-batches as batch_size allows: slices. (8, 3) -> 4 slices of 2
+    chunks."""
+    micro_steps = -(-n_chunks // batch_size)
+    while n_chunks % micro_steps:
+        micro_steps += 1
+    size = n_chunks // micro_steps
+    return [slice(start, start + size) for start in range(0, n_chunks, size)]
 
 
-def schedule(cfg, step):
-    """Learning rate: linear warm-up, then cosine down to min_lr."""
+# learning rate decay scheduler (cosine with warmup)
+def get_lr(cfg, it):
     if not cfg.decay_lr:
         return cfg.learning_rate
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    if step > cfg.lr_decay_iters:
+    # 1) linear warmup for warmup_iters steps
+    if it < cfg.warmup_iters:
+        return cfg.learning_rate * (it + 1) / (cfg.warmup_iters + 1)
+    # 2) if it > lr_decay_iters, return min learning rate
+    if it > cfg.lr_decay_iters:
         return cfg.min_lr
-    ratio = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
-    return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (cfg.learning_rate - cfg.min_lr)
+    # 3) in between, use cosine decay down to min learning rate
+    decay_ratio = (it - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+    assert 0 <= decay_ratio <= 1
+    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))  # coeff ranges 0..1
+    return cfg.min_lr + coeff * (cfg.learning_rate - cfg.min_lr)
 
 
+# helps estimate an arbitrarily accurate loss over the validation set, by domain
 @torch.no_grad()
-def evaluate(model, loss_of, data, cfg):
-    """Losses of the same validation chunks every time -> the mean over the domains, weighted by
-    their size, and {domain: mean loss}, in nats."""
+def estimate_loss(model, compute_loss, data, cfg):
+    """Losses of the same validation chunks every time, in nats -> the mean over the domains,
+    weighted by their size, and {domain: mean loss}."""
     n_chunks = np.bincount(data.val.domain, minlength=len(data.domains))
-    domains = np.flatnonzero(n_chunks)
-    batches = []
-    for d in domains:
-        ids = np.flatnonzero(data.val.domain == d)
-        ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][
-            : cfg.eval_chunks
-        ]  # the first ones would be of one document
-        batches += [(d, b) for b in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size))]
-    losses, n, ranks = torch.zeros(len(batches)), len(batches), parallel.size()
+    batches = []  # [(domain, ids)]
+    for domain in np.flatnonzero(n_chunks):
+        ids = np.flatnonzero(data.val.domain == domain)
+        # spread over the domain, for the first ones would be of one document
+        ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]
+        for some in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size)):
+            batches.append((domain, some))
+    losses = torch.zeros(len(batches))
+    n_padded = len(batches) + -len(batches) % parallel.size()  # as many for every rank
     model.eval()
-    for i in range(parallel.rank(), n + -n % ranks, ranks):  # as many for every rank
-        loss = float(loss_of(*data.val.batch(batches[min(i, n - 1)][1], cfg.block_size)))
-        if i < n:
+    for i in range(parallel.rank(), n_padded, parallel.size()):
+        _, ids = batches[min(i, len(batches) - 1)]
+        X, Y = data.val.batch(ids, cfg.block_size)
+        loss = float(compute_loss(X, Y))
+        if i < len(batches):
             losses[i] = loss
     model.train()
-    total, count = np.zeros(len(n_chunks)), np.zeros(len(n_chunks))
-    for (d, ids), loss in zip(batches, parallel.add([losses])[0].tolist()):
-        total[d] += loss * len(ids)
-        count[d] += len(ids)
+    (losses,) = parallel.add([losses])
+    total = np.zeros(len(n_chunks))
+    count = np.zeros(len(n_chunks))
+    for (domain, ids), loss in zip(batches, losses.tolist()):
+        total[domain] += loss * len(ids)
+        count[domain] += len(ids)
+    domains = np.flatnonzero(n_chunks)
     by_domain = total[domains] / count[domains]
     mean = np.average(by_domain, weights=n_chunks[domains])
-    names = [data.domains[d] for d in domains]
+    names = [data.domains[domain] for domain in domains]
     return float(mean), dict(zip(names, by_domain.tolist()))
 
 
-# --- the run -------------------------------------------------------------------
+def clip_gradients(model, grad_clip):
+    """Clips the gradients' norm. Returns what they were multiplied by: 1.0, or a tensor."""
+    if grad_clip == 0.0:
+        return 1.0
+    norm = parallel.full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    return (grad_clip / (norm + 1e-6)).clamp(max=1.0)
+
+
+# -----------------------------------------------------------------------------
 
 
 def train(cfg):
-    """One run, from cfg to the files in cfg.out_dir. Returns its progress, [(steps done, mean loss in nats since the line before)].
+    """One run, from cfg to the files in cfg.out_dir. Returns its progress, [(steps done, mean loss
+    in nats since the line before)].
 
     Raises UserError or OSError, with what to type: before it writes anything where the input is
     wrong; later (a loss that is not finite, a full disk) with the last checkpoint whole.
     """
     if cfg.verify:
         return verify(cfg.out_dir)
-    check_system(cfg)
+    machine.check_system(cfg)
     device = parallel.start(cfg.device)
     data = open_dataset(cfg.data_dir, cfg.keep)
-    if cfg.block_size > data.meta["block_size"]:
-        fits = f"type --block_size={data.meta['block_size']}, or prepare_pile.py --block_size={cfg.block_size}"
-        raise UserError(
-            f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold: {fits}"
-        )
-    cfg.block_size = cfg.block_size or data.meta["block_size"]
+    longest = data.meta["block_size"]
+    if cfg.block_size > longest:
+        what = f"--block_size={cfg.block_size} is more than the chunks of {data.path} hold"
+        cure = f"type --block_size={longest}, or prepare_pile.py --block_size={cfg.block_size}"
+        raise UserError(f"{what}: {cure}")
+    cfg.block_size = cfg.block_size or longest
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
-    parallel.mine(cfg.batch_size * cfg.gradient_accumulation_steps)  # or they cannot share a step
+    parallel.mine(cfg.batch)  # raises where the processes cannot share a step
     with RunFolder(cfg.out_dir) as folder:
         return run(cfg, folder, device, data, targets)
 
 
-def run(cfg, folder, device, data, targets):
+def run(cfg, folder, device, data, targets):  # noqa: C901  read straight down, as nanoGPT's
     """The run in its folder, from the newest checkpoint or from nothing."""
-    say = terminal.say if parallel.rank() == 0 else lambda line: None
-    out, n_chunks, B = (
-        folder.path,
-        len(data.train.rows),
-        cfg.batch_size * cfg.gradient_accumulation_steps,
-    )
-    own = parallel.mine(B)  # this rank's chunks of a step
-    used = parallel.on_rank_0(lambda: find_checkpoint(cfg, data, targets))
-    checkpoint = torch.load(used, map_location="cpu", weights_only=True) if used else None
-    device_type, dtype = device.split(":")[0], getattr(torch, cfg.dtype)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # various inits, derived attributes, I/O setup
+    out_dir = folder.path
+    ddp_world_size = parallel.size()
+    master_process = parallel.rank() == 0  # this process will do logging, checkpointing etc.
+    print0 = terminal.say if master_process else lambda line: None
+    torch.backends.cuda.matmul.allow_tf32 = True  # allow tf32 on matmul
+    torch.backends.cudnn.allow_tf32 = True  # allow tf32 on cudnn
+    device_type = device.split(":")[0]  # for later use in torch.autocast
+    ptdtype = getattr(torch, cfg.dtype)
+    my_rows = parallel.mine(cfg.batch)  # this process's part of a step's chunks
+    micro_rows = micro_batches(my_rows.stop - my_rows.start, cfg.batch_size)
+    micro_steps = len(micro_rows)
 
-    # model and optimizer
+    # data loader: the chunks of a step are a function of (seed, iter_num) alone
+    def get_batch(iter_num):
+        ids = data.ids(iter_num, cfg.batch, cfg.seed)
+        return ids, *data.train.batch(ids, cfg.block_size)
+
+    def to_device(X, Y):
+        x, y = torch.as_tensor(X), torch.as_tensor(Y)
+        if device_type == "cuda" and not x.is_cuda:
+            # pin arrays x,y, which allows us to move them to GPU asynchronously (non_blocking=True)
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+    # model init
+    state = State()
+    checkpoint = None
+    ckpt_path = parallel.on_rank_0(lambda: find_checkpoint(cfg, data, targets))
     raw_model = build_model(cfg, data, device)
-    if checkpoint:
-        with fitting(used):
+    if ckpt_path:
+        # resume training from a checkpoint.
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        with fitting(ckpt_path):
             raw_model.load_state_dict(checkpoint["model"])
+            state = State.of_checkpoint(checkpoint)
     if cfg.shard:
         parallel.shard(raw_model, raw_model.transformer.h, len(targets))
+
+    # optimizer
     optimizer = build_optimizer(cfg, raw_model)
-    start, best_val_loss, wandb_id, valuation_state, evaluations = 0, math.inf, None, None, []
     if checkpoint:
-        with fitting(used):
+        with fitting(ckpt_path):
             load_optimizer(optimizer, checkpoint["optimizer"])
-            evaluations = json.loads(checkpoint["evaluations"])
-        start, best_val_loss, wandb_id, valuation_state = (
-            checkpoint[k] for k in ("iter_num", "best_val_loss", "wandb_id", "valuation")
-        )
-    torch._dynamo.config.force_parameter_static_shapes = (
-        False  # `adamw` keeps another number of rows (weight.each) at every step
-    )
-    torch._dynamo.config.recompile_limit = 32  # training, targets, evaluation, second pass and audit have graphs of their own, some for several sizes
-    model = torch.compile(raw_model, fullgraph=True) if cfg.compile else raw_model
-    trained = (
-        model if cfg.shard else parallel.replicate(model)
-    )  # whose backward makes the ranks' gradients one
 
-    def to_device(*arrays):
-        tensors = [torch.as_tensor(a) for a in arrays]
-        if device_type == "cuda":  # pinned, so that the copy does not wait
-            tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
-        return [t.to(device, non_blocking=True) for t in tensors]
+    # compile the model
+    model = machine.compile_model(raw_model) if cfg.compile else raw_model
+    unwrapped_model = model
 
-    def loss_of(X, Y, ledger=None, model=model):
-        with torch.amp.autocast(device_type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return model(*to_device(X, Y), ledger)[
-                1
-            ]  # the logits are not kept: they are the largest tensor of the step
+    def compute_loss(X, Y, ledger=None, model=unwrapped_model):
+        with torch.amp.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            # the logits are not kept: they are the largest tensor of the step
+            return model(*to_device(X, Y), ledger)[1]
+
+    # wrap model into DDP container
+    if not cfg.shard:
+
+        def example_loss(replica):
+            ids = np.zeros(cfg.batch // ddp_world_size // micro_steps, int)
+            return compute_loss(*data.train.batch(ids, cfg.block_size), model=replica)
+
+        model = parallel.replicate(model, example_loss)
 
     # the run's folder: from here on something is written
-    if parallel.rank() == 0 and not checkpoint:
-        folder.set_aside()  # an older run, until the first commit of this one
-    checkpoints = Checkpoints(folder, cfg.keep_checkpoints, cfg.background, used, start)
-    if parallel.rank() == 0:
-        if (
-            cfg.keep and not checkpoint
-        ):  # whatever becomes of the file, the run knows what it was trained on
-            files.write_array(out / "chunks.npy", data.keep)
-        about = describe_run(settings(cfg), parallel.size(), data.hash, config.ROOT)
-        files.write_json(out / "config.json", about)
-    valuation = Valuation(
-        raw_model, optimizer, loss_of, targets, cfg.rule, B, n_chunks, out,
-        cfg.target_batch, cfg.target_sampling, cfg.target_interval, cfg.batch_size, cfg.seed, cfg.grad_clip, cfg.compile,
-        cfg.book_interval, cfg.audit_interval, cfg.audit_permutations, data.train.domain if cfg.domain_momentum else None,
-        info=dict(data_hash=data.hash), step=start, state=valuation_state,
-    )  # fmt: skip
-    board = None
-    if (cfg.wandb_log or cfg.tensorboard_log) and parallel.rank() == 0:
-        visits = store.read(out) if targets and start else ()
-        board = dashboard.Board(
-            cfg, wandb_id, data, targets, tokenizer(data.meta["tokenizer"]).decode, visits
-        )
-        wandb_id = board.wandb_id
-    peak, ranks = (
-        parallel.size() * peak_flops(device, dtype),
-        f" x {parallel.size()}" * (parallel.size() > 1),
+    if master_process:
+        if not checkpoint:
+            folder.set_aside()  # an older run, until the first commit of this one
+            if cfg.keep:  # the file may be gone tomorrow
+                files.write_array(out_dir / "chunks.npy", data.keep)
+    checkpoints = Checkpoints(
+        folder, cfg.keep_checkpoints, cfg.background, ckpt_path, state.iter_num
     )
-    chunks = f"{len(data.keep):,} of {n_chunks:,} chunks" if cfg.keep else f"{n_chunks:,} chunks"
-    run = f"{chunks} of {cfg.block_size} tokens, B = {B}, {device}{ranks} {cfg.dtype}"
-    say(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {run}")
-    say(
-        f"steps {start} to {cfg.max_iters}, rule {cfg.rule}, targets: {', '.join(t.name for t in targets) or 'none'} -> {out}"
-    )
+    if master_process:
+        about = machine.describe_run(run_settings(cfg), ddp_world_size, data.hash, config.ROOT)
+        files.write_json(out_dir / "config.json", about)
 
-    def validate(step):
-        """A line of evaluations.jsonl (ledger.py), and what the terminal and the board show."""
-        nonlocal best_val_loss
+    # valuation
+    valuation, writer = NoValuation(), None
+    if targets:
+        if master_process:
+            writer = Writer(
+                out_dir,
+                len(data.train.rows),
+                len(targets),
+                audits=cfg.audit_interval > 0,
+                about={"data_hash": data.hash},
+                step=state.iter_num,
+                counted=checkpoint["valuation"]["records"] if checkpoint else None,
+            )
+        settings = Settings(
+            rule=cfg.rule,
+            batch=cfg.batch,
+            target_batch=cfg.target_batch,
+            target_sampling=cfg.target_sampling,
+            micro_batch=cfg.batch_size,
+            seed=cfg.seed,
+            grad_clip=cfg.grad_clip,
+            compile=cfg.compile,
+            book_interval=cfg.book_interval,
+            audit_interval=cfg.audit_interval,
+            audit_permutations=cfg.audit_permutations,
+        )
+        valuation = Valuation(
+            raw_model, optimizer, compute_loss, targets, settings, writer, step=state.iter_num
+        )
+
+    # logging
+    board = None
+    if cfg.wandb_log and master_process:
+        visits = store.read(out_dir) if targets and state.iter_num else ()
+        decode = tokenizer(data.meta["tokenizer"]).decode
+        board = dashboard.Board(cfg, state.wandb_id, data, targets, decode, visits)
+        state.wandb_id = board.wandb_id
+
+    def evaluate(iter_num):
         if not len(data.val.rows):
             return
-        mean, by_domain = evaluate(raw_model, loss_of, data, cfg)
-        best_val_loss = min(best_val_loss, mean)
-        earlier = [e for e in evaluations if e["step"] < step]
-        evaluations[:] = [*earlier, dict(step=step, val=mean, loss=by_domain)]
-        each = ", ".join(f"{name} {loss:.3f}" for name, loss in by_domain.items())
-        say(f"step {step}: val loss {mean:.4f} ({each})")
-        if parallel.rank() == 0:
-            files.write_lines(out / "evaluations.jsonl", evaluations)
+        loss, by_domain = estimate_loss(raw_model, compute_loss, data, cfg)
+        state.best_val_loss = min(state.best_val_loss, loss)
+        state.evaluations = [e for e in state.evaluations if e["step"] < iter_num]
+        state.evaluations.append({"step": iter_num, "val": loss, "loss": by_domain})
+        domains = ", ".join(f"{name} {of_domain:.3f}" for name, of_domain in by_domain.items())
+        print0(f"step {iter_num}: val loss {loss:.4f} ({domains})")
+        if master_process:
+            files.write_lines(out_dir / "evaluations.jsonl", state.evaluations)
         if board:
-            board.log(
-                {"val/loss": mean}
-                | {
-                    f"val_loss/{dashboard.metric_name(name)}": loss
-                    for name, loss in by_domain.items()
-                },
-                step=step,
-            )
+            metrics = {"val/loss": loss}
+            for name, of_domain in by_domain.items():
+                metrics[f"val_loss/{dashboard.metric_name(name)}"] = of_domain
+            board.log(metrics, step=iter_num)
 
-    def save(step):
-        """Ledger and values first, then the checkpoint that counts on them."""
-        valuation.commit()
-        weights = {
-            name: p for name, p in raw_model.state_dict(keep_vars=True).items() if p.requires_grad
+    def save_checkpoint():
+        valuation.commit()  # the values first, then the checkpoint that counts on them
+        weights = raw_model.state_dict(keep_vars=True)
+        checkpoint = {
+            "model": {name: p for name, p in weights.items() if p.requires_grad},
+            "optimizer": optimizer.state_dict(),
+            "model_args": vars(raw_model.config),
+            **state.to_checkpoint(),
+            "config": run_settings(cfg),
+            "valuation": valuation.state_dict(),
+            "data_hash": data.hash,
+            "keep": store.crc(data.keep),
+            "tokenizer": data.meta["tokenizer"],
+            "rng": parallel.gather_objects(machine.rng_state()),
         }
-        content = dict(
-            model=weights,
-            optimizer=optimizer.state_dict(),
-            model_args=vars(raw_model.config),
-            iter_num=step,
-        )
-        content |= dict(
-            best_val_loss=best_val_loss,
-            config=settings(cfg),
-            wandb_id=wandb_id,
-            valuation=valuation.state_dict(),
-        )
-        content |= dict(
-            data_hash=data.hash,
-            keep=store.crc(data.keep),
-            tokenizer=data.meta["tokenizer"],
-            rng=parallel.gather_objects(rng_state()),
-        )
-        content |= dict(evaluations=json.dumps(evaluations))
-        checkpoints.write(step, content)
+        checkpoints.write(state.iter_num, checkpoint)
 
-    n = own.stop - own.start  # in as few micro-batches as batch_size allows
-    micro_steps = next(m for m in range(1, n + 1) if n % m == 0 and n // m <= cfg.batch_size)
-    if (
-        trained is not model
-    ):  # DDP orders its buckets by the first backward: if that were a step's, a resumed run would add up in another order
-        loss_of(
-            *data.train.batch(np.zeros(n // micro_steps, int), cfg.block_size), None, trained
-        ).backward()
-        optimizer.zero_grad(set_to_none=True)
-    if parallel.rank():
-        torch.manual_seed(cfg.seed + parallel.rank())  # other dropout masks
+    chunks = f"{len(data.train.rows):,} chunks"
+    if cfg.keep:
+        chunks = f"{len(data.keep):,} of {chunks}"
+    devices = device if ddp_world_size == 1 else f"{device} x {ddp_world_size}"
+    size = f"{raw_model.get_num_params() / 1e6:.2f}M parameters"
+    batch = f"B = {cfg.batch}, {devices} {cfg.dtype}"
+    print0(f"{size}, {chunks} of {cfg.block_size} tokens, {batch}")
+    names = [target.name for target in targets]
+    valued = f"rule {cfg.rule}, targets: {', '.join(names) or 'none'}"
+    print0(f"steps {state.iter_num} to {cfg.max_iters}, {valued} -> {out_dir}")
+
+    # random numbers (dropout): of each process its own, and on a resumption those that would follow
+    if not master_process:
+        torch.manual_seed(cfg.seed + parallel.rank())
     if checkpoint and parallel.rank() < len(checkpoint["rng"]):
-        with fitting(used):
-            set_rng_state(checkpoint["rng"][parallel.rank()])
-    del checkpoint
+        with fitting(ckpt_path):
+            machine.set_rng_state(checkpoint["rng"][parallel.rank()])
+    checkpoint = None  # free up memory
 
     # training loop
-    history, losses, since, clock, paused = [], [], start, time.perf_counter(), 0.0
-    began, interrupted = clock, Interrupted()
-    for step in range(start, cfg.max_iters):
-        if cfg.eval_interval and step % cfg.eval_interval == 0:
-            t = time.perf_counter()
-            validate(step)
-            paused += time.perf_counter() - t
+    first_iter_num = state.iter_num
+    peak_flops = ddp_world_size * machine.peak_flops(device, ptdtype)
+    progress = Progress(raw_model, cfg, first_iter_num, peak_flops)
+    interrupted = machine.Interrupted()
+    for iter_num in range(first_iter_num, cfg.max_iters):
+        # determine and set the learning rate for this iteration
+        lr = get_lr(cfg, iter_num)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
 
-        lr = schedule(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        ids = data.ids(step, B, cfg.seed)
-        tokens = data.train.batch(ids, cfg.block_size)
+        # evaluate the loss on the validation set
+        if cfg.eval_interval and iter_num % cfg.eval_interval == 0:
+            with progress.pause():
+                evaluate(iter_num)
 
-        valuation.open(step, lr, tokens)  # one-pass rules: the targets' gradients -> directions
-        for i, (micro, X, Y) in enumerate(
-            zip(*(np.split(a[own], micro_steps) for a in (ids, *tokens))), 1
-        ):
-            X, Y = to_device(X, Y)
-            ledger = valuation.ledger(micro, X, Y)  # zeros (b, K); None when valuation is off
-            trained.require_backward_grad_sync = i == micro_steps  # of DDP: only the last
-            loss = loss_of(X, Y, ledger, trained)
-            (loss / micro_steps).backward()  # ledger.grad is now this micro-batch's values
-            losses.append(loss.detach())
-        kappa = 1.0
-        if cfg.grad_clip:
-            norm = parallel.full(
-                torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
-            )
-            kappa = (cfg.grad_clip / (norm + 1e-6)).clamp(
-                max=1.0
-            )  # what it multiplied the gradients by
-        valuation.before_step(kappa)  # two-pass rules: the batch's gradient is known now
+        # forward backward update, with optional gradient accumulation to simulate larger batch size
+        ids, X, Y = get_batch(iter_num)
+        # one-pass rules: the targets' gradients become directions
+        valuation.begin_step(iter_num, lr, tokens=(X, Y))
+        ids, X, Y = ids[my_rows], X[my_rows], Y[my_rows]
+        for micro_step in range(micro_steps):
+            rows = micro_rows[micro_step]
+            x, y = to_device(X[rows], Y[rows])
+            ledger = valuation.new_ledger(ids[rows], x, y)  # zeros (b, K); its gradient: the values
+            # in DDP training we only need to sync gradients at the last micro step.
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
+            loss = compute_loss(x, y, ledger, model)
+            # scale the loss to account for gradient accumulation
+            (loss / micro_steps).backward()
+            progress.losses.append(loss.detach())
+        # clip the gradient
+        clip_coef = clip_gradients(raw_model, cfg.grad_clip)
+        # two-pass rules: now the batch's gradient is known
+        valuation.before_update(clip_coef)
+        # step the optimizer
         optimizer.step()
+        # flush the gradients as soon as we can, no need for this memory anymore
         optimizer.zero_grad(set_to_none=True)
-        valuation.close()  # rows for the ledger
+        valuation.end_step()
+        state.iter_num = iter_num + 1
 
-        done, stopping = step + 1, parallel.any_of(interrupted)
-        last = stopping or done == cfg.max_iters
-        if done % cfg.log_interval == 0 or done % cfg.checkpoint_interval == 0 or last:
+        # timing and logging
+        stopping = parallel.any_of(interrupted.is_asked)
+        is_last = stopping or state.iter_num == cfg.max_iters
+        is_saved = is_last or state.iter_num % cfg.checkpoint_interval == 0
+        if is_saved or state.iter_num % cfg.log_interval == 0:
             recent = valuation.flush()  # names the chunks if a loss or a value is not finite
-            loss = float(parallel.add([torch.stack(losses).mean()])[0]) / parallel.size()
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is not finite in steps {since} to {step}: lower --learning_rate. The last checkpoint is whole"
-                )
-            history.append((done, loss))
-            now = time.perf_counter()
-            dt = (now - clock - paused) / (done - since)
-            share, valuation.seconds = valuation.seconds / (now - clock - paused), 0.0
-            mfu = raw_model.estimate_mfu(B, dt, peak)
-            line = f"step {done}/{cfg.max_iters} | loss {loss:.4f} | {dt * 1e3:.0f} ms | {B * cfg.block_size / dt:,.0f} tok/s | mfu {mfu:.1%}"
-            if targets:
-                line += (
-                    f" | negative {(recent.ledger['value'] < 0).mean():.0%} | valuation {share:.0%}"
-                )
-            say(f"{line} | {timedelta(seconds=int(dt * (cfg.max_iters - done)))} left")
+            since = progress.iter_num
+            line, metrics = progress.line(state.iter_num, valuation, recent.visits)
+            print0(line)
             if board:
-                metrics = {
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "train/tokens_per_s": B * cfg.block_size / dt,
-                }
-                metrics |= {
-                    "overhead/ms_per_step": dt * 1e3,
-                    "overhead/mfu": mfu,
-                    "overhead/valuation_share": share,
-                }
+                metrics["train/lr"] = lr
                 if targets:
-                    metrics |= board.values(
-                        recent, histogram=done % cfg.wandb_histogram_interval < done - since
-                    )
-                board.log(metrics, step=done)
-            losses, since, clock, paused = [], done, time.perf_counter(), 0.0
-        if cfg.eval_interval and done == cfg.max_iters:
-            validate(done)
-        if done % cfg.checkpoint_interval == 0 or last:
-            save(done)
+                    interval = cfg.wandb_histogram_interval
+                    is_due = state.iter_num % interval < state.iter_num - since
+                    metrics.update(board.values(recent, histogram=is_due))
+                board.log(metrics, step=state.iter_num)
+        if cfg.eval_interval and state.iter_num == cfg.max_iters:
+            evaluate(state.iter_num)
+        if is_saved:
+            save_checkpoint()
             if board and targets:
-                board.log(board.totals(valuation.total, valuation.used, done), step=done)
+                totals = board.totals(writer.total, writer.used, state.iter_num)
+                board.log(totals, step=state.iter_num)
         if stopping:
-            program = ["python"]
-            if parallel.size() > 1:
-                program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-            following = terminal.command(
-                *program, "train.py", f"{out}/config.json", "--init_from=resume"
-            )
-            say(f"stopped after step {done}; to go on: {following}")
+            print0(f"stopped after step {state.iter_num}; to go on: {resume_command(out_dir)}")
             break
     checkpoints.wait()
     interrupted.restore()
 
-    if start >= cfg.max_iters:
-        say(f"already at step {start}: raise --max_iters to go on")
-    if targets and valuation.used is not None and valuation.used.any():
-        names, audits = (
-            [t.name for t in targets],
-            store.read(out, "audit") if cfg.audit_interval else [],
-        )
-        end = tables.domains(valuation.total, valuation.used, data, names)
-        for line in [*end, *tables.account(store.read(out, "books"), audits, names, data.domains)]:
-            say(line)
-    written = ", ".join(name for name in RUN_FILES if (out / name).exists())
-    say("")
-    say(
-        f"Done in {timedelta(seconds=int(time.perf_counter() - began))}. Written to {out}: {written}"
-    )
+    # the end: what was found
+    if first_iter_num >= cfg.max_iters:
+        print0(f"already at step {first_iter_num}: raise --max_iters to go on")
+    if writer and writer.used.any():
+        books = store.read(out_dir, "books")
+        audits = store.read(out_dir, "audit") if cfg.audit_interval else []
+        for line in tables.domains(writer.total, writer.used, data, names):
+            print0(line)
+        for line in tables.account(books, audits, names, data.domains):
+            print0(line)
+    written = [name for name in RUN_FILES if (out_dir / name).exists()]
+    print0("")
+    print0(f"Done in {progress.took()}. Written to {out_dir}: {', '.join(written)}")
     if board:
         board.finish()
-    return history
+    return progress.history
+
+
+def resume_command(out_dir):
+    """What to type for a run to go on."""
+    program = ["python"]
+    if parallel.size() > 1:
+        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return terminal.command(*program, "train.py", f"{out_dir}/config.json", "--init_from=resume")
 
 
 if __name__ == "__main__":

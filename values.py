@@ -20,7 +20,7 @@ import sys
 import numpy as np
 
 import config
-from pile.targets import read_text
+from data import read_text
 from pile.tokenizers import whole_characters
 from show import commands, tables
 from show.documents import Documents

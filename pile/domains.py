@@ -4,8 +4,7 @@ import functools
 
 from pile.files import stem
 from pile.records import Skipped
-from pile.targets import cut_at_comma
-from system.terminal import listed
+from system.terminal import cut_at_comma, listed
 
 LONGEST = 200  # characters of a domain's name
 

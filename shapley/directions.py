@@ -1,33 +1,49 @@
-"""What a rule makes of the targets' gradients: the directions that the chunks' gradients meet, in each parameter's .h (K, *shape).
+"""The rules, fast: what each makes of the targets' gradients. rules.py has the same formulas, slow.
 
-    rule          passes  direction, times lr                                          source
-    sgd           one     kappa g_k(w)                                                 Wang et al., arXiv 2406.11011, eq. 5
-    sgd2          two     kappa g_k(w - lr kappa g / 2)                                their second order, without a Hessian
-    adamw_linear  one     kappa b g_k(w) / (sqrt(c max(v, floor)) + eps)               Ding et al., arXiv 2602.00329, with a floor
-    adamw         one     g_k(w_empty) E[sec(g)], and valuation.py's correction        look-ahead and predicted secant
-    adamw2        two     kappa g_k(w_mid) sec(kappa g), and the clip path below       Aumann-Shapley of the step itself
+A chunk's value is <x_i, h_k>: its gradient against a direction of target k. A rule says where in
+weight space the target's gradient is taken (`where`), and turns it into the direction (`direct`),
+in each parameter's .h (K, *shape).
 
-g_k is the target's gradient, g the batch's before clipping, kappa the step's clip coefficient, m and v AdamW's moments before
-the step; with t = 1, 2, ... a = b1 / (1 - b1^t), b = (1 - b1) / (1 - b1^t), c = b2 / (1 - b2^t), d = (1 - b2) / (1 - b2^t).
+    rule          order   passes  direction, times lr
+    sgd           first   one     kappa g_k(w)
+    sgd2          second  two     kappa g_k(w - lr kappa g / 2)
+    adamw_linear  first   one     kappa b g_k(w) / (sqrt(c max(v, floor)) + eps)     Adam-aware
+    adamw         first   one     g_k(w_empty) E[sec(g)], and a correction           Adam-aware
+    adamw2        second  two     kappa g_k(w_mid) sec(kappa g), and the clip path   Adam-aware
 
-    D(g)    = (a m + b g) / (sqrt(c v + d g^2) + eps)           AdamW lands on w+ - lr D(kappa g), w+ = (1 - lr wd) w
-    sec(g)  = (D(g) - D(0)) / g = b / s - a m d g / (s s0 (r + r0)),  r0 = sqrt(c v), r = sqrt(c v + d g^2), s0, s = r0, r + eps
-    w_empty = w+ - lr D(0)                                       where momentum and decay alone would land
-    w_mid   = w+ - lr (D(0) + D(kappa g)) / 2                    the middle of what the batch moves
+g_k is the target's gradient, g the batch's before clipping, kappa the clip coefficient, m and v are
+AdamW's moments before the step. In the t-th update, t = 1, 2, ...
 
-Floor: v is at least 1e-2 (`adamw_linear`) or 1e-4 (`adamw`) x its mean over the tensor, for where it is near zero (rare embedding
-rows, dead units) these formulas are unbounded. At t = 1 there is no v: both take the target's own gradient for the batch's, the
-denominator being sqrt(d max(g_k^2, 1e-2 mean g_k^2)) + eps. Every rule is rough in the first steps.
+    a = b1 / (1 - b1^t),  b = (1 - b1) / (1 - b1^t)
+    c = b2 / (1 - b2^t),  d = (1 - b2) / (1 - b2^t)
 
-`adamw` predicts the secant from m and v, but a rare word's row moves as nothing before foretold. For the rows of the batch's own
-tokens (in weights with an attribute `tokens`) and for the LayerNorms' weights, each chunk's own gradient is kept and, after the
-backward, contracted with lr g_k(w_empty) sec(kappa g): at most ROWS elements, those of the largest predicted directions.
+    D(g)    = (a m + b g) / (sqrt(c v + d g^2) + eps)    AdamW lands on w+ - lr D(kappa g)
+    w+      = (1 - lr wd) w                              after weight decay
+    w_empty = w+ - lr D(0)                               where momentum and decay alone would land
+    w_mid   = w+ - lr (D(0) + D(kappa g)) / 2            the middle of what the batch moves
+    sec(g)  = (D(g) - D(0)) / g = b / s - a m d g / (s s0 (r + r0)),
+              r0 = sqrt(c v), r = sqrt(c v + d g^2), s0 = r0 + eps, s = r + eps
 
-Clipping depends on the whole batch, so a chunk has a part in it. Two passes take the path of the clipped step exactly:
-    h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)},  p = g_k D'(kappa g), u = g / |g|     (sgd2: sec = D' = 1)
-one pass corrects the values afterwards (valuation.py). lr and kappa multiply the values, not the direction.
+Where v is near zero (rows of rare words, dead units) the one-pass formulas are unbounded, so v is
+taken to be at least FLOOR_LINEAR or FLOOR_EXPECTED times its mean over the tensor. At t = 1 there
+is no v: one-pass rules take the target's own gradient for the batch's, with the denominator
+sqrt(d max(g_k^2, FLOOR_LINEAR mean g_k^2)) + eps. Every rule is rough in the first steps.
 
-Works on this rank's slices where the model is sharded. K targets, B chunks of the global batch, R kept rows of a parameter.
+Clipping depends on the whole batch, so each chunk has a part in it. Two-pass rules follow the path
+of the clipped step (Aumann-Shapley; sgd2: sec = D' = 1):
+
+    h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)}
+    p = g_k D'(kappa g),  u = g / |g|
+
+`adamw` corrects its values d_i afterwards, where q_i = <x_i, g> over the rows it values exactly:
+
+    value_i = d_i + ln(1/kappa) (d_i - (sum_j d_j) q_i / sum_j q_j)
+
+lr and kappa multiply the values, not the directions. All of it runs on this rank's slices where the
+model is sharded. K targets, b chunks of a micro-batch, R exact rows of a parameter.
+
+Sources. First order: Wang et al., arXiv 2406.11011, eq. 5; second order: their section 4, here
+without a Hessian. Adam-aware: Ding et al., arXiv 2602.00329 (`adamw_linear`, here with a floor).
 """
 
 import numpy as np
@@ -35,7 +51,8 @@ import torch
 
 from shapley.sweeps import (
     TINY,
-    Scalars,
+    Coefficients,
+    Job,
     land,
     land_halfway,
     scale_expected,
@@ -45,265 +62,367 @@ from shapley.sweeps import (
     subtract,
     sweep,
 )
-from system import parallel
 from system.parallel import local
 
-RULES = ("off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
-TWO_PASS = ("sgd2", "adamw2")
-FLOORS = dict(adamw_linear=1e-2, adamw=1e-4)
-ROWS = 2**27
+FLOOR_LINEAR = 1e-2
+FLOOR_EXPECTED = 1e-4
+EXACT_ELEMENTS = 2**27  # at most so many elements of chunks' own gradients are kept for a weight
 
 
-def join(tensors):
+# --- AdamW's coming update --------------------------------------------------------
+
+
+def coefficients(group, t):
+    """Of AdamW's t-th update, for a parameter group; None where the optimizer is SGD."""
+    if "betas" not in group:
+        return None
+    beta1, beta2 = group["betas"]
+    one = 1 - beta1**t
+    two = 1 - beta2**t
+    a = beta1 / one
+    d = (1 - beta2) / two
+    return Coefficients(
+        a=a,
+        b=(1 - beta1) / one,
+        c=beta2 / two,
+        d=d,
+        ad=a * d,
+        mean=1 / (1 - beta1 ** (t - 1)) if t > 1 else 0.0,
+        square=1 / (1 - beta2 ** (t - 1)) if t > 1 else 0.0,
+        eps=group["eps"],
+    )
+
+
+@torch.no_grad()
+def landing(weights, step, part, reuse_memory, compile):
+    """Where momentum and decay alone take the parameters (w_empty), or part of the way there: one
+    tensor a parameter.
+
+    reuse_memory: write over the last step's directions. With one target they have the room.
+    """
+    places, jobs = {}, []
+    for group, params in weights.by_group():
+        shrink = 1 - part * step.lr * group["weight_decay"]
+        coef = coefficients(group, step.t)
+        rows = []
+        for p in params:
+            places[p] = room(p, reuse_memory)
+            if coef is None:  # SGD without momentum
+                torch.mul(local(p.data), shrink, out=places[p])
+            else:
+                rows.append((places[p], local(p.data), *weights.moments(p)))
+        if rows:
+            root_c = coef.c**0.5
+            numbers = (shrink, -part * step.lr * coef.a / root_c, coef.eps / root_c)
+            jobs.append(Job(numbers, rows))
+    sweep(land, jobs, compile)
+    return [places[p] for p in weights.params]
+
+
+def room(p, reuse_memory):
+    """Memory for one tensor like p: new, or that of p's old direction."""
+    if reuse_memory and getattr(p, "h", None) is not None:
+        return p.h[0]
+    return torch.empty_like(local(p.data))
+
+
+# --- what several rules do ----------------------------------------------------------
+
+
+def floors(weights, second_moments, share):
+    """The smallest second moment that counts, per tensor: share times its mean. TINY where the
+    tensor never had a gradient, for 0 / TINY is 0."""
+    means = weights.mean_over_ranks(torch.stack([v.mean() for v in second_moments]))
+    return (share * means + TINY).unbind()
+
+
+def direct_first_update(weights, coef, params):
+    """The directions of one-pass Adam-aware rules at t = 1, where v = 0: the target's own gradient
+    stands for the batch's."""
+    numbers = (coef.d**0.5 / coef.b, coef.eps / coef.b)
+    for p in params:
+        for h_k in p.h:
+            square = h_k.square()
+            (floor,) = floors(weights, [square], FLOOR_LINEAR)
+            sweep(scale_linear, [Job(numbers, [(floor, square, h_k)])])
+
+
+def follow_clip_path(weights, step, batch, adam, compile):
+    """The directions of two-pass rules: h_k <- g_k sec + ln(1/kappa) (p_k - u <u, p_k>).
+
+    batch: kappa g, one tensor a parameter. adam: False for SGD's step, where sec = D' = 1.
+    """
+    clipped_grads = dict(zip(weights.params, batch))
+    # a tensor is not looked at, for that would wait for the device
+    is_clipped = torch.is_tensor(step.clip_coef) or step.clip_coef < 1
+    clip_weight = -torch.as_tensor(step.clip_coef).log() if is_clipped else None
+    jobs = []
+    for group, params in weights.by_group():
+        coef = coefficients(group, step.t) if adam else None
+        rows = []
+        for p in params:
+            clipped_grad = clipped_grads[p]
+            # SGD has no moments, and its sweep does not look at them
+            m, v = weights.moments(p) if adam else (clipped_grad, clipped_grad)
+            rows.append((m, v, clipped_grad, *p.h.unbind()))
+        jobs.append(Job((coef, clip_weight), rows))
+    along_blocks = sweep(scale_secant, jobs, compile)
+    if not is_clipped:
+        return
+    # <u, p_k> |kappa g| and |kappa g|^2
+    products = torch.stack([product for block in along_blocks for product in block])
+    along = weights.sum_over_ranks(products.view(-1, len(weights.params[0].h)).sum(0))
+    square = torch.stack(torch._foreach_norm(batch)).square().sum()
+    square = weights.sum_over_ranks(square).clamp(min=TINY)
+    rows = []
+    for p in weights.params:
+        for h_k, scale in zip(p.h.unbind(), clip_weight * along / square):
+            rows.append((scale, h_k, clipped_grads[p]))
+    sweep(subtract, [Job((), rows)], compile)
+
+
+# --- the rules ----------------------------------------------------------------------
+
+
+class Rule:
+    """What a rule may say. weights: Weights. settings: Settings of valuation.py."""
+
+    two_pass = False  # whether the direction needs the whole batch's gradient
+    exact_names = ()  # names of the parameters that are valued by each chunk's own gradient
+    exact_gradients = {}  # {p: the targets' gradients (K, R, ...) of its exact rows}
+
+    def __init__(self, weights, settings, n_targets):
+        self.weights, self.settings = weights, settings
+        self.compile = settings.compile
+        self.reuse_memory = n_targets == 1
+
+    def begin(self, tokens):
+        """A step begins. tokens: the global batch's, an integer array of any shape, or None."""
+
+    def where(self, step, batch=None):
+        """The weights at which the targets' gradients are taken, one tensor a parameter; None: the
+        model's own. batch: kappa g, one tensor a parameter, for two-pass rules."""
+        return None
+
+    def direct(self, step, batch=None):
+        """Turns the targets' gradients, which lie in each parameter's .h, into directions."""
+
+    def add_exact_rows(self, step):
+        """After the backward: adds to each micro-batch what its exact rows are worth."""
+
+    def correct(self, values, clip_coef, products):
+        """values float64 (B, K), <x_i, h_k> times lr kappa -> the chunks' values. products: (B,)
+        <x_i, g> over the exact rows, or None."""
+        return values
+
+
+class FirstOrder(Rule):
+    """`sgd`. The direction is the target's gradient at the weights as they are."""
+
+
+class SecondOrder(Rule):
+    """`sgd2`. The target's gradient is taken in the middle of the step, which is its second-order
+    term without a Hessian."""
+
+    two_pass = True
+
+    def where(self, step, batch=None):
+        places = []
+        for p, clipped_grad in zip(self.weights.params, batch):
+            place = room(p, self.reuse_memory)
+            torch.add(local(p.data), clipped_grad, alpha=-step.lr / 2, out=place)
+            places.append(place)
+        return places
+
+    @torch.no_grad()
+    def direct(self, step, batch=None):
+        follow_clip_path(self.weights, step, batch, False, self.compile)
+
+
+class AdamAwareLinear(Rule):
+    """`adamw_linear`. First order, with AdamW's preconditioner linearised at zero and a floor under
+    v."""
+
+    @torch.no_grad()
+    def direct(self, step, batch=None):
+        jobs = []
+        for group, params in self.weights.by_group():
+            coef = coefficients(group, step.t)
+            if step.t == 1:
+                direct_first_update(self.weights, coef, params)
+            elif params:
+                second_moments = [self.weights.moments(p)[1] for p in params]
+                least = floors(self.weights, second_moments, FLOOR_LINEAR)
+                rows = []
+                for floor, v, p in zip(least, second_moments, params):
+                    rows.append((floor, v, *p.h.unbind()))
+                jobs.append(Job((coef.c**0.5 / coef.b, coef.eps / coef.b), rows))
+        sweep(scale_linear, jobs, self.compile)
+
+
+class AdamAwareSecondOrder(Rule):
+    """`adamw2`. The step AdamW really takes: the target's gradient in its middle, and the exact
+    secant between the step without data and the step with it."""
+
+    two_pass = True
+
+    @torch.no_grad()
+    def where(self, step, batch=None):
+        places, jobs = {}, []
+        clipped_grads = dict(zip(self.weights.params, batch))
+        for group, params in self.weights.by_group():
+            rows = []
+            for p in params:
+                places[p] = room(p, self.reuse_memory)
+                m, v = self.weights.moments(p)
+                rows.append((places[p], local(p.data), m, v, clipped_grads[p]))
+            shrink = 1 - step.lr * group["weight_decay"]
+            jobs.append(Job((coefficients(group, step.t), shrink, -step.lr / 2), rows))
+        sweep(land_halfway, jobs, self.compile)
+        return [places[p] for p in self.weights.params]
+
+    @torch.no_grad()
+    def direct(self, step, batch=None):
+        follow_clip_path(self.weights, step, batch, True, self.compile)
+
+
+class AdamAware(Rule):
+    """`adamw`, the default. The step AdamW really takes, predicted before the batch is seen: the
+    target's gradient at w_empty, and the secant expected from m and v.
+
+    The moments do not foretell how a rare word's row will move. So for the rows of the batch's own
+    tokens (in weights with an attribute `tokens`) and for the LayerNorms' weights each chunk's own
+    gradient is kept. After the backward it meets g_k(w_empty) sec(kappa g), exactly. Of a large
+    weight only the rows with the largest predicted directions are exact.
+    """
+
+    def __init__(self, weights, settings, n_targets):
+        super().__init__(weights, settings, n_targets)
+        self.norms, self.token_weights, self.exact_names = set(), set(), []
+        named = list(weights.model.named_parameters()) if settings.exact_rows else []
+        for name, p in named:
+            if p.dim() == 1 and name.endswith("weight"):
+                self.norms.add(p)
+                self.exact_names.append(name)
+        for name, p in named:
+            if hasattr(p, "tokens"):
+                self.token_weights.add(p)
+                self.exact_names.append(f"{name}, rows of the batch's tokens")
+        # [(the optimizer's group, parameters)], whose exact rows are joined: fewer operations
+        self.exact_groups = []
+        for group, params in weights.by_group():
+            for p in params:
+                if p in self.token_weights:
+                    self.exact_groups.append((group, [p]))
+            norms = [p for p in params if p in self.norms]
+            if norms:
+                self.exact_groups.append((group, norms))
+
+    def begin(self, tokens):
+        self.exact_rows, self.exact_gradients = {}, {}
+        for p in self.norms:
+            self.exact_rows[p] = torch.arange(len(p), device=p.device)
+        if tokens is None or not self.token_weights:
+            return
+        rows = torch.from_numpy(np.unique(tokens))
+        device = self.weights.params[0].device
+        if device.type == "cuda":  # pinned, so that the copy does not wait
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        for p in self.token_weights:
+            self.exact_rows[p] = rows
+
+    def where(self, step, batch=None):
+        if step.t == 1:
+            return None
+        return landing(self.weights, step, 1.0, self.reuse_memory, self.compile)
+
+    @torch.no_grad()
+    def direct(self, step, batch=None):
+        gradients = {}
+        for p in self.weights.params:
+            if p in self.exact_rows:
+                gradients[p] = self.weights.take_rows(p.h, self.exact_rows[p], dim=1)
+        jobs = []
+        for group, params in self.weights.by_group():
+            coef = coefficients(group, step.t)
+            params = [p for p in params if p not in self.norms]  # of a norm nothing is left
+            if step.t == 1:
+                direct_first_update(self.weights, coef, params)
+            elif params:
+                jobs.append(self.expected_secant(coef, params))
+        sweep(scale_expected, jobs, self.compile)
+        for p, gradient in gradients.items():
+            self.set_aside(p, gradient)
+
+    def expected_secant(self, coef, params):
+        """sec with E[g] for the batch's gradient and E[g^2] for its square. r0 and r are the
+        multiples root0 and root of sqrt(v)."""
+        moments = [self.weights.moments(p) for p in params]
+        least = floors(self.weights, [v for _, v in moments], FLOOR_EXPECTED)
+        rows = []
+        for floor, (m, v), p in zip(least, moments, params):
+            rows.append((floor, m, v, *p.h.unbind()))
+        root0 = coef.c**0.5
+        root = (coef.c + coef.d * coef.square) ** 0.5
+        scale1 = -coef.ad * coef.mean / ((root0 + root) * root0 * coef.b)
+        return Job((scale1, coef.eps / root0, root / coef.b, coef.eps / coef.b), rows)
+
+    def set_aside(self, p, gradient):
+        """Zeroes the direction of p's exact rows: add_exact_rows() values them after the backward.
+        gradient: the targets' (K, R, ...) of these rows."""
+        most = max(1, EXACT_ELEMENTS // (self.settings.batch * p[0].numel()))
+        rows = self.exact_rows[p]
+        if p in self.token_weights and len(rows) > most:
+            sizes = self.weights.take_rows(p.h, rows, dim=1).abs().flatten(2).sum((0, 2))
+            largest = sizes.topk(most).indices.sort().values
+            rows = rows[largest]
+            gradient = gradient[:, largest]
+            self.exact_rows[p] = rows
+        self.weights.zero_rows(p, rows)
+        self.exact_gradients[p] = gradient
+
+    @torch.no_grad()
+    def add_exact_rows(self, step):
+        for group, params in self.exact_groups:
+            params = [p for p in params if p in self.exact_gradients]
+            if not params:
+                continue
+            m = self.joined_rows([self.weights.moments(p)[0] for p in params], params)
+            v = self.joined_rows([self.weights.moments(p)[1] for p in params], params)
+            clipped_grad = self.joined_rows([local(p.grad) for p in params], params)
+            gradient = joined([self.exact_gradients[p].flatten(1) for p in params])
+            direction = gradient * secant(coefficients(group, step.t), m, v, clipped_grad)
+            for micro_batch in step.micro_batches:
+                x = joined([micro_batch.per_chunk[p].flatten(1) for p in params])
+                x = x / self.weights.n_ranks  # a rank's loss is the mean of its own chunks
+                micro_batch.exact_values = micro_batch.exact_values + x @ direction.t()
+                micro_batch.products = micro_batch.products + x @ clipped_grad
+                micro_batch.squares = micro_batch.squares + x.square().sum(1)
+
+    def joined_rows(self, tensors, params):
+        """The exact rows of one tensor a parameter, as one vector."""
+        rows = []
+        for x, p in zip(tensors, params):
+            rows.append(self.weights.take_rows(x, self.exact_rows[p]).flatten())
+        return joined(rows)
+
+    def correct(self, values, clip_coef, products):
+        if products is None:
+            return values
+        clip_share = products / max(products.sum(), TINY)
+        change = values - values.sum(0) * clip_share[:, None]
+        return values - np.log(clip_coef) * change
+
+
+def joined(tensors):
     """Side by side along their last dimension; one stays as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
-class Directions:
-    def __init__(self, model, optimizer, rule, batch, spend, compile):
-        """spend: the old directions' room may be used, for nobody needs them in the next step."""
-        assert rule in RULES
-        self.optimizer, self.rule, self.batch, self.spend, self.compile = (
-            optimizer,
-            rule,
-            batch,
-            spend,
-            compile,
-        )
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.seen = {p: getattr(p, "seen", p) for p in self.params}  # as the layers see them
-        self.sharded = any(p is not whole for p, whole in self.seen.items())
-        norm = {
-            n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")
-        }  # the LayerNorms'
-        token = {n: p for n, p in model.named_parameters() if hasattr(p, "tokens")}
-        self.keeping = norm | token if rule == "adamw" else {}  # of these each chunk's own gradient
-        self.t = None  # the optimizer's step
-
-    def begin(self, lr, tokens):
-        """A step: its learning rate, and the global batch's tokens or None."""
-        self.lr = lr
-        if self.t is None:  # read once, then counted: on a GPU the optimizer's own count lies there
-            self.t = next(
-                (int(state["step"]) for state in self.optimizer.state.values() if "step" in state),
-                0,
-            )
-        self.t += 1
-        seen = None
-        if tokens is not None and self.keeping:
-            seen = torch.from_numpy(np.unique(tokens))
-            seen = (
-                seen.pin_memory().to(self.params[0].device, non_blocking=True)
-                if self.params[0].is_cuda
-                else seen
-            )
-        whole = (lambda p: torch.arange(len(p), device=p.device)) if self.sharded else lambda p: ...
-        rows = {p: seen if hasattr(p, "tokens") else whole(p) for p in self.keeping.values()}
-        self.rows, self.kept = {p: of for p, of in rows.items() if of is not None}, {}
-
-    def scalars(self, group):
-        """Of AdamW's coming step; None where the optimizer is SGD."""
-        if "betas" not in group:
-            return None
-        (beta1, beta2), t = group["betas"], self.t
-        one, two = 1 - beta1**t, 1 - beta2**t
-        mean, square = (1 / (1 - beta ** (t - 1)) if t > 1 else 0.0 for beta in (beta1, beta2))
-        a, b, c, d = beta1 / one, (1 - beta1) / one, beta2 / two, (1 - beta2) / two
-        return Scalars(a, b, c, d, a * d, mean, square, group["eps"])
-
-    def moments(self, p):
-        """AdamW's, before the coming step."""
-        state = self.optimizer.state.get(p)
-        return [
-            local(state[key]) if state else torch.zeros_like(local(p.data))
-            for key in ("exp_avg", "exp_avg_sq")
-        ]
-
-    def by_group(self):
-        """The optimizer's groups, each with its Scalars and those of its parameters that train."""
-        return [
-            (group, self.scalars(group), [p for p in group["params"] if p in self.seen])
-            for group in self.optimizer.param_groups
-        ]
-
-    def over_ranks(self, x):
-        """The sum of what each rank found in its slices; where none are sliced, x."""
-        return parallel.add([x])[0] if self.sharded else x
-
-    def rows_of(self, x, rows, dim=0):
-        """These rows (...: all) of a tensor laid out as the parameters are: on every rank."""
-        if not self.sharded:
-            return x if rows is ... else x.index_select(dim, rows)
-        here, inside = self.here(rows, n := x.shape[dim])
-        return parallel.add(
-            [
-                x.index_select(dim, here.clamp(0, n - 1))
-                * inside.view(-1, *[1] * (x.dim() - dim - 1))
-            ]
-        )[0]
-
-    def here(self, rows, n):
-        """Where rows lie in this rank's slice of n rows, and whether they do."""
-        here = rows - parallel.rank() * n
-        return here, (here >= 0) & (here < n)
-
-    @torch.no_grad()
-    def landings(self, part=1.0, batch=None):
-        """Where momentum and decay alone take each parameter, w_empty, or part of the way there; with batch, kappa g, w_mid."""
-        taken, places, jobs = dict(zip(self.params, batch or ())), {}, []
-        for group, q, params in self.by_group():
-            shrink = 1 - part * self.lr * group["weight_decay"]
-            for p in params:  # the old direction's room, where nobody needs that any more
-                spent = self.spend and getattr(p, "h", None) is not None
-                places[p] = p.h[0] if spent else torch.empty_like(local(p.data))
-                if self.rule == "sgd2" and batch:
-                    torch.add(local(p.data), taken[p], alpha=-self.lr / 2, out=places[p])
-                elif not q:  # SGD, without momentum
-                    torch.mul(local(p.data), shrink, out=places[p])
-            if q and not batch:
-                scalars = shrink, -part * self.lr * q.a / q.c**0.5, q.eps / q.c**0.5
-                jobs.append(
-                    (scalars, [(places[p], local(p.data), *self.moments(p)) for p in params])
-                )
-            elif q and self.rule != "sgd2":
-                jobs.append(
-                    (
-                        (q, shrink, -part * self.lr / 2),
-                        [(places[p], local(p.data), *self.moments(p), taken[p]) for p in params],
-                    )
-                )
-        sweep(land_halfway if batch else land, jobs, self.compile)
-        return [places[p] for p in self.params]
-
-    @torch.no_grad()
-    def of_one(self, grads):
-        """The targets' gradients in .h -> directions, before lr and kappa."""
-        kept = {
-            p: self.rows_of(g, rows, 1)
-            for p, g in zip(self.params, grads)
-            if (rows := self.rows.get(p)) is not None
-        }
-        kept = {p: g.clone() if self.rows[p] is ... else g for p, g in kept.items()}
-        jobs = []
-        for _, q, params in self.by_group() if self.rule != "sgd" else ():
-            params = [p for p in params if self.rows.get(p) is not ...]  # of those nothing is left
-            if self.t == 1:
-                for h in (h_k for p in params for h_k in p.h):
-                    floors = self.floors([v := h.square()], "adamw_linear")
-                    sweep(scale_linear, [((q.d**0.5 / q.b, q.eps / q.b), [(*floors, v, h)])])
-            elif params:
-                m, v = zip(*map(self.moments, params))
-                floors, h = self.floors(v, self.rule), [p.h.unbind() for p in params]
-                if self.rule == "adamw":
-                    # sec with E[g] for the batch's gradient and E[g^2] for its square: r0 and r are multiples of sqrt(v), at0 and at
-                    at0, at = q.c**0.5, (q.c + q.d * q.square) ** 0.5
-                    scalars = (
-                        -q.ad * q.mean / ((at0 + at) * at0 * q.b),
-                        q.eps / at0,
-                        at / q.b,
-                        q.eps / q.b,
-                    )
-                    jobs.append((scalars, [(*row, *h_K) for *row, h_K in zip(floors, m, v, h)]))
-                else:
-                    jobs.append(
-                        (
-                            (q.c**0.5 / q.b, q.eps / q.b),
-                            [(*row, *h_K) for *row, h_K in zip(floors, v, h)],
-                        )
-                    )
-        sweep(scale_expected if self.rule == "adamw" else scale_linear, jobs, self.compile)
-        for p, g in kept.items():
-            self.keep(p, g)
-
-    def floors(self, v, rule):
-        """The least v that counts, of each of these tensors: a number. A weight that never had a gradient gets TINY: 0 / TINY."""
-        means = self.over_ranks(torch.stack([v_p.mean() for v_p in v])) / (
-            parallel.size() if self.sharded else 1
-        )
-        return (FLOORS[rule] * means + TINY).unbind()
-
-    def keep(self, p, g):
-        """Takes p's rows that are kept, whose targets' gradient is g (K, R, ...), out of its direction: theirs comes after the backward."""
-        rows, most = self.rows[p], max(1, ROWS // (self.batch * p[0].numel()))
-        if rows is not ... and len(rows) > most:
-            chosen = (
-                self.rows_of(p.h, rows, 1)
-                .abs()
-                .flatten(2)
-                .sum((0, 2))
-                .topk(most)
-                .indices.sort()
-                .values
-            )
-            self.rows[p], g = rows[chosen], g[:, chosen]
-        here, inside = (
-            self.here(self.rows[p], p.h.shape[1]) if self.sharded else (self.rows[p], ...)
-        )
-        p.h[:, here if here is ... else here[inside]] = 0
-        self.kept[p] = g
-
-    @torch.no_grad()
-    def value_kept(self, micro):
-        """What the kept rows add to the chunks' values, now that the optimizer's gradient is known; and <x_i, g>, |x_i|^2 over them."""
-        for _, q, params in self.by_group() if self.kept else ():
-            kept = [p for p in params if p in self.kept]
-            tokens, norms = (
-                [p for p in kept if hasattr(p, "tokens") == of_tokens]
-                for of_tokens in (True, False)
-            )
-            for weights in (
-                [*([p] for p in tokens), norms] if norms else [[p] for p in tokens]
-            ):  # many LayerNorms are one vector: fewer operations
-                moments = (
-                    [
-                        self.rows_of(x, self.rows[p]).flatten()
-                        for x in (*self.moments(p), local(p.grad))
-                    ]
-                    for p in weights
-                )
-                m, v, taken = map(join, zip(*moments))
-                h = join([self.kept[p].flatten(1) for p in weights]) * secant(q, m, v, taken)
-                for part in micro:
-                    each = (
-                        join([part.each[p].flatten(1) for p in weights]) / parallel.size()
-                    )  # a rank's loss is the mean of its own chunks
-                    part.added = part.added + each @ h.t()
-                    part.products, part.squares = (
-                        part.products + each @ taken,
-                        part.squares + each.square().sum(1),
-                    )
-
-    @torch.no_grad()
-    def of_two(self, batch, kappa):
-        """The targets' gradients in .h -> directions, before lr and kappa. batch: kappa g, a tensor a parameter."""
-        clipped, taken = torch.is_tensor(kappa) or kappa < 1, dict(zip(self.params, batch))
-        weight = (
-            -torch.as_tensor(kappa).log() if clipped else None
-        )  # ln(1/kappa); not looked at, for that would wait for the device
-        jobs = []
-        for _, q, params in self.by_group():
-            of = {
-                p: self.moments(p) if self.rule == "adamw2" else (taken[p], taken[p])
-                for p in params
-            }
-            jobs.append(
-                (
-                    (q if self.rule == "adamw2" else None, weight),
-                    [(*of[p], taken[p], *p.h.unbind()) for p in params],
-                )
-            )
-        found = sweep(scale_secant, jobs, self.compile)
-        if clipped:
-            along = self.over_ranks(
-                torch.stack([x for part in found for x in part])
-                .view(-1, len(self.params[0].h))
-                .sum(0)
-            )  # <u, p_k> |batch|
-            square = self.over_ranks(torch.stack(torch._foreach_norm(batch)).square().sum()).clamp(
-                min=TINY
-            )
-            rows = [
-                [(c, h_k, g) for h_k, c in zip(p.h.unbind(), weight * along / square)]
-                for p, g in zip(self.params, batch)
-            ]
-            sweep(subtract, [((), [row for of in rows for row in of])], self.compile)
+RULES = {
+    "sgd": FirstOrder,
+    "sgd2": SecondOrder,
+    "adamw_linear": AdamAwareLinear,
+    "adamw": AdamAware,
+    "adamw2": AdamAwareSecondOrder,
+}

@@ -1,136 +1,183 @@
-"""AdamW's step and what the rules make of it, for flat pieces of parameters (formulas: directions.py). q: the step's scalars.
+"""AdamW's update and what the rules make of it, swept over all parameters in place.
 
-land... and scale... are swept over all parameters, in place.
+The formulas are written out in directions.py. Here they have few operations, for on a CPU each is a
+pass over memory. Under torch.compile a whole sweep is one graph.
+
+Every function below `land` is a sweep's work: numbers first, then tensors of one shape, the last of
+them one for each target.
 """
 
-from collections import namedtuple
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
 TINY = torch.finfo(torch.float32).tiny
 BLOCK = 2**19  # elements worked on at a time on CPU, so that the passes over them stay in cache
-Scalars = namedtuple(
-    "Scalars", "a b c d ad mean square eps"
-)  # ad = a d; mean * m, square * v: the bias-corrected moments before the step
 
 
-def plus(x, c, y):
-    """x <- x + c y. c: a number, or a tensor in compiled code, which a new number would have compiled anew."""
-    return x.add_(y, alpha=c) if isinstance(c, float) else x.add_(y * c)
+class Coefficients(NamedTuple):
+    """The numbers of AdamW's coming update, by the names of directions.py."""
+
+    a: float
+    b: float
+    c: float
+    d: float
+    ad: float  # a d
+    mean: float  # mean * m is the bias-corrected m before the update
+    square: float  # square * v is the bias-corrected v before the update
+    eps: float
 
 
-def displacement(q, m, v, g=None):
-    """D(g), or D(0) without g."""
-    if g is None:
-        return (m * q.a).div_((v * q.c).sqrt_().add_(q.eps))
-    return plus(m * q.a, q.b, g).div_(plus(v * q.c, q.d, g * g).sqrt_().add_(q.eps))
+def add_scaled(x, scale, y):
+    """x <- x + scale y. scale: a number, or in compiled code a tensor, for a new number would be
+    compiled anew."""
+    if isinstance(scale, float):
+        return x.add_(y, alpha=scale)
+    return x.add_(y * scale)
 
 
-def secant(q, m, v, g):
-    """sec(g); where r + r0 = 0 the second term is 0."""
-    r0 = v * q.c
-    r = plus(r0.clone(), q.d, g * g).sqrt_()
-    second = (m * g).mul_(q.ad).div_((r0.sqrt_() + r).clamp_(min=TINY)).div_(r0.add_(q.eps))
-    return second.neg_().add_(q.b).div_(r.add_(q.eps))
+# --- AdamW's displacement, its secant and its slope, of flat tensors --------------
 
 
-def slope(q, m, v, g):
-    """D'(g) = b / s - (a m + b g) d g / (r s^2); where r = 0 the second term is 0."""
-    r = plus(v * q.c, q.d, g * g).sqrt_()
-    second = plus(m * q.a, q.b, g).mul_(g).mul_(q.d).div_(r.clamp(min=TINY)).div_(r.add_(q.eps))
-    return second.neg_().add_(q.b).div_(r)
+def displacement_of_nothing(coef, m, v):
+    """D(0)."""
+    return (m * coef.a).div_((v * coef.c).sqrt_().add_(coef.eps))
 
 
-# What is swept over all parameters: the last tensor for each target. Few operations, for on a CPU each is a pass.
+def displacement(coef, m, v, g):
+    """D(g)."""
+    numerator = add_scaled(m * coef.a, coef.b, g)
+    return numerator.div_(add_scaled(v * coef.c, coef.d, g * g).sqrt_().add_(coef.eps))
 
 
-def land(shrink, c, eps, out, w, m, v):
-    """out <- shrink w + c m / (sqrt(v) + eps)."""
+def secant(coef, m, v, g):
+    """sec(g); where r + r0 = 0 its second term is 0."""
+    r0 = v * coef.c
+    r = add_scaled(r0.clone(), coef.d, g * g).sqrt_()
+    second = (m * g).mul_(coef.ad)
+    second = second.div_((r0.sqrt_() + r).clamp_(min=TINY)).div_(r0.add_(coef.eps))
+    return second.neg_().add_(coef.b).div_(r.add_(coef.eps))
+
+
+def slope(coef, m, v, g):
+    """D'(g) = b / s - (a m + b g) d g / (r s^2); where r = 0 its second term is 0."""
+    r = add_scaled(v * coef.c, coef.d, g * g).sqrt_()
+    second = add_scaled(m * coef.a, coef.b, g).mul_(g).mul_(coef.d)
+    second = second.div_(r.clamp(min=TINY)).div_(r.add_(coef.eps))
+    return second.neg_().add_(coef.b).div_(r)
+
+
+# --- what is swept over all parameters ----------------------------------------------
+
+
+def land(shrink, scale, eps, out, w, m, v):
+    """out <- shrink w + scale m / (sqrt(v) + eps)."""
     root = v.sqrt().add_(eps)
-    plus(torch.mul(w, shrink, out=out), c, torch.div(m, root, out=root))
+    add_scaled(torch.mul(w, shrink, out=out), scale, torch.div(m, root, out=root))
 
 
-def land_halfway(q, shrink, c, out, w, m, v, g):
-    """out <- shrink w + c (D(0) + D(g))."""
-    plus(torch.mul(w, shrink, out=out), c, displacement(q, m, v).add_(displacement(q, m, v, g)))
+def land_halfway(coef, shrink, scale, out, w, m, v, g):
+    """out <- shrink w + scale (D(0) + D(g))."""
+    both = displacement_of_nothing(coef, m, v).add_(displacement(coef, m, v, g))
+    add_scaled(torch.mul(w, shrink, out=out), scale, both)
 
 
-def scale_linear(c, eps, floor, v, *g):
-    """g <- g / (c sqrt(max(v, floor)) + eps)."""
-    under = v.clamp(min=floor).sqrt_().mul_(c).add_(eps)
+def scale_linear(scale, eps, floor, v, *g):
+    """g <- g / (scale sqrt(max(v, floor)) + eps)."""
+    divisor = v.clamp(min=floor).sqrt_().mul_(scale).add_(eps)
     for g_k in g:
-        g_k.div_(under)
+        g_k.div_(divisor)
 
 
-def scale_expected(c1, eps1, c2, eps2, floor, m, v, *g):
-    """g <- g (1 + c1 m^2 / (v + eps1 sqrt(v))) / (c2 sqrt(v) + eps2), v at least floor."""
+def scale_expected(scale1, eps1, scale2, eps2, floor, m, v, *g):
+    """g <- g (1 + scale1 m^2 / (v + eps1 sqrt(v))) / (scale2 sqrt(v) + eps2), v at least floor."""
     v = v.clamp(min=floor)
     root = v.sqrt()
-    factor = (m * m).div_(plus(v, eps1, root)).mul_(c1).add_(1.0).div_(root.mul_(c2).add_(eps2))
+    factor = (m * m).div_(add_scaled(v, eps1, root)).mul_(scale1).add_(1.0)
+    factor = factor.div_(root.mul_(scale2).add_(eps2))
     for g_k in g:
         g_k.mul_(factor)
 
 
-def scale_secant(q, weight, m, v, taken, *g):
-    """g <- g (sec(taken) + weight D'(taken)); returns <g, D'(taken) taken> for each. Without q, of SGD: sec = D' = 1.
-    Without a weight, which is ln(1/kappa), only g <- g sec(taken)."""
-    factor = secant(q, m, v, taken) if q else torch.ones_like(taken)
+def scale_secant(coef, clip_weight, m, v, clipped_grad, *g):
+    """g <- g (sec + clip_weight D'), both at clipped_grad. Without coef, of SGD: sec = D' = 1.
+
+    clip_weight: ln(1 / kappa), or None where nothing was clipped: then g <- g sec.
+    Returns <g, D' clipped_grad> for each target, where something was clipped.
+    """
+    factor = secant(coef, m, v, clipped_grad) if coef else torch.ones_like(clipped_grad)
     along = []
-    if weight is not None:
-        steep = slope(q, m, v, taken) if q else torch.ones_like(taken)
-        factor, steep = factor + weight * steep, steep * taken
+    if clip_weight is not None:
+        steep = slope(coef, m, v, clipped_grad) if coef else torch.ones_like(clipped_grad)
+        factor = factor + clip_weight * steep
+        steep = steep * clipped_grad
         along = [torch.dot(steep, g_k) for g_k in g]
     for g_k in g:
         g_k.mul_(factor)
     return along
 
 
-def subtract(c, h, g):
-    """h <- h - c g."""
-    plus(h, -c, g)
+def subtract(scale, h, g):
+    """h <- h - scale g."""
+    add_scaled(h, -scale, g)
 
 
 # --- the sweep --------------------------------------------------------------------
 
 
-def sweep(work, jobs, compile=False):
-    """work(*scalars, *tensors) for each (scalars, [tensors of a parameter, ...]) of jobs; a list of what it returned. All in one compiled call,
-    whose kernels read and write everything once, or on CPU by cache-sized pieces. Tensors of a parameter are equally shaped or numbers."""
-    flat = [
-        (scalars, [[x.view(-1) if x.dim() else x for x in row] for row in rows])
-        for scalars, rows in jobs
-        if rows
-    ]
-    if compile and flat:
-        return compiled(work)([(list(map(tensors, scalars)), rows) for scalars, rows in flat])
-    found = []
-    for scalars, row in ((scalars, row) for scalars, rows in flat for row in rows):
-        size = BLOCK if row[-1].device.type == "cpu" else max(1, len(row[-1]))
-        found += [
-            work(*scalars, *(x[i : i + size] if x.dim() else x for x in row))
-            for i in range(0, len(row[-1]), size)
-        ]
-    return found
+class Job(NamedTuple):
+    """A sweep's work for some parameters: work(*numbers, *tensors) for the tensors of each."""
+
+    numbers: tuple  # floats, Coefficients, None, or tensors of no dimension
+    rows: list  # of each parameter its tensors, of one shape, or of no dimension
+
+
+def sweep(work: Callable, jobs: list[Job], compile=False) -> list:
+    """Does the jobs: in one compiled call, whose kernels read and write everything once, or
+    on CPU by blocks that fit in cache. Returns what the calls of work returned."""
+    jobs = [Job(job.numbers, [flat(row) for row in job.rows]) for job in jobs if job.rows]
+    if compile and jobs:
+        return compiled(work)([Job(list(map(as_tensors, job.numbers)), job.rows) for job in jobs])
+    results = []
+    for job in jobs:
+        for row in job.rows:
+            for block in blocks(row):
+                results.append(work(*job.numbers, *block))
+    return results
+
+
+def flat(row):
+    return [x.view(-1) if x.dim() else x for x in row]
+
+
+def blocks(row):
+    """One parameter's flat tensors, block by block on CPU, else all at once."""
+    n = len(row[-1])
+    size = BLOCK if row[-1].device.type == "cpu" else max(1, n)
+    for start in range(0, n, size):
+        yield [x[start : start + size] if x.dim() else x for x in row]
 
 
 @cache
 def compiled(work):
-    """As one graph: a call for each parameter would keep a GPU waiting for the host."""
-    return torch.compile(
-        lambda jobs: [work(*scalars, *row) for scalars, rows in jobs for row in rows],
-        fullgraph=True,
-        dynamic=False,
-    )
+    """The work of all jobs as one graph: a call for each parameter would keep a GPU waiting for the
+    host."""
+
+    def all_jobs(jobs):
+        results = []
+        for numbers, rows in jobs:
+            for row in rows:
+                results.append(work(*numbers, *row))
+        return results
+
+    return torch.compile(all_jobs, fullgraph=True, dynamic=False)
 
 
-def tensors(x):
-    """Numbers as tensors on the host, for compiled code, where they meet none but larger tensors; what is none, as it is."""
-    number = partial(torch.tensor, dtype=torch.float64)
-    return (
-        Scalars(*map(number, x))
-        if isinstance(x, Scalars)
-        else number(x)
-        if isinstance(x, float)
-        else x
-    )
+def as_tensors(x):
+    """Numbers as tensors on the host, for compiled code, where they meet only larger tensors.
+    Anything else as it is."""
+    if isinstance(x, Coefficients):
+        return Coefficients(*[as_tensors(number) for number in x])
+    return torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x

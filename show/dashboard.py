@@ -38,7 +38,7 @@ class Board:
         if cfg.wandb_log:
             self.wandb_id = wandb_id or f"{slug(out_name(cfg))}-{time.time_ns():x}"
             self.open("wandb", lambda: Wandb(cfg, self.wandb_id))
-        if cfg.tensorboard_log:
+        if getattr(cfg, "tensorboard_log", False):
             self.open("tensorboard", lambda: TensorBoard(cfg))
 
     def open(self, name, make):
@@ -85,7 +85,7 @@ class Board:
     def values(self, recent, histogram):
         """Of what was flushed since the last log: per target the spread of the values and their sum by domain, what the measured
         steps' drop was made of, and how close the audited steps' values came to the truth."""
-        metrics, visits = {}, recent.ledger
+        metrics, visits = {}, recent.visits
         measured = recent.books[np.isfinite(recent.books["residual"]).all(1)]
         for k, name in enumerate(self.targets):
             if len(measured):

@@ -17,11 +17,22 @@ from system.terminal import command, say, warn
 
 STARTS = ("init_from", "overwrite", "verify", "out_dir")  # settings of a start, not of a run
 NONE = type(None)
-ENTRIES = {"model": dict, "optimizer": dict, "model_args": dict, "iter_num": int, "config": dict}
-ENTRIES |= {"best_val_loss": float, "valuation": dict, "data_hash": str, "tokenizer": str}
-ENTRIES |= {"rng": list, "evaluations": str, "keep": (int, NONE), "wandb_id": (str, NONE)}
-OF_VALUATION = {"records": dict, "targets": dict, "grads": (list, NONE)}
-OF_VALUATION |= {"domain_momentum": (list, NONE)}
+ENTRIES = {  # of a checkpoint, and their types
+    "model": dict,
+    "optimizer": dict,
+    "model_args": dict,
+    "iter_num": int,
+    "best_val_loss": float,
+    "config": dict,
+    "valuation": dict,
+    "data_hash": str,
+    "tokenizer": str,
+    "keep": (int, NONE),
+    "rng": list,
+    "evaluations": str,
+    "wandb_id": (str, NONE),
+}
+OF_VALUATION = {"records": dict, "targets": dict}
 CURE = "take another checkpoint, or one from a source you trust"
 BATCH = ("batch_size", "gradient_accumulation_steps")
 MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
@@ -92,21 +103,30 @@ def load_optimizer(optimizer, state):
 # --- writing ----------------------------------------------------------------------
 
 
-def whole(x, copied, done):
+def whole(x, copy, done):
     """A nest of dicts, lists and tensors with every tensor whole, and numpy's numbers as Python's.
-    Sharded tensors are put together on rank 0's host only; copied: all lie there. done: {}."""
+    A sharded tensor is put together in the memory of rank 0's host. copy: so are all others.
+    done: {}."""
     if isinstance(x, dict):
-        return {key: whole(value, copied, done) for key, value in x.items()}
+        return {key: whole(value, copy, done) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [whole(value, copied, done) for value in x]
+        return [whole(value, copy, done) for value in x]
     if isinstance(x, np.generic):  # torch.load refuses them
         return x.item()
     if not torch.is_tensor(x):
         return x
     if id(x) not in done:  # tied weights are one tensor
-        t = full(x.detach())
-        done[id(x)] = None if rank() else t.to("cpu", copy=copied) if copied or is_sharded(x) else t
+        done[id(x)] = whole_tensor(x, copy)
     return done[id(x)]
+
+
+def whole_tensor(t, copy):
+    gathered = full(t.detach())
+    if rank():
+        return None
+    if copy or is_sharded(t):
+        return gathered.to("cpu", copy=copy)
+    return gathered
 
 
 class Checkpoints:
@@ -116,8 +136,10 @@ class Checkpoints:
         """folder: system.folder.RunFolder. used: the checkpoint of that step which the run goes on
         from, if any; those that came after it, or all, are none of this run's. background: copy to
         the host's memory, and go on while a thread writes."""
-        self.folder, self.run, self.keep, self.step = folder, folder.path, keep, step
-        self.writing, self.pool = None, ThreadPoolExecutor(1) if background else None
+        self.folder, self.run = folder, folder.path
+        self.keep, self.step = keep, step
+        self.writing = None
+        self.pool = ThreadPoolExecutor(1) if background else None
         folder.wait = self.wait
         if rank() == 0:
             self.forget_others(used)
@@ -174,10 +196,42 @@ class Checkpoints:
 
 # may differ between a run and its resumption; everything else would make the values belong to
 # another run
-MAY_CHANGE = """
-out_dir data_dir keep max_iters eval_interval eval_chunks log_interval checkpoint_interval
-keep_checkpoints background wandb_log wandb_project wandb_run_name wandb_histogram_interval
-tensorboard_log device compile shard""".split()
+MAY_CHANGE = (
+    "out_dir",
+    "data_dir",
+    "keep",
+    "max_iters",
+    "eval_interval",
+    "eval_chunks",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "background",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
+    "wandb_histogram_interval",
+    "device",
+    "compile",
+    "shard",
+)
+# settings of earlier versions, and the values of them that change nothing
+REMOVED = {
+    "target_interval": (1,),
+    "domain_momentum": (False,),
+    "tensorboard_log": (False, True),
+}
+
+
+def without_removed(settings, path):
+    """A run's settings, which an earlier version may have written. Raises UserError where the run
+    needs what this version does not have."""
+    for key, harmless in REMOVED.items():
+        if key in settings and settings[key] not in harmless:
+            what = f"{path} is of a run with --{key}={settings[key]}, which this version has not"
+            cure = "go on with the version that made it, or start over without it"
+            raise UserError(f"{what}: {cure}")
+    return {key: value for key, value in settings.items() if key not in REMOVED}
 
 
 def settings_of(path):
@@ -191,7 +245,9 @@ def settings_of(path):
         if settings is None:
             raise
         warn(f"{e.args[0].rpartition(':')[0]}: its settings are those of the checkpoint beside it")
-    settings = {key: value for key, value in settings.items() if key not in STARTS}
+    settings = without_removed(settings, path)
+    for key in STARTS:
+        settings.pop(key, None)
     settings["out_dir"] = str(folder)
     if settings.get("keep") and (folder / "chunks.npy").is_file():
         settings["keep"] = str(folder / "chunks.npy")
@@ -208,21 +264,20 @@ def saved_settings(folder):
 def find_checkpoint(cfg, data, targets):
     """Refuses what would be lost. Returns the path of the checkpoint to go on from, the newest that
     is whole, or None."""
-    out, resume = Path(cfg.out_dir), cfg.init_from != "scratch"
-    found = find_checkpoints(out)
-    if cfg.init_from == "auto":
-        resume = (out / "config.json").is_file()
-    if not resume:
-        if (found or (out / "values.npy").exists()) and not cfg.overwrite:
-            ways = (
-                "--init_from=resume goes on, --overwrite starts over, --out_dir=... goes elsewhere"
-            )
-            raise UserError(f"{out} already holds a run: {ways}")
+    out = Path(cfg.out_dir)
+    checkpoints = find_checkpoints(out)
+    has_config = (out / "config.json").is_file()
+    starts = cfg.init_from == "scratch" or (cfg.init_from == "auto" and not has_config)
+    if starts:
+        holds_run = checkpoints or (out / "values.npy").exists()
+        if holds_run and not cfg.overwrite:
+            ways = "--init_from=resume goes on, --overwrite starts over"
+            raise UserError(f"{out} already holds a run: {ways}, --out_dir=... goes elsewhere")
         return None
-    if not (out / "config.json").is_file() and not found:
+    if not has_config and not checkpoints:
         cure = "name the run's folder with --out_dir=..., or leave out --init_from"
         raise UserError(f"nothing to resume in {out}: {cure}")
-    for path in found:
+    for path in checkpoints:
         try:
             checkpoint = read_checkpoint(path)
             store.check(out, checkpoint["valuation"].get("records", {}))
@@ -231,45 +286,46 @@ def find_checkpoint(cfg, data, targets):
             continue
         check_resumption(cfg, data, targets, checkpoint, path)
         return path
-    if found:
-        cure = repair_or_start_over(out, found)
+    if checkpoints:
+        cure = repair_or_start_over(out, checkpoints)
         raise UserError(f"no checkpoint in {out} is whole, or the rows it counts on: {cure}")
     say(f"{out} has no checkpoint yet: starting at step 0")
     return None
 
 
-def repair_or_start_over(out, found):
+def repair_or_start_over(out, checkpoints):
     """What to type where no checkpoint can be used: if one is whole, only rows are damaged."""
-    for path in found:
+    for path in checkpoints:
         with contextlib.suppress(UserError):
             step = read_checkpoint(path)["iter_num"]
             repair = command("python", "revalue.py", str(out), "--repair")
-            return f"the weights of step {step} are whole; type: {repair}, which makes those rows again"
+            what = f"the weights of step {step} are whole"
+            return f"{what}; type: {repair}, which makes those rows again"
     return "--overwrite starts over"
 
 
 def check_resumption(cfg, data, targets, checkpoint, path):
     """Raises UserError where this configuration would go on with another run's values."""
-    out, was = cfg.out_dir, checkpoint["config"]
-    had_batch = [was.get(key) for key in BATCH]
-    now_batch = [getattr(cfg, key) for key in BATCH]
+    out = cfg.out_dir
+    settings = without_removed(checkpoint["config"], path)
+    may_change = {*MAY_CHANGE, *STARTS}
     with fitting(path):
-        same_batch = np.prod(had_batch) == np.prod(now_batch)
-    free = [*MAY_CHANGE, *STARTS, *(BATCH if same_batch else ())]
-    for key, had in was.items():
+        if np.prod([settings.get(key) for key in BATCH]) == cfg.batch:
+            may_change.update(BATCH)
+    for key, had in settings.items():
         if not hasattr(cfg, key):
-            raise UserError(
-                f"{path} was written by another version (it has a setting {key!r}): {CURE}"
-            )
-        if getattr(cfg, key) != had and key not in free:
-            here = f"--{key}={getattr(cfg, key)}, but {out} was run with {key}={had}"
-            raise UserError(f"{here}: type --{key}={had}, or another --out_dir")
+            what = f"{path} was written by another version (it has a setting {key!r})"
+            raise UserError(f"{what}: {CURE}")
+        now = getattr(cfg, key)
+        if now != had and key not in may_change:
+            what = f"--{key}={now}, but {out} was run with {key}={had}"
+            raise UserError(f"{what}: type --{key}={had}, or another --out_dir")
     if checkpoint["data_hash"] != data.hash:
         what = f"{data.path} is not the data of {out} (its hash differs)"
         raise UserError(f"{what}: name the run's data with --data_dir=...")
     if checkpoint["keep"] != store.crc(data.keep):
         what = f"--keep={cfg.keep} does not name the chunks that {out} was trained on"
-        raise UserError(f"{what}: type --keep={was.get('keep', '')}")
+        raise UserError(f"{what}: type --keep={settings.get('keep', '')}")
     check_targets(targets, checkpoint["valuation"].get("targets", {}), out)
 
 

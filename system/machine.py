@@ -50,87 +50,116 @@ def check_package(name, key):
 
 
 def check_system(cfg):
+    """Raises UserError where this machine cannot do what a train.Config asks for."""
     check_device(cfg.device)
     check_size(cfg)
     if cfg.wandb_log:
         check_package("wandb", "wandb_log")
-    if cfg.tensorboard_log:
-        check_package("tensorboard", "tensorboard_log")
-    kind = cfg.device.split(":")[0]
     if cfg.shard and "RANK" not in os.environ:
-        raise UserError(
-            "--shard is for several processes: type torchrun --nproc_per_node=<number of GPUs> train.py ..."
-        )
+        cure = "type torchrun --nproc_per_node=<number of GPUs> train.py ..."
+        raise UserError(f"--shard is for several processes: {cure}")
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if cfg.compile and kind == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError(
-            "--compile needs a C++ compiler and found neither g++ nor clang++: install one, or leave out --compile"
-        )
+    is_cpu = cfg.device.split(":")[0] == "cpu"
+    if cfg.compile and is_cpu and not any(shutil.which(name) for name in compilers):
+        what = "--compile needs a C++ compiler and found neither g++ nor clang++"
+        raise UserError(f"{what}: install one, or leave out --compile")
 
 
 def describe_run(settings, processes, data_hash, root):
     """What config.json says: enough to run it again. root: of the code."""
-    git = (
-        subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
-    commit = git.stdout.strip() if git and git.returncode == 0 else None
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-    run = dict(
-        config=settings,
-        command=" ".join(["python", *sys.argv]),
-        processes=processes,
-        git_commit=commit,
-    )
-    return run | dict(versions=versions, data_hash=data_hash)
+    return {
+        "config": settings,
+        "command": " ".join(["python", *sys.argv]),
+        "processes": processes,
+        "git_commit": git_commit(root),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "data_hash": data_hash,
+    }
+
+
+def git_commit(root):
+    """The commit of the code, None where git does not know it."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", root, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True)
+    return git.stdout.strip() if git.returncode == 0 else None
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, of the data sheets
 
 
 def peak_flops(device, dtype):
-    """What MFU is a share of: the data sheet's dense bf16 rate for GPUs known here, else what a large matmul reaches
-    (in float32 on a CPU: bfloat16 is slower there)."""
-    name = torch.cuda.get_device_name(device) if "cuda" in device else ""
-    for known, peak in (("H200", 989e12), ("H100", 989e12), ("A100", 312e12)):
+    """The operations a second that MFU is a share of: of a GPU known here the data sheet's, else
+    what a large matmul reaches (in float32 on a CPU, where bfloat16 is slower)."""
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else ""
+    for known, peak in PEAK_FLOPS.items():
         if known in name:
             return peak
-    a = torch.ones(1024, 1024, device=device, dtype=dtype if name else torch.float32)
-    return (
-        2 * 1024**3 / min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))
-    )  # reading a number waits for the device
+    a = torch.ones(1024, 1024, device=device, dtype=dtype if on_gpu else torch.float32)
+
+    def multiply():
+        return float((a @ a)[0, 0])  # reading a number waits for the device
+
+    return 2 * 1024**3 / min(timeit.repeat(multiply, number=1, repeat=3))
 
 
-class Interrupted(list):
-    """Empty until SIGTERM or SIGINT asks the run to end after its step; a second one raises KeyboardInterrupt."""
+def compile_model(model):
+    """torch.compile, for a model that is valued."""
+    # `adamw` has another number of exact rows at every step
+    torch._dynamo.config.force_parameter_static_shapes = False
+    # training, targets, evaluation, second pass and audit have graphs of their own
+    torch._dynamo.config.recompile_limit = 32
+    return torch.compile(model, fullgraph=True)
+
+
+class Interrupted:
+    """Whether SIGTERM or SIGINT has asked the run to end after its step. A second signal raises
+    KeyboardInterrupt."""
 
     def __init__(self):
-        self.before = {
-            number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.is_asked = False
+        self.handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self:
+        if self.is_asked:
             raise KeyboardInterrupt
-        self.append(number)
+        self.is_asked = True
 
     def restore(self):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
+# --- random numbers -----------------------------------------------------------
+
+
 def rng_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), gpu_state
 
 
 def set_rng_state(state):
-    torch.set_rng_state(state[0])
-    if torch.cuda.is_available() and state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+    cpu_state, gpu_state = state
+    torch.set_rng_state(cpu_state)
+    if torch.cuda.is_available() and gpu_state is not None:
+        torch.cuda.set_rng_state(gpu_state)
 
 
 @contextlib.contextmanager
 def replaying(state):
-    """Random numbers (dropout) as they were at state, without disturbing those to come; None: nothing to replay."""
-    with torch.random.fork_rng(enabled=state is not None):
-        if state is not None:
-            set_rng_state(state)
+    """Random numbers (dropout) as they were at a state, without disturbing those to come. None:
+    there is nothing to replay."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        set_rng_state(state)
         yield

@@ -1,7 +1,9 @@
-"""Several processes, started by torchrun, on one machine or many: who takes what, what is summed, who writes.
+"""Several processes, started by torchrun, on one machine or many: who takes what, what is summed,
+who writes.
 
-PyTorch's own engines do the work: DDP, where every process holds the whole model, or FSDP2 (`fully_shard`), where each
-holds a slice of every parameter, of its moments and of its directions. Run alone, every function here does nothing.
+PyTorch's own engines do the work. With DDP every process holds the whole model. With FSDP2
+(`fully_shard`) each holds a slice of every parameter, of its moments and of its directions. Where
+there is one process, every function here does nothing.
 """
 
 import gc
@@ -15,29 +17,36 @@ from torch.nn.parallel import DistributedDataParallel
 
 from system.errors import UserError
 
-SMALL = 2**20  # elements
+SMALL = 2**20  # elements of a tensor that is summed in one message with others
 
 
 def start(device):
     """Joins torchrun's other processes, if there are any. Returns the device of this one."""
     if "RANK" not in os.environ or dist.is_initialized():
         return device
-    kind = device.split(":")[0]
-    if kind == "cuda":
+    backend = "gloo"
+    if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    # NCCL for the GPUs, gloo for what never leaves the host, as whether to stop; a rank that is slow for an hour is only slow
-    backend, timeout = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timedelta(hours=1)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
-    )  # which may hold what processes before a restart left
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        # NCCL for the GPUs, gloo for what never leaves the host, as whether to stop
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(hours=1)  # a rank that is slow for an hour is only slow
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # the store may hold what processes before a restart left
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(restarts, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     return device
 
 
 def stop():
-    """After the last use of the model: gloo sometimes aborts at exit where DDP's reducer outlives the group."""
+    """After the last use of the model. gloo sometimes aborts at exit where DDP's reducer outlives
+    the group."""
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -52,31 +61,39 @@ def size():
 
 
 def mine(n):
-    """This rank's slice of 0..n-1: the slices in the order of the ranks are the whole. Raises ValueError where they would not be equal."""
-    each, left = divmod(n, size())
+    """This rank's slice of 0..n-1. The slices in the order of the ranks are the whole. Raises
+    UserError where they would not be equal."""
+    n_mine, left = divmod(n, size())
     if left:
-        raise UserError(
-            f"{size()} processes cannot share {n} chunks evenly: change --batch_size or --gradient_accumulation_steps"
-        )
-    return slice(rank() * each, (rank() + 1) * each)
+        what = f"{size()} processes cannot share {n} chunks evenly"
+        raise UserError(f"{what}: change --batch_size or --gradient_accumulation_steps")
+    return slice(rank() * n_mine, (rank() + 1) * n_mine)
+
+
+# --- sums and messages --------------------------------------------------------
 
 
 def add(tensors):
     """Sums each tensor over the ranks, in place, the small ones in one message. Returns them."""
-    if size() > 1:
-        small, large = (
-            [t for t in tensors if (t.numel() < SMALL) == is_small] for is_small in (True, False)
-        )
-        flat = [torch.cat([t.flatten() for t in small])] if small else []
-        for work in [dist.all_reduce(t, async_op=True) for t in flat + large]:
-            work.wait()
-        for t, summed in zip(small, flat[0].split([t.numel() for t in small])) if small else ():
+    if size() == 1:
+        return tensors
+    small = [t for t in tensors if t.numel() < SMALL]
+    large = [t for t in tensors if t.numel() >= SMALL]
+    messages = list(large)
+    if small:
+        joined = torch.cat([t.flatten() for t in small])
+        messages.insert(0, joined)
+    for work in [dist.all_reduce(t, async_op=True) for t in messages]:
+        work.wait()
+    if small:
+        for t, summed in zip(small, joined.split([t.numel() for t in small])):
             t.copy_(summed.view_as(t))
     return tensors
 
 
 def gather(tensor, dim=0):
-    """The ranks' tensors, equal in shape, joined along dim in the order of the ranks: on every rank."""
+    """The ranks' tensors, equal in shape, joined along dim in the order of the ranks: on every
+    rank."""
     if size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(size())]
@@ -86,10 +103,10 @@ def gather(tensor, dim=0):
 
 def gather_objects(x):
     """[each rank's x], on every rank."""
-    found = [x] * size()
+    objects = [x] * size()
     if size() > 1:
-        dist.all_gather_object(found, x)
-    return found
+        dist.all_gather_object(objects, x)
+    return objects
 
 
 def on_rank_0(work):
@@ -111,63 +128,90 @@ def any_of(flag):
     return bool(add([torch.tensor(int(bool(flag)))])[0])
 
 
+def mean(x):
+    """The mean over the ranks of a scalar tensor, as a float."""
+    return float(add([x])[0]) / size()
+
+
 # --- the model ----------------------------------------------------------------
 
 
-def replicate(model):
-    """DDP: the gradients of the last micro-batch's backward become the ranks' mean."""
+def replicate(model, example_loss):
+    """DDP: the gradients of the last micro-batch's backward become the ranks' mean.
+
+    example_loss(model) -> the loss of a micro-batch. DDP orders its buckets by the first backward.
+    If that were a step's, a resumed run would add up in another order than the undisturbed one, so
+    it is this one.
+    """
     if size() == 1:
         return model
     device = next(model.parameters()).device
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    device_ids = [device] if device.type == "cuda" else None
+    replica = DistributedDataParallel(model, device_ids=device_ids)
+    example_loss(replica).backward()
+    model.zero_grad(set_to_none=True)
+    return replica
 
 
-def shard(model, blocks, K):
-    """FSDP2, in place: each rank keeps a slice of the rows of every parameter and of its direction, and the whole of a block exists
-    only while it computes. K: the number of directions.
+def shard(model, blocks, n_targets):
+    """FSDP2, in place: each rank keeps a slice of the rows of every parameter and of its direction,
+    and the whole of a block exists only while it computes.
 
-    A sharded parameter p has p.h, this rank's slice of its direction (K, rows, ...), and p.seen, the whole parameter as the
-    layers see it, whose own .h is the whole direction. Raises ValueError where the ranks cannot share the rows evenly.
+    A sharded parameter p has p.h, this rank's slice of its direction (K, rows, ...), and p.whole,
+    the whole parameter as the layers see it, whose own .h is the whole direction. Raises UserError
+    where the ranks cannot share the rows evenly.
     """
-    from torch.distributed.fsdp import (
-        fully_shard,
-    )  # takes seconds to import, as whatever of torch knows DTensor
+    # takes seconds to import, as whatever of torch knows DTensor
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    directions, olds = {}, dict(model.named_parameters())
-    for name, p in olds.items():
-        if len(p) % size():
-            raise UserError(
-                f"--shard: {size()} processes cannot share the {len(p)} rows of {name}: choose sizes that are multiples of {size()}"
-            )
-        if K:
-            directions[p] = nn.Parameter(p.new_zeros(K, *p.shape), requires_grad=False)
-    for module in list(model.modules()) if K else ():
-        for name, p in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name + "_h", directions[p])
-    wholes, of_direction = {}, {id(h) for h in directions.values()}
+    originals = dict(model.named_parameters())
+    directions = register_directions(model, originals, n_targets)
+    direction_ids = {id(h) for h in directions.values()}
+
+    def placement(p):
+        return Shard(1) if id(p) in direction_ids else None
+
     for module in (*blocks, model):
-        fully_shard(
-            module,
-            reshard_after_forward=True,
-            shard_placement_fn=lambda p: Shard(1) if id(p) in of_direction else None,
-        )
+        fully_shard(module, reshard_after_forward=True, shard_placement_fn=placement)
     sharded = dict(model.named_parameters())
+    wholes = {}
     for module in (*blocks, model):
         module.unshard()
-        wholes |= {name: p for name, p in model.named_parameters() if not is_sharded(p)}
+        for name, p in model.named_parameters():
+            if not is_sharded(p):
+                wholes[name] = p
         module.reshard()
-    for name, old in olds.items():
+    for name, original in originals.items():
         p, whole = sharded[name], wholes[name]
-        for new in (p, whole):
-            new.__dict__.update(old.__dict__)
-        p.seen = whole
-        if K:
-            p.h, whole.h = local(sharded[name + "_h"]), wholes[name + "_h"]
+        p.__dict__.update(original.__dict__)
+        whole.__dict__.update(original.__dict__)
+        p.whole = whole
+        if n_targets:
+            p.h = local(sharded[name + "_h"])
+            whole.h = wholes[name + "_h"]
+
+
+def register_directions(model, parameters, n_targets):
+    """Gives every parameter's module a parameter <name>_h for its direction, so that FSDP shards
+    and gathers both. Returns {parameter: direction}, empty without targets."""
+    directions = {}
+    for name, p in parameters.items():
+        if len(p) % size():
+            what = f"--shard: {size()} processes cannot share the {len(p)} rows of {name}"
+            raise UserError(f"{what}: choose sizes that are multiples of {size()}")
+        if n_targets:
+            directions[p] = nn.Parameter(p.new_zeros(n_targets, *p.shape), requires_grad=False)
+    if directions:
+        for module in list(model.modules()):
+            for name, p in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name + "_h", directions[p])
+    return directions
 
 
 def is_sharded(t):
-    return hasattr(t, "to_local")  # it is a DTensor
+    """Whether a tensor is FSDP's, a DTensor."""
+    return hasattr(t, "to_local")
 
 
 @torch.no_grad()
@@ -177,5 +221,6 @@ def local(t):
 
 
 def full(t):
-    """The whole of a sharded tensor, on every rank, which all must ask for it; any other as it is."""
+    """The whole of a sharded tensor, on every rank, which all must ask for it; any other as it
+    is."""
     return t.full_tensor() if is_sharded(t) else t

@@ -37,67 +37,59 @@ SCHEMA = 2  # of values.json
 BLOCK = 1 << 16  # records that have one checksum
 
 
-def visit_dtype(K):
-    """grad_norm: the chunk's gradient norm over the weights values.json names, NaN if not computed. early: 1 where AdamW's moments
-    are too young for its rules to be trusted."""
-    return np.dtype(
-        [
-            ("step", "<i4"),
-            ("chunk", "<i8"),
-            ("loss", "<f4"),
-            ("value", "<f4", (K,)),
-            ("grad_norm", "<f4"),
-            ("early", "u1"),
-        ]
-    )
+# --- what the records hold ----------------------------------------------------
 
-
-BOOK_ENTRIES = (
-    "before",
-    "after",
-    "data",
-    "momentum",
-    "decay",
-    "residual",
-)  # of each target, in nats
-
-
-def book_dtype(K, domains=0):
-    per_target = [(name, "<f4", (K,)) for name in BOOK_ENTRIES]
-    if domains:
-        per_target.append(("momentum_by_domain", "<f4", (K, domains)))
-    return np.dtype(
-        [("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4"), *per_target]
-    )
-
-
-# Of each target: the values beside the exact Shapley values (rmse in nats; rel_l2 = |values - truth| / |truth|); utility: what the whole batch
-# did, loss where momentum and decay alone land - loss where the step lands; efficiency_gap: sum of the values - utility; standard_error of
-# the truth, if by permutations: root mean square, relative; loo_: the values beside leave-one-out.
+VISIT_FIELDS = [
+    ("step", "<i4"),
+    ("chunk", "<i8"),
+    ("loss", "<f4"),
+    # ("value", "<f4", (K,)) stands here
+    ("grad_norm", "<f4"),  # over the weights that values.json names, NaN if not computed
+    ("early", "u1"),  # 1 where AdamW's moments are too young for any rule
+]
+BOOK_FIELDS = [("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4")]
+# of each target, in nats (shapley/books.py)
+BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")
+# of each target: the values beside the exact Shapley values of the step
 AUDIT_ENTRIES = (
     "pearson",
     "spearman",
-    "rmse",
-    "rel_l2",
-    "efficiency_gap",
+    "rmse",  # nats
+    "rel_l2",  # |values - truth| / |truth|
+    "efficiency_gap",  # sum of the values - utility
+    # what the whole batch did: the loss where momentum and decay alone land - where the step lands
     "utility",
-    "standard_error",
-    "loo_pearson",
+    "standard_error",  # of the truth, if by permutations: root mean square, relative
+    "loo_pearson",  # the values beside leave-one-out
     "loo_spearman",
 )
 
 
+def visit_dtype(K):
+    """Of ledger.npy."""
+    return np.dtype([*VISIT_FIELDS[:3], ("value", "<f4", (K,)), *VISIT_FIELDS[3:]])
+
+
+def book_dtype(K):
+    """Of books.npy."""
+    return np.dtype(BOOK_FIELDS + [(name, "<f4", (K,)) for name in BOOK_ENTRIES])
+
+
 def audit_dtype(K):
-    return np.dtype([("step", "<i4"), *((name, "<f4", (K,)) for name in AUDIT_ENTRIES)])
+    """Of audit.npy."""
+    return np.dtype([("step", "<i4")] + [(name, "<f4", (K,)) for name in AUDIT_ENTRIES])
 
 
-def empty(dtype):
-    """One record with nothing computed yet, shape (1,): NaN, and 0 for integers."""
-    record = np.zeros(1, dtype)
+def record(dtype, entries):
+    """One record, shape (1,), of {field: value}; of the fields that are not named floats are NaN,
+    for they were not computed, and integers 0."""
+    made = np.zeros(1, dtype)
     for name in dtype.names:
-        if dtype[name].base.kind == "f":
-            record[name] = np.nan
-    return record
+        if name in entries:
+            made[name] = entries[name]
+        elif dtype[name].base.kind == "f":
+            made[name] = np.nan
+    return made
 
 
 # --- writing ------------------------------------------------------------------
@@ -113,43 +105,59 @@ class Records:
     def __init__(self, path, dtype, counted=None):
         """counted: what counted() said when a checkpoint was written: what lies beyond is
         forgotten. None: a new file."""
-        self.path, self.dtype, self.pending = Path(path), dtype, []
+        self.path, self.dtype = Path(path), dtype
+        self.pending = []
+        flags = os.O_RDWR | os.O_NOFOLLOW
         if counted:
-            self.rows, self.sums, flags = counted["rows"], list(counted["sums"]), os.O_RDWR
+            self.rows = counted["rows"]
+            self.sums = list(counted["sums"])
         else:
-            self.rows, self.sums, flags = 0, [], os.O_RDWR | os.O_CREAT | os.O_EXCL
+            self.rows = 0
+            self.sums = []
+            flags |= os.O_CREAT | os.O_EXCL
             self.path.unlink(missing_ok=True)  # not emptied: a reader may have it mapped
-        self.file = open(os.open(path, flags | os.O_NOFOLLOW, 0o666), "r+b")
+        self.file = open(os.open(path, flags, 0o666), "r+b")
         self.write_header()
         self.file.truncate(self.start + self.rows * dtype.itemsize)
 
     def write_header(self):
+        fields = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.rows,),  # numpy pads it so that the count can grow in place
+        }
         header = io.BytesIO()
-        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
-        fields["shape"] = (self.rows,)  # numpy pads it so that the count can grow in place
         np.lib.format.write_array_header_1_0(header, fields)
         self.start = len(header.getvalue())
         os.pwrite(self.file.fileno(), header.getvalue(), 0)
 
     def counted(self):
         """What a checkpoint and values.json say of it."""
-        sums = list(self.sums)
-        return dict(rows=self.rows, sums=sums, start=self.start, itemsize=self.dtype.itemsize)
+        return {
+            "rows": self.rows,
+            "sums": list(self.sums),
+            "start": self.start,
+            "itemsize": self.dtype.itemsize,
+        }
 
     def commit(self):
         """Rows first, then the header that counts them."""
         with named(self.path):
             if self.pending:
-                new, itemsize = np.concatenate(self.pending).tobytes(), self.dtype.itemsize
-                self.file.seek(self.start + self.rows * itemsize)
-                self.file.write(new)
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                add_sums(self.sums, self.rows * itemsize, new, BLOCK * itemsize)
-                self.rows += len(new) // itemsize
+                self.append(np.concatenate(self.pending).tobytes())
                 self.pending = []
             self.write_header()
             os.fsync(self.file.fileno())
+
+    def append(self, new):
+        """new: bytes of whole records."""
+        itemsize = self.dtype.itemsize
+        self.file.seek(self.start + self.rows * itemsize)
+        self.file.write(new)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        add_sums(self.sums, self.rows * itemsize, new, BLOCK * itemsize)
+        self.rows += len(new) // itemsize
 
 
 def add_sums(sums, size, new, block):
@@ -166,17 +174,25 @@ def add_sums(sums, size, new, block):
         start += len(piece)
 
 
+def add_visits(visits, total, used):
+    """Adds visits to total float64 (n_chunks, K) and marks their chunks in used, in place: row
+    after row, so that a sum picked up half-way ends in the same bits."""
+    np.add.at(total, visits["chunk"], visits["value"].astype(np.float64))
+    used[visits["chunk"]] = True
+
+
 def write_values(run, total, used):
-    """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy; returns its file's CRC-32."""
+    """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy. Returns its CRC-32."""
     shape = total.shape if total.shape[1] > 1 else total.shape[:1]
-    with atomic(
-        Path(run, "values.npy")
-    ) as f:  # np.save would hide why a disk refuses, and want the whole array
-        np.lib.format.write_array_header_1_0(
-            f, {"descr": "<f4", "fortran_order": False, "shape": shape}
-        )
-        for part in (slice(start, start + 2**20) for start in range(0, len(total), 2**20)):
-            f.write(np.where(used[part, None], total[part], np.nan).astype("<f4").data)
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    piece = 2**20
+    # np.save would hide why a disk refuses, and want the whole array
+    with atomic(Path(run, "values.npy")) as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        for start in range(0, len(total), piece):
+            chunks = slice(start, start + piece)
+            values = np.where(used[chunks, None], total[chunks], np.nan)
+            f.write(values.astype("<f4").data)
         f.flush()
         return crc32(f.name)
 
@@ -186,60 +202,59 @@ def write_values(run, total, used):
 
 def read(run, name="ledger"):
     """The committed rows of a run's ledger, books or audit, memmapped."""
-    return load_array(
-        Path(run, name + ".npy"), "type: python train.py --verify --out_dir=<the run>"
-    )
+    cure = "type: python train.py --verify --out_dir=<the run>"
+    return load_array(Path(run, f"{name}.npy"), cure)
+
+
+def check(run, counted, cure="the checkpoint before it may help"):
+    """counted: {name: Records.counted()}. Raises UserError where a run's records are others."""
+    for name, counted_file in counted.items():
+        path = Path(run, f"{name}.npy")
+        damaged = damaged_blocks(path, counted_file, cure)
+        if damaged:
+            rows = which_rows(damaged, counted_file["rows"])
+            what = f"{path} is missing or damaged, {rows} are not as they were written"
+            raise UserError(f"{what}: {cure}")
 
 
 COUNTED = {"rows": int, "sums": list, "start": int, "itemsize": int}
 
 
-def check(run, counted, cure="the checkpoint before it may help"):
-    """Raises UserError where a run's records are not those that {name: Records.counted()} counts."""
-    for name, of in counted.items():
-        path = Path(run, name + ".npy")
-        bad = damaged_blocks(path, of, cure)
-        if bad:
-            rows = which_rows(bad, of["rows"])
-            what = f"{path} is missing or damaged, {rows} are not as they were written"
-            raise UserError(f"{what}: {cure}")
-
-
 def damaged_blocks(path, counted, cure="take another checkpoint"):
     """The numbers of a file's blocks of BLOCK records that are not as they were counted: all of
-    them where there is no file. On all cores. Raises UserError where `counted` is none of ours."""
+    them where there is no file. On all cores. Raises UserError where `counted` is not what
+    Records.counted() makes."""
     if not isinstance(counted, dict):
         raise UserError(f"{path} was counted by another version: {cure}")
     check_entries(counted, COUNTED, path, cure)
     if min(counted["rows"], counted["start"], counted["itemsize"]) < 0:
         raise UserError(f"{path} was counted wrongly: {cure}")
-    itemsize, sums = counted["itemsize"], counted["sums"]
-    block, end = BLOCK * itemsize, counted["start"] + counted["rows"] * itemsize
+    blocks = range(len(counted["sums"]))
     if not path.is_file():
-        return [*range(len(sums))]
+        return list(blocks)
+    block_size = BLOCK * counted["itemsize"]
+    end = counted["start"] + counted["rows"] * counted["itemsize"]
 
     def is_damaged(i):
-        start = counted["start"] + i * block
-        return crc32(path, start, min(block, end - start)) != sums[i]
+        start = counted["start"] + i * block_size
+        return crc32(path, start, min(block_size, end - start)) != counted["sums"][i]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(is_damaged, range(len(sums)))
-        return [i for i, bad in enumerate(found) if bad]
+        answers = pool.map(is_damaged, blocks)
+        return [i for i, damaged in zip(blocks, answers) if damaged]
 
 
 def which_rows(blocks, rows):
     """Some blocks' numbers -> "rows 0 to 65535"."""
-    parts = [f"{i * BLOCK} to {min(rows, (i + 1) * BLOCK) - 1}" for i in blocks[:3]]
-    return "rows " + ", ".join(parts) + (", ..." if len(blocks) > 3 else "")
+    ranges = []
+    for i in blocks[:3]:
+        last = min(rows, (i + 1) * BLOCK) - 1
+        ranges.append(f"{i * BLOCK} to {last}")
+    if len(blocks) > 3:
+        ranges.append("...")
+    return "rows " + ", ".join(ranges)
 
 
 def crc(ids):
     """CRC-32 of an array of integers, whatever their type; None of None."""
     return None if ids is None else zlib.crc32(np.ascontiguousarray(ids, "<i8"))
-
-
-def add_visits(visits, total, used):
-    """Adds visits to total float64 (n_chunks, K) and marks their chunks in used, in place: row after row, in float64, so
-    that a sum picked up half-way ends in the same bits."""
-    np.add.at(total, visits["chunk"], visits["value"].astype(np.float64))
-    used[visits["chunk"]] = True

@@ -13,7 +13,7 @@ from commands import ROOT
 from test_lost import arguments
 
 import train
-from pile.targets import with_commas
+from system.terminal import with_commas
 
 NOWHERE = "http://127.0.0.1:9"  # where nothing listens
 

@@ -12,8 +12,8 @@ import test_damage
 from commands import on_terminal, readers, run
 
 import train
-from pile.targets import with_commas
 from system import files
+from system.terminal import with_commas
 
 FORGED = "error: forged"
 folders = test_damage.folders  # the fixture

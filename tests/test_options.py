@@ -18,10 +18,11 @@ import report
 import revalue
 import sample
 import train
-from pile.targets import parse_targets, split_targets, with_commas
+from data import parse_targets, split_targets
 from prepare_pile import Config as Prepare
 from prepare_pile import prepare
 from system.errors import UserError
+from system.terminal import with_commas
 
 MODULES = [curate, prepare_pile, report, revalue, sample, train]
 NUMBERS = ["-1", "-5", "0", "1e30", str(2**64), "1" * 400, "nan", "inf", "-inf", "1e-46", ".5", ""]

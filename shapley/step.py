@@ -1,0 +1,43 @@
+"""What is known of an optimizer step while it is valued. K targets, b chunks of a micro-batch."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass
+class MicroBatch:
+    """A rank's part of a micro-batch, and what its forward and backward left behind."""
+
+    ids: np.ndarray  # (b,) numbers of its chunks
+    X: Tensor
+    Y: Tensor
+    ledger: object  # zeros (b, K), a Tape, or None where the forward will be repeated
+    rng: object  # the random numbers' state before its forward; None without dropout
+    losses: Tensor | None = None  # (b,) nats
+    values: Tensor | None = None  # (b, K), where a second pass found them: see Step.values
+    # the rows that `adamw` values exactly (directions.py)
+    per_chunk: dict = field(default_factory=dict)  # {p: each chunk's gradient (b, R, ...)}
+    exact_values: Tensor | float = 0.0  # (b, K), what they add to the values
+    products: Tensor | float = 0.0  # (b,) <x_i, g>
+    squares: Tensor | float = 0.0  # (b,) |x_i|^2
+
+
+@dataclass
+class Step:
+    """One step of the optimizer."""
+
+    number: int
+    lr: float
+    t: int  # the optimizer's coming update is its t-th: 1, 2, ...
+    clip_coef: float | Tensor = 1.0  # kappa: what clipping multiplied the gradients by
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    book: dict = field(default_factory=dict)  # of a measured step: {entry: (K,) nats}
+    truth: object = None  # of an audited step: audit.Truth
+    # after the step, of this rank's chunks in their order
+    ids: np.ndarray | None = None  # (n,)
+    values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and the rule's correction
+    losses: Tensor | None = None  # (n,) nats
+    products: Tensor | None = None  # (n,), None where no rows are exact
+    squares: Tensor | None = None  # (n,)
