@@ -1,19 +1,26 @@
 """
-A small GPT on the text every Python installation carries, for a CPU: two targets of different kinds.
+A small GPT on the text every Python installation carries, for a CPU: two targets of two kinds.
 
-    python prepare_pile.py --source=python --tokenizer=byte --block_size=256 --val_fraction=0.05 --data_dir=data/python
-    python train.py config/demo.py
+    make demo
+
+is the same as
+
+    python prepare_pile.py --source=python --tokenizer=byte --block_size=256 \\
+        --val_fraction=0.05 --data_dir=data/python
+    python train.py configs/demo.py
 
 Machine: two CPU cores, about two minutes.
-Expected: validation loss about 2.7 nats a byte, falling; a code target is helped most by code, by median; the books close to a fifth or better;
-the audited step agrees with its exact Shapley values.
+Expected: the validation loss falls to about 2.7 nats a byte. A code target is helped most by code,
+by median value. The books account for the drop of the loss within a fifth. The audited step agrees
+with its exact Shapley values.
 """
 
 data_dir = "data/python"
 batch_size = 8
 n_layer, n_head, n_embd = 4, 4, 160
 max_iters = 100
-learning_rate = 1e-3  # at 2e-3 single warm-up steps of momentum alone cost a target whole nats, and no book closes on those
+# at 2e-3, momentum alone costs a target whole nats in single warm-up steps: no book closes on those
+learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 30
 

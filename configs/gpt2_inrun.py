@@ -1,11 +1,14 @@
 """
-GPT-2 124M on the Pile, every chunk valued in the run: the run of "Data Shapley in One Training Run" (arXiv 2406.11011).
+GPT-2 124M on the Pile, every chunk valued in the run.
+
+This is the run of "Data Shapley in One Training Run" (arXiv 2406.11011).
 
     python prepare_pile.py
-    python train.py config/gpt2_inrun.py
+    python train.py configs/gpt2_inrun.py
 
-Machine: made for one GPU with 80 GB. Not run in full by this project yet: see README, "What was measured".
-Expected: what nanoGPT reaches at this batch size; out/gpt2_inrun/values.npy with a value for each chunk used.
+Machine: made for one GPU with 80 GB. This project has not run it in full (results/README.md).
+Expected: what nanoGPT reaches at this batch size, and out/gpt2_inrun/values.npy with a value for
+each chunk used.
 """
 
 block_size = 1024

@@ -440,8 +440,8 @@ def test_what_several_processes_cannot_do_is_said(python_data, tmp_path):
 
 
 def commands(section):
-    """The commands of a README section's sh blocks."""
-    text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    """The commands of the sh blocks of a section of docs/cluster.md."""
+    text = (ROOT / "docs" / "cluster.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
     return [
         line.split("  #")[0].strip()
         for block in text.split("```sh\n")[1:]
@@ -451,7 +451,7 @@ def commands(section):
 
 
 def test_the_commands_for_one_machine(python_data, tmp_path):
-    """Those of README's "More than one GPU", as they stand there, but for sizes: two processes and a small model."""
+    """Those of docs/cluster.md, "More than one GPU", as they stand there, but for sizes: two processes and a small model."""
     found = [
         line
         for line in commands("More than one GPU")

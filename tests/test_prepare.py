@@ -890,7 +890,7 @@ def test_too_many_domains(tmp_path):
 def test_the_readmes_commands_for_large_data(tmp_path):
     """The section's own lines, typed one after another where a folder named pile is."""
     section = (
-        (SCRIPT.parent / "README.md")
+        (SCRIPT.parent / "docs" / "data.md")
         .read_text()
         .partition("## Data at the Pile's size")[2]
         .partition("\n## ")[0]

@@ -129,7 +129,7 @@ def test_a_config_is_found_by_any_of_its_names(name, tmp_path, monkeypatch):
 def test_every_config_loads_and_opens_with_its_command():
     for path in (ROOT / "configs").glob("*.py"):
         config.load(train.Config, [str(path)])
-        assert f"python train.py config/{path.name}" in ast.get_docstring(
+        assert f"python train.py configs/{path.name}" in ast.get_docstring(
             ast.parse(path.read_text())
         )
 
