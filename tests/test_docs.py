@@ -315,6 +315,22 @@ def test_every_make_target_named_is_there():
     assert set(named) <= set(targets)
 
 
+OUR_FOLDERS = [path.name for path in ROOT.iterdir() if path.is_dir()]
+NOT_IN_GIT = ("data", "out", ".venv")
+
+
+def test_every_file_named_is_there():
+    found = []
+    for path in GUIDES:
+        for code in spans(path):
+            folder, slash, _ = code.partition("/")
+            if slash and folder in OUR_FOLDERS and folder not in NOT_IN_GIT:
+                found.append((path.name, code.split()[0]))
+    assert len(found) >= 15
+    for page, name in found:
+        assert (ROOT / name).exists(), (page, name)
+
+
 # --- the tree ---------------------------------------------------------------------
 
 
