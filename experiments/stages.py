@@ -1,72 +1,89 @@
 """
 What each domain does for a narrow target, and how that changes while the model trains.
 
-    python experiments/stages.py                                  on the text every Python installation carries
-    python experiments/stages.py --source=minipile.jsonl.zst "--targets=Python code,Bible KJV,Handbook de+fr+es" --seeds=1,2,3,4 \
+    python experiments/stages.py                    on the text every Python installation carries
+    python experiments/stages.py --source=minipile.jsonl.zst --seeds=1,2,3,4 \\
+        "--targets=Python code,Bible KJV,Handbook de+fr+es" \\
         --data=data/minipile --out=results/stages
-    python experiments/stages.py --part=report --out=...          tables and figure again, from rows.jsonl
-    python experiments/stages.py --quick                          all of it tiny, under a minute
+    python experiments/stages.py --part=report --out=...      tables and figure, from rows.jsonl
+    python experiments/stages.py --quick                      all of it tiny, under a minute
 
-The claim (Wang et al., arXiv 2406.11011, section on the stages of training): for a maths target ArXiv contributes far beyond its share of the
-Pile; Pile-CC, which is general text, goes from positive to negative and then to 0; magnitudes shrink as training goes on.
-Here: runs of train.py with a few domains as targets. Their ledgers are cut into stretches of steps, each twice as long as the one before,
-and in each the chunks' values are added up by domain. Values fall by orders of magnitude, and one step may outweigh a thousand, so beside sums
-there is the *lift*: a chunk's value over the mean magnitude |value| of its own step's chunks. Every step weighs the same in it. 1: its
-domain helps as a typical chunk of the step moves; 0: nothing; below 0: it hurts. A domain that gave what its share of tokens is would
-have the lift of `all`, the whole batch. AdamW's first three steps, marked early in the ledger, are left out.
+The claim (Wang et al., arXiv 2406.11011, section on the stages of training): for a maths target
+ArXiv contributes far beyond its share of the Pile; Pile-CC, which is general text, goes from
+positive to negative and then to 0; magnitudes shrink as training goes on.
+
+Here: runs of train.py with a few domains as targets. Their ledgers are cut into stretches of steps,
+each twice as long as the one before. In each stretch the chunks' values are added up by domain.
+Values fall by orders of magnitude, and one step may outweigh a thousand. So beside sums there is
+the *lift*: a chunk's value over the mean magnitude |value| of its own step's chunks. Every step
+weighs the same in it. A lift of 1: the domain helps as a typical chunk of the step moves; 0:
+nothing; below 0: it hurts. A domain that gave what its share of tokens is would have the lift of
+`all`, the whole batch. AdamW's first three steps, marked early in the ledger, are left out.
 Writes rows.jsonl, table.md, stages.png.
-Two CPU cores: about ten minutes with minipile and four seeds. Expected there (results/stages): in the last half of the run the own domain,
-7, 4 and 3 % of the tokens, has 77, 25 and 18 % of the sum of values, its lift 1.6 to 2.0 above the others'; half of the other domains help Python
-code at first and hinder it later; magnitudes fall five- to sevenfold after the warm-up, about twofold beyond the learning rate's own fall.
+
+Two CPU cores: about ten minutes with minipile and four seeds. Expected there (results/stages): in
+the last half of the run the own domain, 7, 4 and 3 % of the tokens, has 77, 25 and 18 % of the sum
+of values, its lift 1.6 to 2.0 above the others'. Half of the other domains help Python code at
+first and hinder it later. Magnitudes fall five- to sevenfold after the warm-up, about twofold
+beyond the learning rate's own fall.
 """
 
 import math
 import sys
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import config
+import train
+from data import open_dataset
 from experiments.common import (
     begin,
+    column,
+    curve,
     finish,
     forget_run,
+    get_options,
     markdown,
     mean_se,
+    numbers,
     prepare,
     pyplot,
     read_rows,
+    save_figure,
+    select,
+    set_options,
     shown,
     side_by_side,
 )
+from show.run import open_run
 
 CERTAIN = 3.3  # standard errors: two-sided p of .001, for a table has hundreds of cells
-QUICK = dict(
-    seeds="1,2",
-    steps=64,
-    batch_size=8,
-    target_batch=1,
-    block_size=64,
-    n_layer=2,
-    n_embd=32,
-    warmup_iters=10,
-    stretches=3,
-)
+NATS = 1e6  # values are shown in 1e-6 nats per token
+QUICK = {
+    "seeds": "1,2",
+    "steps": 64,
+    "batch_size": 8,
+    "target_batch": 1,
+    "block_size": 64,
+    "n_layer": 2,
+    "n_embd": 32,
+    "warmup_iters": 10,
+    "stretches": 3,
+}
 
 
 @dataclass
 class Config:
     source: str = "python"  # as in prepare_pile.py
-    targets: str = (
-        "Python code,Docstrings"  # domains: each one's validation chunks are a narrow target
-    )
+    # domains: each one's validation chunks are a narrow target
+    targets: str = "Python code,Docstrings"
     seeds: str = "1,2,3"  # of weights, order of chunks, draws of target chunks
     stretches: int = 6  # of the run, each as long as all before it
     # the runs
@@ -88,24 +105,38 @@ class Config:
     quick: bool = False  # the whole of it tiny
     part: Literal["all", "report"] = "all"  # report: only the tables and the figure
 
+    def __post_init__(self):
+        if self.quick:
+            set_options(self, QUICK)
+            self.data += "-quick"
+
+
+# --- a run and its rows ---------------------------------------------------------
+
 
 def run(cfg, seed):
-    """One run, and what its ledger says: a row for every target, stretch and domain, and for `all` of them."""
-    from data import open_dataset
-    from show.run import open_run
-    from train import Config as TrainConfig
-    from train import train
-
+    """Trains once. Returns rows: what the ledger says of each target, stretch and domain."""
     out = Path(cfg.out, f"run-{seed}")
-    targets = ",".join(f"val:{name}" for name in cfg.targets.split(","))
-    keys = "rule batch_size target_batch block_size n_layer n_head n_embd learning_rate warmup_iters".split()
-    options = {key: getattr(cfg, key) for key in keys} | dict(
-        min_lr=cfg.learning_rate / 10, max_iters=cfg.steps, checkpoint_interval=cfg.steps
+    names = [f"val:{name}" for name in cfg.targets.split(",")]
+    options = get_options(
+        cfg,
+        "rule",
+        "batch_size",
+        "target_batch",
+        "block_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "learning_rate",
+        "warmup_iters",
     )
-    train(
-        TrainConfig(
+    train.train(
+        train.Config(
             **options,
-            targets=targets,
+            min_lr=cfg.learning_rate / 10,
+            max_iters=cfg.steps,
+            checkpoint_interval=cfg.steps,
+            targets=",".join(names),
             seed=seed,
             data_dir=cfg.data,
             out_dir=str(out),
@@ -114,101 +145,118 @@ def run(cfg, seed):
             overwrite=True,
         )
     )
-    found, data = open_run(out), open_dataset(cfg.data)
+    result = open_run(out)
+    data = open_dataset(cfg.data)
     rows = by_stretch(
-        found.visits,
-        found.books["lr"],
+        result.visits,
+        result.books["lr"],
         data.train.domain,
         data.domains,
-        found.names,
-        found.width,
+        result.names,
+        result.width,
         cfg.stretches,
     )
     forget_run(out)
-    return [dict(seed=seed, **row) for row in rows]
+    return [{"seed": seed, **row} for row in rows]
 
 
 def by_stretch(visits, lrs, domain_of, domains, targets, width, stretches):
-    """The ledger's visits, B a step in the order of the steps -> rows. Values are per token, in nats."""
+    """The ledger's visits, B a step in the order of the steps -> rows, a row for every target,
+    stretch and domain, and one for `all` domains. Values are per token, in nats.
+
+    lrs (steps,): learning rates. domain_of (chunks,): a chunk's index into domains. width: tokens
+    of a chunk.
+    """
     steps = int(visits["step"][-1]) + 1
     values = visits["value"].astype(float).reshape(steps, -1, len(targets)) / width
     domain = domain_of[visits["chunk"]].reshape(steps, -1)
     first = int(np.argmin(visits["early"].reshape(steps, -1)[:, 0]))
-    edges = [first, *sorted({steps >> i for i in range(stretches) if steps >> i > first})]
+    halvings = {steps >> i for i in range(stretches)}
+    edges = [first, *sorted(edge for edge in halvings if edge > first)]
+    rows = []
     for k, target in enumerate(targets):
-        v = values[:, :, k]
-        size = abs(v).mean(1, keepdims=True)
-        for i, (a, b) in enumerate(pairwise(edges)):
-            common = dict(
-                target=target, stretch=i, start=int(a), end=int(b), lr=float(lrs[a:b].mean())
-            )
-            common |= dict(
-                largest_step=float(size[a:b].max() / size[a:b].sum())
-            )  # its share of the stretch's |value|
-            everyone = np.ones((b - a, v.shape[1]), bool)
-            for d, mine in [
-                ("all", everyone),
-                *((name, domain[a:b] == d) for d, name in enumerate(domains)),
-            ]:
-                n, own = mine.sum(1), v[a:b][mine]
-                if n.sum():
-                    relative = np.where(mine, v[a:b] / size[a:b], 0).sum(1)
-                    lift = relative.sum() / n.sum()
-                    error = (
-                        math.sqrt(((relative - lift * n) ** 2).sum()) / n.sum()
-                    )  # steps are what is independent
-                    row = dict(
-                        domain=d,
-                        visits=len(own),
-                        share=float(mine.mean()),
-                        mean=own.mean(),
-                        median=np.median(own),
-                    )
-                    row |= dict(
-                        size=abs(own).mean(),
-                        median_size=np.median(abs(own)),
-                        lift=lift,
-                        error=error,
-                    )
-                    row |= dict(
-                        share_of_sum=own.sum() / v[a:b].sum(),
-                        share_of_size=abs(own).sum() / abs(v[a:b]).sum(),
-                    )
-                    yield common | {
-                        key: float(x) if isinstance(x, np.floating) else x for key, x in row.items()
-                    }
+        for i, (start, end) in enumerate(pairwise(edges)):
+            v = values[start:end, :, k]
+            size = abs(v).mean(1, keepdims=True)
+            stretch = {
+                "target": target,
+                "stretch": i,
+                "start": int(start),
+                "end": int(end),
+                "lr": float(lrs[start:end].mean()),
+                # the largest step's share of the stretch's |value|
+                "largest_step": float(size.max() / size.sum()),
+            }
+            groups = [("all", np.ones(v.shape, bool))]
+            for d, name in enumerate(domains):
+                groups.append((name, domain[start:end] == d))
+            for name, mine in groups:
+                if mine.any():
+                    rows.append({**stretch, "domain": name, **describe(v, size, mine)})
+    return rows
 
 
-# --- tables and figure ---------------------------------------------------------
+def describe(v, size, mine):
+    """What a stretch's values v (steps, B) say of the chunks in mine, bool (steps, B): a dict.
+
+    size (steps, 1): the mean magnitude of each step.
+    """
+    own = v[mine]
+    n = mine.sum(1)
+    relative = np.where(mine, v / size, 0).sum(1)
+    lift = relative.sum() / n.sum()
+    # of the lift; steps are what is independent
+    error = math.sqrt(((relative - lift * n) ** 2).sum()) / n.sum()
+    return {
+        "visits": len(own),
+        "share": float(mine.mean()),
+        "mean": float(own.mean()),
+        "median": float(np.median(own)),
+        "size": float(abs(own).mean()),
+        "median_size": float(np.median(abs(own))),
+        "lift": float(lift),
+        "error": float(error),
+        "share_of_sum": float(own.sum() / v.sum()),
+        "share_of_size": float(abs(own).sum() / abs(v).sum()),
+    }
 
 
-def cell(rows, **of):
-    return [r for r in rows if all(r[key] == value for key, value in of.items())]
+# --- tables ---------------------------------------------------------------------
+
+
+def steps_of(stretch):
+    start, end = stretch
+    return f"{start}-{end - 1}"
 
 
 def sign(rows):
-    """Of one domain in one stretch, a row a seed: "+" or "-" where every seed agrees and all their steps together are certain of it, else "0"."""
-    lift, error = (
-        np.mean([r["lift"] for r in rows]),
-        math.sqrt(sum(r["error"] ** 2 for r in rows)) / len(rows),
-    )
-    agree = len({r["lift"] > 0 for r in rows}) == 1
-    return "0" if not agree or abs(lift) < CERTAIN * error else "+" if lift > 0 else "-"
+    """rows: of one domain in one stretch, a row a seed. "+" or "-" where every seed agrees and all
+    their steps together are certain of it, else "0"."""
+    lifts = column(rows, "lift")
+    lift = np.mean(lifts)
+    error = math.sqrt(sum(row["error"] ** 2 for row in rows)) / len(rows)
+    agree = len({x > 0 for x in lifts}) == 1
+    if not agree or abs(lift) < CERTAIN * error:
+        return "0"
+    return "+" if lift > 0 else "-"
 
 
-def over_seeds(rows, target, stretch, value, needs="all"):
-    """value(rows of one seed, by domain) of every seed whose stretch met the domain it needs."""
-    found = [
-        {r["domain"]: r for r in cell(rows, target=target, stretch=stretch, seed=seed)}
-        for seed in sorted({r["seed"] for r in rows})
-    ]
-    return [value(of) for of in found if needs in of]
+def by_seed(rows, target, stretch, needs="all"):
+    """[{domain: row}, ...] of a stretch, for every seed that met the domain it needs."""
+    seeds = []
+    for seed in sorted({row["seed"] for row in rows}):
+        stretch_rows = select(rows, target=target, stretch=stretch, seed=seed)
+        by_domain = {row["domain"]: row for row in stretch_rows}
+        if needs in by_domain:
+            seeds.append(by_domain)
+    return seeds
 
 
-def gap(own, of):
-    """Lift of a domain over that of all other tokens of the stretch."""
-    share = of[own]["share"]
-    return of[own]["lift"] - (of["all"]["lift"] - share * of[own]["lift"]) / (1 - share)
+def gap(own, everyone):
+    """Lift of a domain over that of all other tokens of the stretch. Both arguments are rows."""
+    share = own["share"]
+    others = (everyone["lift"] - share * own["lift"]) / (1 - share)
+    return own["lift"] - others
 
 
 def own_table(rows, target, stretches):
@@ -224,21 +272,34 @@ def own_table(rows, target, stretches):
         "median own - others'",
     ]
     lines = []
-    for s, (a, b) in stretches:
-        figures = partial(over_seeds, rows, target, s, needs=target)
-        gaps = figures(partial(gap, target))
+    for s, stretch in stretches:
+        seeds = by_seed(rows, target, s, needs=target)
+        own = column(seeds, target)
+        everyone = column(seeds, "all")
+        shares = []
+        for key in ("share", "share_of_sum", "share_of_size"):
+            shares.append(shown(100 * np.array(column(own, key)), 1) + " %")
+        gaps = [gap(*pair) for pair in zip(own, everyone)]
         mean, error = mean_se(gaps)
         p = stats.t.sf(mean / error, len(gaps) - 1) if len(gaps) > 1 else math.nan
-        medians = figures(lambda of: (of[target]["median"] - of["all"]["median"]) * 1e6)
-        shares = [
-            shown([100 * x for x in figures(lambda of, key=key: of[target][key])], 1) + " %"
-            for key in ("share", "share_of_sum", "share_of_size")
-        ]
-        lifts = [shown(figures(lambda of, d=d: of[d]["lift"]), 2) for d in (target, "all")]
+        medians = np.subtract(column(own, "median"), column(everyone, "median")) * NATS
         lines.append(
-            [f"{a}-{b - 1}", *shares, *lifts, shown(gaps, 2), f"{p:.2g}", shown(medians, 2)]
+            [
+                steps_of(stretch),
+                *shares,
+                shown(column(own, "lift"), 2),
+                shown(column(everyone, "lift"), 2),
+                shown(gaps, 2),
+                f"{p:.2g}",
+                shown(medians, 2),
+            ]
         )
     return markdown(head, lines)
+
+
+def size_over_lr(rows):
+    """The median magnitude over the learning rate: (rows,)."""
+    return np.divide(column(rows, "median_size"), column(rows, "lr"))
 
 
 def size_table(rows, targets, stretches):
@@ -252,207 +313,172 @@ def size_table(rows, targets, stretches):
     ]
     lines = []
     for target in targets:
-        first = over_seeds(rows, target, 0, lambda of: of["all"]["median_size"] / of["all"]["lr"])
-        for s, (a, b) in stretches:
-            figures = partial(over_seeds, rows, target, s)
-            rates = np.divide(figures(lambda of: of["all"]["median_size"] / of["all"]["lr"]), first)
-            sizes = [
-                shown([1e6 * x for x in figures(lambda of, key=key: of["all"][key])], 2)
-                for key in ("size", "median_size")
-            ]
+        first = size_over_lr(column(by_seed(rows, target, 0), "all"))
+        for s, stretch in stretches:
+            everyone = column(by_seed(rows, target, s), "all")
             lines.append(
                 [
                     target,
-                    f"{a}-{b - 1}",
-                    *sizes,
-                    shown(rates),
-                    f"{max(figures(lambda of: of['all']['largest_step'])):.0%}",
+                    steps_of(stretch),
+                    shown(NATS * np.array(column(everyone, "size")), 2),
+                    shown(NATS * np.array(column(everyone, "median_size")), 2),
+                    shown(size_over_lr(everyone) / first),
+                    f"{max(column(everyone, 'largest_step')):.0%}",
                 ]
             )
     return markdown(head, lines)
 
 
 def domain_table(rows, target, stretches):
-    """Every domain's lift by stretch with its sign, sorted by the last one; the domains that are certain of both signs; the means in nats."""
-    names = {r["domain"] for r in cell(rows, target=target)}
-    mean = {
-        d: {
-            s: np.mean(
-                [r["lift"] for r in cell(rows, target=target, domain=d, stretch=s)] or math.nan
-            )
-            for s, _ in stretches
-        }
-        for d in names
-    }
-    lines, changing, means = [], [], []
-    for d in sorted(names, key=lambda d: -mean[d][stretches[-1][0]]):
-        found = [cell(rows, target=target, domain=d, stretch=s) for s, _ in stretches]
-        signs = "".join(sign(f) if f else " " for f in found)
-        title = f"**{d}**" if d == target else d
-        lines.append(
-            [title, *(shown([r["lift"] for r in f], 2) if f else "" for f in found), f"`{signs}`"]
-        )
-        means.append([title, *(shown([1e6 * r["mean"] for r in f], 2) if f else "" for f in found)])
+    """Every domain's lift by stretch with its sign, sorted by the last one; the domains that are
+    certain of both signs; the mean values in nats."""
+    last, _ = stretches[-1]
+    last_lift = {}
+    for name in sorted(set(column(select(rows, target=target), "domain"))):
+        lifts = column(select(rows, target=target, domain=name, stretch=last), "lift")
+        last_lift[name] = -np.mean(lifts or math.nan)
+    lifts = []
+    means = []
+    changing = []
+    for name in sorted(last_lift, key=last_lift.get):
+        title = f"**{name}**" if name == target else name
+        lift_cells = []
+        mean_cells = []
+        signs = ""
+        for s, _ in stretches:
+            met = select(rows, target=target, domain=name, stretch=s)
+            lift_cells.append(shown(column(met, "lift"), 2) if met else "")
+            mean_cells.append(shown(NATS * np.array(column(met, "mean")), 2) if met else "")
+            signs += sign(met) if met else " "
+        lifts.append([title, *lift_cells, f"`{signs}`"])
+        means.append([title, *mean_cells])
         if "+" in signs and "-" in signs:
-            changing.append(f"{d} `{signs}`")
-    steps = [f"{a}-{b - 1}" for _, (a, b) in stretches]
-    changed = f"Certain of both signs: {', '.join(changing) or 'none'}."
+            changing.append(f"{name} `{signs}`")
+    steps = [steps_of(stretch) for _, stretch in stretches]
     return [
-        *markdown(["lift", *steps, "sign"], lines),
+        *markdown(["lift", *steps, "sign"], lifts),
         "",
-        changed,
+        f"Certain of both signs: {', '.join(changing) or 'none'}.",
         "",
         *markdown(["mean value per token, 1e-6 nats", *steps], means),
     ]
 
 
 def report(rows, out):
-    targets, stretches = (
-        list(dict.fromkeys(r["target"] for r in rows)),
-        sorted({r["stretch"]: (r["start"], r["end"]) for r in rows}.items()),
-    )
-    n = len({r["seed"] for r in rows})
+    targets = list(dict.fromkeys(column(rows, "target")))
+    ranges = {row["stretch"]: (row["start"], row["end"]) for row in rows}
+    stretches = sorted(ranges.items())  # (index, (first step, last step + 1))
+    n = len({row["seed"] for row in rows})
     lines = [
-        f"Mean ± standard error over {n} seeds. Lift: value over the mean magnitude of its step. p: one-sided t over the seeds."
+        f"Mean ± standard error over {n} seeds. Lift: value over the mean magnitude of its step. "
+        "p: one-sided t over the seeds."
     ]
     for target in targets:
-        lines += [
-            "",
-            f"## {target}: the target's own domain",
-            "",
-            *own_table(rows, target, stretches),
-        ]
-    lines += [
-        "",
-        "(Last column: 1e-6 nats per token.)",
-        "",
-        "## Magnitudes, 1e-6 nats per token, all domains",
-        "",
-        *size_table(rows, targets, stretches),
-    ]
+        lines += ["", f"## {target}: the target's own domain", ""]
+        lines += own_table(rows, target, stretches)
+    lines += ["", "(Last column: 1e-6 nats per token.)", ""]
+    lines += ["## Magnitudes, 1e-6 nats per token, all domains", ""]
+    lines += size_table(rows, targets, stretches)
     for target in targets:
-        lines += ["", f"## {target}: domain by domain", "", *domain_table(rows, target, stretches)]
+        lines += ["", f"## {target}: domain by domain", ""]
+        lines += domain_table(rows, target, stretches)
     lines += [
         "",
-        f"Sign: + or - where all seeds agree and the steps of all seeds are {CERTAIN} standard errors from 0, else 0.",
+        "Sign: + or - where all seeds agree and the steps of all seeds are "
+        f"{CERTAIN} standard errors from 0, else 0.",
     ]
     figure(rows, targets, stretches, out / "stages.png")
     finish(out, lines)
 
 
+# --- figure ---------------------------------------------------------------------
+
+
+def domain_curve(rows, name, stretches, key):
+    """Mean and standard error, by stretch, of a key of one domain's rows."""
+    return curve([column(select(rows, domain=name, stretch=s), key) for s, _ in stretches])
+
+
+def always_met(rows, stretches):
+    """The domains that every stretch met."""
+    names = sorted({row["domain"] for row in rows})
+    return [
+        name for name in names if all(select(rows, domain=name, stretch=s) for s, _ in stretches)
+    ]
+
+
 def figure(rows, targets, stretches, path):
-    """The lifts, the mean values in nats, and the magnitudes. Named: the own domain, the whole batch, those that end highest and lowest."""
+    """The lifts, the mean values in nats, and the magnitudes. Named: the own domain, the whole
+    batch, those that end highest and lowest."""
     plt = pyplot()
     fig, axes = plt.subplots(
         3, len(targets), figsize=(5 * len(targets), 12), sharex=True, sharey="row", squeeze=False
     )
-    middles = [math.sqrt(a * b) for _, (a, b) in stretches]
-    for (above, middle, below), target in zip(axes.T, targets):
-        names = [
-            d
-            for d in {r["domain"] for r in cell(rows, target=target)}
-            if all(cell(rows, target=target, domain=d, stretch=s) for s, _ in stretches)
-        ]
-        curve = {
-            d: np.array(
-                [
-                    mean_se([r["lift"] for r in cell(rows, target=target, domain=d, stretch=s)])
-                    for s, _ in stretches
-                ]
-            )
-            for d in names
-        }
-        others = sorted(set(names) - {target, "all"}, key=lambda d: (curve[d][-1, 0], d))
-        named = dict.fromkeys([target, "all", *others[:-4:-1], *others[:3]])
-        colours = dict(zip(named, ["crimson", "black", *(f"C{i}" for i in (0, 2, 4, 5, 1, 9))]))
-        for d in others:
-            above.plot(middles, curve[d][:, 0], color="0.85", lw=0.8, zorder=0)
-        for d, colour in colours.items():
-            mean, error = curve[d].T
-            above.plot(
-                middles,
-                mean,
-                color=colour,
-                lw=2.2 if d in (target, "all") else 1.2,
-                ls="--" if d == "all" else "-",
-                marker=".",
-                label=d,
-            )
-            above.fill_between(middles, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
-            nats = np.array(
-                [
-                    mean_se(
-                        [1e6 * r["mean"] for r in cell(rows, target=target, domain=d, stretch=s)]
-                    )
-                    for s, _ in stretches
-                ]
-            )
-            middle.errorbar(
-                middles,
-                *nats.T,
-                color=colour,
-                lw=2.2 if d in (target, "all") else 1.2,
-                ls="--" if d == "all" else "-",
-                marker=".",
-            )
-        for ax in (above, middle):
-            ax.axhline(0, color="0.5", lw=0.8)
-        middle.set_yscale("symlog", linthresh=1)
-        middle.set_ylabel("mean value per token, 1e-6 nats (linear within 1)")
-        above.set(
-            title=f"target: {target}", xscale="log", ylabel="lift: value / mean |value| of its step"
-        )
-        above.legend(fontsize=7, ncols=2, framealpha=0.6)
-        for d in (target, "all"):
-            size = np.array(
-                [
-                    mean_se(
-                        [
-                            1e6 * r["median_size"]
-                            for r in cell(rows, target=target, domain=d, stretch=s)
-                        ]
-                    )
-                    for s, _ in stretches
-                ]
-            )
-            below.errorbar(
-                middles,
-                *size.T,
-                color=colours[d],
-                ls="--" if d == "all" else "-",
-                marker=".",
-                label=d,
-            )
-        below.set(yscale="log", xlabel="step", ylabel="median |value| per token, 1e-6 nats")
-        below.legend(fontsize=7)
+    for target, column_axes in zip(targets, axes.T):
+        draw_target(column_axes, select(rows, target=target), target, stretches)
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(low, high + 0.35 * (high - low))  # room for the legend
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    save_figure(fig, path)
+
+
+def draw_target(axes, rows, target, stretches):
+    """The three axes of one target, from its rows."""
+    above, middle, below = axes
+    middles = [math.sqrt(start * end) for _, (start, end) in stretches]
+    lifts = {}
+    for name in always_met(rows, stretches):
+        lifts[name] = domain_curve(rows, name, stretches, "lift")
+    last_lift = {name: (mean[-1], name) for name, (mean, _) in lifts.items()}
+    others = sorted(lifts.keys() - {target, "all"}, key=last_lift.get)
+    named = dict.fromkeys([target, "all", *others[:-4:-1], *others[:3]])
+    colours = dict(zip(named, ["crimson", "black", "C0", "C2", "C4", "C5", "C1", "C9"]))
+    for name in others:
+        above.plot(middles, lifts[name][0], color="0.85", lw=0.8, zorder=0)
+    for name, colour in colours.items():
+        style = {
+            "color": colour,
+            "lw": 2.2 if name in (target, "all") else 1.2,
+            "ls": "--" if name == "all" else "-",
+            "marker": ".",
+        }
+        mean, error = lifts[name]
+        above.plot(middles, mean, label=name, **style)
+        above.fill_between(middles, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+        mean, error = domain_curve(rows, name, stretches, "mean")
+        middle.errorbar(middles, NATS * mean, NATS * error, **style)
+    for name in (target, "all"):
+        mean, error = domain_curve(rows, name, stretches, "median_size")
+        style = {"color": colours[name], "ls": "--" if name == "all" else "-", "marker": "."}
+        below.errorbar(middles, NATS * mean, NATS * error, label=name, **style)
+    for ax in (above, middle):
+        ax.axhline(0, color="0.5", lw=0.8)
+    above.set(
+        title=f"target: {target}", xscale="log", ylabel="lift: value / mean |value| of its step"
+    )
+    above.legend(fontsize=7, ncols=2, framealpha=0.6)
+    middle.set_yscale("symlog", linthresh=1)
+    middle.set_ylabel("mean value per token, 1e-6 nats (linear within 1)")
+    below.set(yscale="log", xlabel="step", ylabel="median |value| per token, 1e-6 nats")
+    below.legend(fontsize=7)
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg = replace(cfg, **QUICK, data=f"{cfg.data}-quick")
+    out = Path(cfg.out)
     if cfg.part == "all":
-        out = begin(cfg)
+        begin(cfg)
         prepare(
             cfg.data,
             cfg.source,
             tokenizer=cfg.tokenizer,
             block_size=cfg.block_size,
             val_fraction=0.05,
-            limit_tokens=4_000_000 * cfg.quick,
+            limit_tokens=4_000_000 if cfg.quick else 0,
         )
-        side_by_side(
-            run,
-            [(cfg, int(seed)) for seed in cfg.seeds.split(",")],
-            out / "rows.jsonl",
-            cfg.workers,
-        )
-    report(read_rows(Path(cfg.out, "rows.jsonl")), Path(cfg.out))
+        jobs = [(cfg, seed) for seed in numbers(cfg.seeds, int)]
+        side_by_side(run, jobs, out / "rows.jsonl", cfg.workers)
+    report(read_rows(out / "rows.jsonl"), out)
 
 
 if __name__ == "__main__":
