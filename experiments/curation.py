@@ -1,37 +1,46 @@
 """
-Does training without the chunks of negative value help? The paper's curation experiment, with the controls that its comparison lacks.
+Does training without the chunks of negative value help? The paper's curation experiment, with the
+controls that its comparison lacks.
 
-    python experiments/curation.py --source=minipile.jsonl.zst --foreign="Handbook de+fr+es" --out=results/curation
-    python experiments/curation.py --quick                     tiny, on the text every Python installation carries
-    python experiments/curation.py --part=report --out=...     tables and figure again, from rows.jsonl and values.jsonl
+    python experiments/curation.py --source=minipile.jsonl.zst --foreign="Handbook de+fr+es" \\
+        --out=results/curation
+    python experiments/curation.py --quick                   tiny, on the text every Python
+                                                             installation carries
+    python experiments/curation.py --part=report --out=...   tables and figure again, from
+                                                             rows.jsonl and values.jsonl
 
-Claim (Wang et al., arXiv 2406.11011, section 5.1): of GPT-2 on the Pile, training without the 16 % of chunks whose value is negative reaches a given
-test loss in about 25 % fewer iterations. Public attempts to repeat it found no gain.
+Claim (Wang et al., arXiv 2406.11011, section 5.1): of GPT-2 on the Pile, training without the 16 %
+of chunks whose value is negative reaches a given test loss in about 25 % fewer iterations. Public
+attempts to repeat it found no gain.
 
-Here: a value run on all chunks, then train.py from scratch on what curate.py keeps: all; without the chunks of negative value (the paper's arm);
-without the documents of negative share; without a fraction of the documents by share, by value, by training loss, the most positive (the reverse),
-and at random. Twice: on clean text, and with a fifth of planted junk: shuffled tokens, base64, copies of three documents, another language. The
-target is held-out clean documents, the test others. Every arm trains for the same number of iterations; that of all chunks then goes on for as many
-as the value run took (`equal tokens`: the value run is not free). The learning rate is constant after a warm-up, so that every point of a curve may
-be compared. Test losses are the mean of the last three evaluations.
+Here: a value run on all chunks, then train.py from scratch on what curate.py keeps: all; without
+the chunks of negative value (the paper's arm); without the documents of negative share; without a
+fraction of the documents by share, by value, by training loss, the most positive (the reverse), and
+at random. Twice: on clean text, and with a fifth of planted junk: shuffled tokens, base64, copies
+of three documents, another language. The target is held-out clean documents, the test others.
+Every arm trains for the same number of iterations. That of all chunks then goes on for as many as
+the value run took (`equal tokens`: the value run is not free). The learning rate is constant after
+a warm-up, so that every point of a curve may be compared. Test losses are the mean of the last
+three evaluations.
 
-Two cores: 75 minutes for everything (81 runs of about 40 s of one core, 6 value runs of 3 minutes). Expected: with junk, a quarter of the documents
-by share .03 nats below as many at random; AUROC by document .96 and .97 for shuffled tokens and base64; on clean text nothing beyond two standard
+Two cores: 75 minutes for everything (81 runs of about 40 s of one core, 6 value runs of 3 minutes).
+Expected: with junk, a quarter of the documents by share .03 nats below as many at random; AUROC by
+document .96 and .97 for shuffled tokens and base64; on clean text nothing beyond two standard
 errors.
 """
 
 import base64
 import hashlib
-import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from scipy import stats
 
 import config
 import curate
@@ -39,28 +48,53 @@ import train
 from data import open_dataset
 from experiments.common import (
     begin,
+    column,
+    curve,
     finish,
     forget_run,
+    get_options,
+    json_line,
     markdown,
+    numbers,
     prepare,
     pyplot,
+    read_documents,
     read_rows,
+    save_figure,
+    select,
+    set_options,
     shown,
     side_by_side,
 )
-from pile.documents import open_source, records
 from pile.tokenizers import tokenizer
-from prepare_pile import Config as PileConfig
 from show.run import open_run
 from system.errors import UserError
 
-JUNK = ("shuffled tokens", "base64", "duplicates", "wrong language")
+SHUFFLED = "shuffled tokens"
+BASE64 = "base64"
+DUPLICATES = "duplicates"
+FOREIGN = "wrong language"
+JUNK = (SHUFFLED, BASE64, DUPLICATES, FOREIGN)
+ALL = "all"  # the arm that drops nothing
+ORACLE = "the junk itself"  # the arm that knows what is junk
+QUICK = {
+    "tokens": 60_000,
+    "value_iters": 20,
+    "iters": 20,
+    "seeds": "1,2",
+    "fractions": ".2",
+    "eval_interval": 5,
+    "eval_chunks": 2,
+    "n_embd": 32,
+    "target_batch": 4,
+}
 
 
 @dataclass
 class Config:
     source: str = "python"  # as in prepare_pile.py
-    foreign: str = ""  # the domain that is the wrong language, and no part of the clean text; empty: junk without it
+    # the domain that is the wrong language, and no part of the clean text; empty: junk without it
+    foreign: str = ""
     data: str = "data/curation"  # the prepared chunks, made when missing
     out: str = "out/curation"
     conditions: str = "clean,junk"
@@ -85,27 +119,14 @@ class Config:
     eval_chunks: int = 12  # of each domain
     workers: int = 0  # runs side by side; 0: a core each
     quick: bool = False
-    part: Literal["all", "retrain", "report"] = (
-        "all"  # retrain: the value runs are there; report: only the tables and the figure
-    )
+    # retrain: the value runs are there; report: only the tables and the figure
+    part: Literal["all", "retrain", "report"] = "all"
 
     def __post_init__(self):
         if self.quick:
-            (
-                self.tokens,
-                self.value_iters,
-                self.iters,
-                self.seeds,
-                self.fractions,
-                self.eval_interval,
-            ) = 60_000, 20, 20, "1,2", ".2", 5
-            self.eval_chunks, self.n_embd, self.target_batch, self.data, self.out = (
-                2,
-                32,
-                4,
-                f"{self.data}-quick",
-                f"{self.out}-quick",
-            )
+            set_options(self, QUICK)
+            self.data += "-quick"
+            self.out += "-quick"
 
 
 # --- the text -----------------------------------------------------------------------
@@ -113,414 +134,504 @@ class Config:
 
 def documents(cfg):
     """(domain, text) of the source, each cut to cfg.document characters."""
-    pile = PileConfig(source=cfg.source)
-    names, read = open_source(pile)
-    for name in names:
-        for document in read(name):
-            for _, _, domain, text in records([document], pile, Counter()):
-                text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
-                if len(text) > 200:
-                    yield domain, text[: cfg.document]
+    for _, domain, text in read_documents(cfg.source):
+        if len(text) > 200:
+            yield domain, text[: cfg.document]
 
 
 def chance(text):
-    return (
-        int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest())
-        / 2**48
-    )
+    """A number from 0 to 1 that depends on the text alone."""
+    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48
+
+
+def shuffled(cfg, texts, codec):
+    """Each text with its tokens, of the byte tokenizer its characters, in another order."""
+    rng = np.random.default_rng(0)
+    for text in texts:
+        if cfg.tokenizer == "gpt2":
+            yield codec.decode(rng.permutation(codec.encode(text)))
+        else:
+            yield "".join(rng.permutation(list(text)))
+
+
+def encoded(texts):
+    for text in texts:
+        yield base64.b64encode(text.encode()).decode()
+
+
+def copies(texts):
+    """The first three texts, again and again, each time under another number."""
+    for i in count():
+        yield f"{i}\n{texts[i % 3]}"
+
+
+def take(items, tokens, cfg, codec):
+    """As many of the items, (domain, text), as have this many tokens.
+
+    Raises UserError where they have fewer.
+    """
+    taken = []
+    for domain, text in items:
+        tokens -= len(codec.encode(text))
+        taken.append((domain, text))
+        if tokens < 0:
+            return taken
+    what = f"--source={cfg.source} has too little text for --tokens={cfg.tokens}"
+    raise UserError(f"{what}: lower --tokens")
 
 
 def write_corpus(cfg, folder):
-    """clean.jsonl, junk.jsonl (the same documents and a cfg.junk share of junk, a domain a kind) and target.txt, all of different documents."""
+    """Writes clean.jsonl, junk.jsonl (the same documents and a cfg.junk share of junk, a domain a
+    kind) and target.txt, all of different documents."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, encode = np.random.default_rng(0), tokenizer(cfg.tokenizer)
-    found = sorted(set(documents(cfg)), key=lambda d: chance(d[1]))
-    foreign = [text for domain, text in found if domain == cfg.foreign]
-    clean = [d for d in found if d[0] != cfg.foreign]
-    size = lambda text: len(encode.encode(text))
-
-    def up_to(tokens, texts):
-        """As many of them as make this many tokens."""
-        for item in texts:
-            tokens -= size(item if isinstance(item, str) else item[1])
-            yield item
-            if tokens < 0:
-                return
-        raise UserError(
-            f"--source={cfg.source} has too little text for --tokens={cfg.tokens}: lower --tokens"
-        )
-
-    rest = iter(clean)
-    target = list(up_to(cfg.tokens // 12, rest))
-    kept = list(up_to(int(cfg.tokens * 1.12), rest))  # a tenth of them will be the test's
-    spare = [text for _, text in up_to(cfg.tokens // 2, rest)]
-
-    def shuffle(text):
-        return (
-            encode.decode(rng.permutation(encode.encode(text)))
-            if cfg.tokenizer == "gpt2"
-            else "".join(rng.permutation(list(text)))
-        )
+    codec = tokenizer(cfg.tokenizer)
+    in_order = sorted(set(documents(cfg)), key=lambda document: chance(document[1]))
+    clean = iter([document for document in in_order if document[0] != cfg.foreign])
+    target = take(clean, cfg.tokens // 12, cfg, codec)
+    kept = take(clean, int(cfg.tokens * 1.12), cfg, codec)  # a tenth of it will be the test's
+    spare = [text for _, text in take(clean, cfg.tokens // 2, cfg, codec)]
 
     kinds = {
-        JUNK[0]: (shuffle(text) for text in spare),
-        JUNK[1]: (base64.b64encode(text.encode()).decode() for text in spare[::-1]),
+        SHUFFLED: shuffled(cfg, spare, codec),
+        BASE64: encoded(spare[::-1]),
+        DUPLICATES: copies(spare),
     }
-    kinds[JUNK[2]] = (f"{i}\n{spare[i % 3]}" for i in range(10**9))
-    kinds |= {JUNK[3]: iter(foreign)} if cfg.foreign else {}
-    each = cfg.tokens * cfg.junk / (1 - cfg.junk) / len(kinds) * 1.1
-    junk = [(kind, text) for kind, texts in kinds.items() for text in up_to(each, texts)]
+    if cfg.foreign:
+        kinds[FOREIGN] = [text for domain, text in in_order if domain == cfg.foreign]
+    tokens_each = cfg.tokens * cfg.junk / (1 - cfg.junk) / len(kinds) * 1.1
+    junk = []
+    for kind, texts in kinds.items():
+        junk += take(((kind, text) for text in texts), tokens_each, cfg, codec)
+
     for name, chosen in (("clean", kept), ("junk", kept + junk)):
-        lines = (
-            json.dumps(dict(text=text, meta=dict(pile_set_name=domain))) + "\n"
-            for domain, text in chosen
-        )
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for domain, text in chosen:
+                file.write(json_line(text, domain))
     (folder / "target.txt").write_text("\n\n".join(text for _, text in target), encoding="utf-8")
 
 
-# --- the runs -----------------------------------------------------------------------
+# --- the arms -------------------------------------------------------------------------
 
 
-def settings(cfg, condition, seed, out, **more):
-    common = dict(
-        data_dir=f"{cfg.data}/{condition}",
-        out_dir=str(out),
-        overwrite=True,
-        seed=seed,
-        targets=f"clean={cfg.data}/target.txt",
-    )
-    common |= dict(
-        batch_size=cfg.batch_size,
-        n_layer=cfg.n_layer,
-        n_head=cfg.n_head,
-        n_embd=cfg.n_embd,
-        block_size=cfg.block_size,
-    )
-    common |= dict(
-        learning_rate=cfg.learning_rate,
-        min_lr=cfg.learning_rate,
-        warmup_iters=cfg.iters // 15,
-        book_interval=10**9,
-        eval_chunks=cfg.eval_chunks,
-    )
-    return train.Config(**common | dict(checkpoint_interval=10**9, log_interval=100) | more)
+@dataclass
+class Arm:
+    options: dict | None = None  # of curate.py; None: without it
+    control: str = ""  # the arm that drops as many at random
 
 
 def arms(cfg, condition):
-    """Name -> (options of curate.py, None for all chunks; the arm that drops as many at random)."""
-    documents, found = dict(by="document"), {"all": (None, None)}
-    found["negative chunks"] = {}, "as many chunks at random"
-    found["as many chunks at random"] = dict(random=True), None
-    found["negative documents"] = documents | dict(score="share"), "as many documents at random"
-    found["as many documents at random"] = documents | dict(score="share", random=True), None
-    for text in cfg.fractions.split(","):
-        fraction, common = f"{float(text):.0%}", documents | dict(drop_fraction=float(text))
-        for name, options in dict(
-            share=dict(score="share"),
-            value={},
-            loss=dict(score="loss"),
-            largest=dict(score="share", invert=True),
-        ).items():
-            if name in ("share", "loss") or text == cfg.fractions.split(",")[-1]:
-                found[f"{fraction} by {name}"] = common | options, f"{fraction} at random"
-        found[f"{fraction} at random"] = common | dict(random=True), None
-    found |= {"the junk itself": ("oracle", None)} if condition == "junk" else {}
-    return {name: arm for name, arm in found.items() if not cfg.arms or name in cfg.arms.split(",")}
+    """{name: Arm}: those of cfg.arms."""
+    every = {
+        ALL: Arm(),
+        "negative chunks": Arm({}, "as many chunks at random"),
+        "as many chunks at random": Arm({"random": True}),
+        "negative documents": Arm(
+            {"by": "document", "score": "share"}, "as many documents at random"
+        ),
+        "as many documents at random": Arm({"by": "document", "score": "share", "random": True}),
+    }
+    scores = {
+        "share": {"score": "share"},
+        "value": {},
+        "loss": {"score": "loss"},
+        "largest": {"score": "share", "invert": True},
+    }
+    fractions = numbers(cfg.fractions)
+    for fraction in fractions:
+        control = f"{fraction:.0%} at random"
+        common = {"by": "document", "drop_fraction": fraction}
+        names = scores if fraction == fractions[-1] else ("share", "loss")
+        for name in names:
+            every[f"{fraction:.0%} by {name}"] = Arm({**common, **scores[name]}, control)
+        every[control] = Arm({**common, "random": True})
+    if condition == "junk":
+        every[ORACLE] = Arm()
+    if not cfg.arms:
+        return every
+    chosen = cfg.arms.split(",")
+    return {name: arm for name, arm in every.items() if name in chosen}
+
+
+# --- the runs -------------------------------------------------------------------------
+
+
+def run_folder(cfg, condition, seed, arm=""):
+    """Of a run of an arm, or of the value run."""
+    name = f"{condition}-{seed}"
+    return Path(cfg.data, "runs", f"{name}-{arm}".replace(" ", "_") if arm else name)
+
+
+def train_run(cfg, condition, seed, out, **options):
+    """One run of train.py. options: its options beside those that all runs have."""
+    shared = get_options(
+        cfg,
+        "batch_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "learning_rate",
+        "eval_chunks",
+    )
+    train.train(
+        train.Config(
+            **shared,
+            data_dir=f"{cfg.data}/{condition}",
+            out_dir=str(out),
+            overwrite=True,
+            seed=seed,
+            targets=f"clean={cfg.data}/target.txt",
+            min_lr=cfg.learning_rate,
+            warmup_iters=cfg.iters // 15,
+            book_interval=10**9,
+            checkpoint_interval=10**9,
+            log_interval=100,
+            **options,
+        )
+    )
 
 
 def is_junk(data):
-    return np.isin(data.train.domain, [d for d, name in enumerate(data.domains) if name in JUNK])
+    """Of each chunk, bool (n,)."""
+    kinds = [d for d, name in enumerate(data.domains) if name in JUNK]
+    return np.isin(data.train.domain, kinds)
 
 
 def value(cfg, condition, seed):
-    """The value run. Rows: how well each score tells each kind of junk from text, as AUROC, by chunk and by document."""
-    from scipy import stats
-
-    out, rows = Path(cfg.data, "runs", f"{condition}-{seed}"), []
-    train.train(
-        settings(
-            cfg,
-            condition,
-            seed,
-            out,
-            rule=cfg.rule,
-            target_batch=cfg.target_batch,
-            max_iters=cfg.value_iters,
-            eval_interval=0,
-        )
+    """The value run. Rows: how well each score tells each kind of junk from text, by chunk and by
+    document."""
+    out = run_folder(cfg, condition, seed)
+    train_run(
+        cfg,
+        condition,
+        seed,
+        out,
+        rule=cfg.rule,
+        target_batch=cfg.target_batch,
+        max_iters=cfg.value_iters,
+        eval_interval=0,
     )
     run = open_run(out)
     names = np.array(run.domains)
+    rows = []
     for score in ("value", "share", "loss"):
-        moments = curate.chunk_scores(run, 0, score)
-        of_documents, _, domain, _ = curate.document_scores(run, moments)
-        for unit, (count, *sums), kind_of in (
-            ("chunk", moments, names[run.data.train.domain]),
-            ("document", of_documents, names[domain.astype(int)]),
-        ):
-            used = count > 0
-            scores, _ = curate.score_and_error(
-                count[used], *(x[used] for x in sums), summed=score == "value"
-            )
-            text, row = (
-                ~np.isin(kind_of[used], JUNK),
-                dict(condition=condition, seed=seed, unit=unit, score=score),
-            )
-            row |= {
-                "negative, text": float((scores[text] < 0).mean()),
-                "negative, junk": float((scores[~text] < 0).mean()) if not text.all() else None,
-            }
-            for kind in (*JUNK, "any"):
-                junk = ~text if kind == "any" else kind_of[used] == kind
-                if junk.any():
-                    row[kind] = float(
-                        stats.mannwhitneyu(-scores[junk], -scores[text]).statistic
-                        / junk.sum()
-                        / text.sum()
-                    )
-            rows.append(row)
+        of_chunks = curate.chunk_scores(run, 0, score)
+        of_documents, _, document_domain, _ = curate.document_scores(run, of_chunks)
+        about = {"condition": condition, "seed": seed}
+        kinds = names[run.data.train.domain]
+        found = judge_score(of_chunks, kinds, summed=score == "value")
+        rows.append({**about, "unit": "chunk", "score": score, **found})
+        kinds = names[document_domain.astype(int)]
+        found = judge_score(of_documents, kinds, summed=score == "value")
+        rows.append({**about, "unit": "document", "score": score, **found})
     return rows
 
 
-def retrain(cfg, condition, seed, arm, options):
-    """One run on what is kept. A row: its test losses, on clean text, and how much of each kind of junk it was spared."""
-    valued, out = (
-        Path(cfg.data, "runs", f"{condition}-{seed}"),
-        Path(cfg.data, "runs", f"{condition}-{seed}-{arm}".replace(" ", "_")),
-    )
-    data, keep = open_dataset(f"{cfg.data}/{condition}"), ""
-    kept = np.ones(len(data.train.rows), bool)
-    if options is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        keep = str(out / "keep.npy")
-        if options == "oracle":
-            np.save(keep, np.flatnonzero(~is_junk(data)))
-        else:
-            curate.curate(
-                curate.Config(run=str(valued), out=str(out), overwrite=True, seed=seed, **options)
-            )
-        kept[:] = False
-        kept[np.load(keep)] = True
-    iters = cfg.iters + (cfg.value_iters if arm == "all" else 0)
-    train.train(
-        settings(
-            cfg,
-            condition,
-            seed,
-            out,
-            keep=keep,
-            rule="off",
-            max_iters=iters,
-            eval_interval=cfg.eval_interval,
-        )
-    )
-    lines = [json.loads(line) for line in open(out / "evaluations.jsonl")]
-    sizes = np.bincount(data.val.domain, minlength=len(data.domains))
-    clean = [(name, n) for name, n in zip(data.domains, sizes) if n and name not in JUNK]
-    curve = [
-        (
-            e["step"],
-            float(
-                np.average([e["loss"][name] for name, _ in clean], weights=[n for _, n in clean])
-            ),
-        )
-        for e in lines
-    ]
-    junk = is_junk(data)
-    row = dict(
-        condition=condition,
-        seed=seed,
-        arm=arm,
-        kept=float(kept.mean()),
-        junk_left=float(junk[kept].mean()),
-        curve=curve,
-    )
-    row |= {
-        f"dropped: {name}": float((~kept[data.train.domain == d]).mean())
-        for d, name in enumerate(data.domains)
-        if name in JUNK
+def judge_score(moments, kinds, summed):
+    """How well a score tells junk from text: shares of negative scores, and the AUROC of a small
+    score, of each kind of junk against text.
+
+    moments: what curate.py knows of each unit's score (count first). kinds (n,): their domains.
+    """
+    visits, *sums = moments
+    used = visits > 0
+    scores, _ = curate.score_and_error(visits[used], *(x[used] for x in sums), summed=summed)
+    kinds = kinds[used]
+    text = ~np.isin(kinds, JUNK)
+    found = {
+        "negative, text": float((scores[text] < 0).mean()),
+        "negative, junk": None if text.all() else float((scores[~text] < 0).mean()),
     }
+    for kind in (*JUNK, "any"):
+        junk = ~text if kind == "any" else kinds == kind
+        if junk.any():
+            wins = stats.mannwhitneyu(-scores[junk], -scores[text]).statistic
+            found[kind] = float(wins / junk.sum() / text.sum())
+    return found
+
+
+def choose_chunks(cfg, condition, seed, arm, options, data, out):
+    """Writes what an arm keeps into its run's folder. Returns the file's path, "" for all chunks,
+    and which chunks it keeps, bool (n,)."""
+    if arm == ALL:
+        return "", np.ones(len(data.train.rows), bool)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "keep.npy"
+    if arm == ORACLE:
+        np.save(path, np.flatnonzero(~is_junk(data)))
+    else:
+        valued = run_folder(cfg, condition, seed)
+        curate.curate(
+            curate.Config(run=str(valued), out=str(out), overwrite=True, seed=seed, **options)
+        )
+    kept = np.zeros(len(data.train.rows), bool)
+    kept[np.load(path)] = True
+    return str(path), kept
+
+
+def retrain(cfg, condition, seed, arm, options):
+    """One run on what is kept. Returns [row]: its test losses, on clean text, and how much of each
+    kind of junk it was spared."""
+    out = run_folder(cfg, condition, seed, arm)
+    data = open_dataset(f"{cfg.data}/{condition}")
+    keep, kept = choose_chunks(cfg, condition, seed, arm, options, data, out)
+    train_run(
+        cfg,
+        condition,
+        seed,
+        out,
+        keep=keep,
+        rule="off",
+        max_iters=cfg.iters + (cfg.value_iters if arm == ALL else 0),
+        eval_interval=cfg.eval_interval,
+    )
+    junk = is_junk(data)
+    row = {
+        "condition": condition,
+        "seed": seed,
+        "arm": arm,
+        "kept": float(kept.mean()),
+        "junk_left": float(junk[kept].mean()),
+        "curve": clean_losses(data, read_rows(out / "evaluations.jsonl")),
+    }
+    for d, name in enumerate(data.domains):
+        if name in JUNK:
+            row[f"dropped: {name}"] = float((~kept[data.train.domain == d]).mean())
+    row["dropped: text"] = float((~kept[~junk]).mean())
     forget_run(out)
-    return [row | {"dropped: text": float((~kept[~junk]).mean())}]
+    return [row]
 
 
-# --- tables and figure --------------------------------------------------------------
+def clean_losses(data, evaluations):
+    """(step, test loss) of each evaluation, over the domains that are no junk."""
+    sizes = np.bincount(data.val.domain, minlength=len(data.domains))
+    clean = {}
+    for name, size in zip(data.domains, sizes):
+        if size and name not in JUNK:
+            clean[name] = size
+    losses = []
+    for evaluation in evaluations:
+        of_domains = [evaluation["loss"][name] for name in clean]
+        loss = np.average(of_domains, weights=list(clean.values()))
+        losses.append((evaluation["step"], float(loss)))
+    return losses
 
 
-def at(curve, step):
-    """Mean of the last three evaluations up to a step."""
-    return float(np.mean([loss for s, loss in curve if s <= step][-3:]))
+# --- tables -----------------------------------------------------------------------
 
 
-def reached(curve, loss):
+def loss_at(row, step):
+    """A run's test loss: the mean of the last three evaluations up to a step."""
+    losses = [loss for at, loss in row["curve"] if at <= step]
+    return float(np.mean(losses[-3:]))
+
+
+def reached(row, loss):
     """The iterations after which three evaluations in a row average at most this; NaN: never."""
-    smooth = [
-        (curve[i][0], np.mean([x for _, x in curve[i - 2 : i + 1]])) for i in range(2, len(curve))
+    steps, losses = zip(*row["curve"])
+    for i in range(2, len(losses)):
+        if np.mean(losses[i - 2 : i + 1]) <= loss:
+            return float(steps[i])
+    return np.nan
+
+
+def less(losses, others):
+    """Losses less others, {seed: loss} both, of the seeds that have both, as text."""
+    return shown([losses[seed] - others[seed] for seed in losses if seed in others], 4)
+
+
+def loss_table(cfg, condition, by_arm):
+    """by_arm: {arm: {seed: row}}."""
+    final = {}
+    for arm, by_seed in by_arm.items():
+        final[arm] = {seed: loss_at(row, cfg.iters) for seed, row in by_seed.items()}
+    of_all = final[ALL]
+    seeds = len(of_all)
+    longer = {}
+    for seed, row in by_arm[ALL].items():
+        longer[seed] = loss_at(row, cfg.iters + cfg.value_iters)
+    table = [
+        ["all", seeds, "", shown(list(of_all.values()), 4), "", "", "", "", ""],
+        [
+            "all, equal tokens",
+            seeds,
+            "",
+            shown(list(longer.values()), 4),
+            less(longer, of_all),
+            "",
+            "",
+            "",
+            "",
+        ],
     ]
-    return next((float(step) for step, x in smooth if x <= loss), np.nan)
+    for arm, plan in arms(cfg, condition).items():
+        if arm == ALL or arm not in by_arm:
+            continue
+        rows = by_arm[arm].values()
+        saved = []
+        for row in rows:
+            saved.append(1 - reached(row, of_all.get(row["seed"], np.nan)) / cfg.iters)
+        there = np.array(saved)[np.isfinite(saved)]
+        table.append(
+            [
+                arm,
+                len(rows),
+                f"{np.mean([1 - row['kept'] for row in rows]):.1%}",
+                shown(list(final[arm].values()), 4),
+                less(final[arm], of_all),
+                less(final[arm], final[plan.control]) if plan.control in final else "",
+                f"{len(there)} of {len(saved)}",
+                shown(there, 2) if len(there) else "",
+                shown([loss_at(row, cfg.iters * row["kept"]) for row in rows], 4),
+            ]
+        )
+    head = [
+        "dropped",
+        "seeds",
+        "of the chunks",
+        "test loss",
+        "less: all",
+        "less: as many at random",
+        "reach the loss with all",
+        "iterations they save",
+        "test loss after as many passes as with all",
+    ]
+    return markdown(head, table)
+
+
+def dropped_table(by_arm):
+    """What each arm dropped of each kind of junk, and of the text."""
+    first = next(iter(by_arm[ALL].values()))
+    kinds = [key for key in first if key.startswith("dropped: ")]
+    table = []
+    for arm, by_seed in by_arm.items():
+        if arm != ALL:
+            rows = list(by_seed.values())
+            table.append([arm, *(f"{np.mean(column(rows, kind)):.0%}" for kind in kinds)])
+    return markdown(["arm", *(kind.removeprefix("dropped: ") for kind in kinds)], table)
+
+
+def score_table(scores):
+    """The value runs' rows, by condition, unit and score."""
+    kinds = []
+    for kind in (*JUNK, "any", "negative, text", "negative, junk"):
+        if any(row.get(kind) is not None for row in scores):
+            kinds.append(kind)
+    table = []
+    for condition, unit, score in sorted({(r["condition"], r["unit"], r["score"]) for r in scores}):
+        rows = select(scores, condition=condition, unit=unit, score=score)
+        line = [condition, unit, score]
+        for kind in kinds:
+            known = rows[0].get(kind) is not None
+            line.append(shown(column(rows, kind)) if known else "")
+        table.append(line)
+    return markdown(["condition", "unit", "score", *kinds], table)
 
 
 def tables(cfg, rows, scores):
     lines = []
-    for condition in dict.fromkeys(r["condition"] for r in rows):
-        of = {(r["arm"], r["seed"]): r for r in rows if r["condition"] == condition}
-        named = {
-            arm: control
-            for arm, (_, control) in arms(cfg, condition).items()
-            if any(name == arm for name, _ in of)
-        }
-        seeds = {arm: sorted(seed for name, seed in of if name == arm) for arm in named}
-        final = {key: at(r["curve"], cfg.iters) for key, r in of.items()}
-        less = lambda a, b: [final[a, s] - final[b, s] for s in seeds[a] if (b, s) in final]  # noqa: B023
-        longer = [at(of["all", s]["curve"], cfg.iters + cfg.value_iters) for s in seeds["all"]]
-        gained = shown([x - final["all", s] for x, s in zip(longer, seeds["all"])], 4)
-        table = [
-            [
-                "all",
-                len(seeds["all"]),
-                "",
-                shown([final["all", s] for s in seeds["all"]], 4),
-                *[""] * 5,
-            ]
-        ]
-        table += [["all, equal tokens", len(seeds["all"]), "", shown(longer, 4), gained, *[""] * 4]]
-        for arm, control in list(named.items())[1:]:
-            runs = [of[arm, s] for s in seeds[arm]]
-            saved = np.array(
-                [
-                    1 - reached(r["curve"], final.get(("all", r["seed"]), np.nan)) / cfg.iters
-                    for r in runs
-                ]
-            )
-            figures = [
-                len(runs),
-                f"{np.mean([1 - r['kept'] for r in runs]):.1%}",
-                shown([final[arm, s] for s in seeds[arm]], 4),
-            ]
-            figures.append(shown(less(arm, "all"), 4))
-            figures += [
-                shown(less(arm, control), 4) if control in named else "",
-                f"{np.isfinite(saved).sum()} of {len(saved)}",
-            ]
-            figures += [shown(saved[np.isfinite(saved)], 2) if np.isfinite(saved).any() else ""]
-            table.append(
-                [arm, *figures, shown([at(r["curve"], cfg.iters * r["kept"]) for r in runs], 4)]
-            )
-        head = [
-            "dropped",
-            "seeds",
-            "of the chunks",
-            "test loss",
-            "less: all",
-            "less: as many at random",
-            "reach the loss with all",
-        ]
-        head += ["iterations they save"]
-        lines += [
-            f"### {condition}: nats a token",
-            "",
-            *markdown([*head, "test loss after as many passes as with all"], table),
-            "",
-        ]
+    for condition in dict.fromkeys(column(rows, "condition")):
+        by_arm = {}
+        for arm in arms(cfg, condition):
+            of_arm = select(rows, condition=condition, arm=arm)
+            by_seed = {row["seed"]: row for row in of_arm}
+            if by_seed:
+                by_arm[arm] = dict(sorted(by_seed.items()))
+        lines += [f"### {condition}: nats a token", "", *loss_table(cfg, condition, by_arm), ""]
         if condition == "junk":
-            kinds = [key for key in next(iter(of.values())) if key.startswith("dropped: ")]
-            table = [
-                [arm, *(f"{np.mean([of[arm, s][kind] for s in seeds[arm]]):.0%}" for kind in kinds)]
-                for arm in named
-                if arm != "all"
-            ]
-            head = ["arm", *(kind.removeprefix("dropped: ") for kind in kinds)]
-            lines += ["### What each arm dropped, of the chunks", "", *markdown(head, table), ""]
-    kinds, table = (
-        [
-            kind
-            for kind in (*JUNK, "any", "negative, text", "negative, junk")
-            if any(r.get(kind) is not None for r in scores)
-        ],
-        [],
-    )
-    for key in sorted({(r["condition"], r["unit"], r["score"]) for r in scores}):
-        same = [r for r in scores if (r["condition"], r["unit"], r["score"]) == key]
-        table.append(
-            [
-                *key,
-                *(
-                    shown([r[kind] for r in same]) if same[0].get(kind) is not None else ""
-                    for kind in kinds
-                ),
-            ]
-        )
+            title = "### What each arm dropped, of the chunks"
+            lines += [title, "", *dropped_table(by_arm), ""]
     lines += [
-        "### Value run: AUROC of a small score, junk of each kind against text; share of negative scores",
+        "### Value run: AUROC of a small score, junk of each kind against text; "
+        "share of negative scores",
         "",
+        *score_table(scores),
     ]
-    return [*lines, *markdown(["condition", "unit", "score", *kinds], table)]
+    return lines
+
+
+# --- figure -----------------------------------------------------------------------
+
+
+def line_style(arm):
+    if "random" in arm:
+        return "--"
+    return ":" if "loss" in arm or "largest" in arm else "-"
+
+
+def smoothed(losses):
+    """Each with the mean of itself and the two before."""
+    return [losses[max(0, j - 2) : j + 1].mean() for j in range(len(losses))]
+
+
+def draw_condition(ax, cfg, rows, condition):
+    of_all = {}
+    for row in select(rows, condition=condition, arm=ALL):
+        of_all[row["seed"]] = dict(row["curve"])
+    others = [arm for arm in arms(cfg, condition) if arm != ALL]
+    for i, arm in enumerate(others):
+        of_arm = select(rows, condition=condition, arm=arm)
+        steps = [step for step, _ in of_arm[0]["curve"] if step > cfg.iters // 10]
+        gaps = []
+        for row in of_arm:
+            losses = dict(row["curve"])
+            base = of_all[row["seed"]]
+            gaps.append(smoothed(np.array([losses[step] - base[step] for step in steps])))
+        mean, error = curve(np.array(gaps).T)
+        error = np.nan_to_num(error)
+        ax.plot(steps, mean, line_style(arm), color=f"C{i % 10}", label=arm)
+        ax.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.15)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_title(f"{condition}: test loss less that of all chunks")
+    ax.set_xlabel("iterations")
+    ax.legend(fontsize=7)
 
 
 def figure(cfg, rows, path):
     plt = pyplot()
-    conditions = list(dict.fromkeys(r["condition"] for r in rows))
+    conditions = list(dict.fromkeys(column(rows, "condition")))
     fig, axes = plt.subplots(
         1, len(conditions), figsize=(6.5 * len(conditions), 4.2), squeeze=False
     )
     for ax, condition in zip(axes[0], conditions):
-        base = {
-            r["seed"]: dict(r["curve"])
-            for r in rows
-            if r["condition"] == condition and r["arm"] == "all"
-        }
-        for i, arm in enumerate(arm for arm in arms(cfg, condition) if arm != "all"):
-            of = [r for r in rows if (r["condition"], r["arm"]) == (condition, arm)]
-            steps = [s for s, _ in of[0]["curve"] if s > cfg.iters // 10]
-            gaps = np.array([[dict(r["curve"])[s] - base[r["seed"]][s] for s in steps] for r in of])
-            gaps = np.array(
-                [[g[max(0, j - 2) : j + 1].mean() for j in range(len(steps))] for g in gaps]
-            )
-            mean, error = (
-                gaps.mean(0),
-                gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else 0,
-            )
-            style = "--" if "random" in arm else ":" if "loss" in arm or "largest" in arm else "-"
-            ax.plot(steps, mean, style, color=f"C{i % 10}", label=arm)
-            ax.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.15)
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_title(f"{condition}: test loss less that of all chunks")
-        ax.set_xlabel("iterations")
-        ax.legend(fontsize=7)
+        draw_condition(ax, cfg, rows, condition)
     axes[0, 0].set_ylabel("nats a token (below 0: better than all)")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    save_figure(fig, path)
+
+
+def train_all(cfg, out):
+    begin(cfg)
+    folder = Path(cfg.data)
+    conditions = cfg.conditions.split(",")
+    if not (folder / "target.txt").is_file():
+        write_corpus(cfg, folder)
+    for condition in conditions:
+        prepare(
+            folder / condition,
+            folder / f"{condition}.jsonl",
+            tokenizer=cfg.tokenizer,
+            block_size=cfg.block_size,
+            val_fraction=0.1,
+        )
+    value_jobs = []
+    jobs = []
+    for seed in numbers(cfg.seeds, int):
+        for condition in conditions:
+            value_jobs.append((cfg, condition, seed))
+            for name, arm in arms(cfg, condition).items():
+                jobs.append((cfg, condition, seed, name, arm.options))
+    if cfg.part == "all":
+        side_by_side(value, value_jobs, out / "values.jsonl", cfg.workers)
+    side_by_side(retrain, jobs, out / "rows.jsonl", cfg.workers)
 
 
 def main(cfg):
     out = Path(cfg.out)
     if cfg.part != "report":
-        begin(cfg)
-        folder, conditions, seeds = (
-            Path(cfg.data),
-            cfg.conditions.split(","),
-            [int(s) for s in cfg.seeds.split(",")],
-        )
-        if not (folder / "target.txt").is_file():
-            write_corpus(cfg, folder)
-        for condition in conditions:
-            prepare(
-                folder / condition,
-                folder / f"{condition}.jsonl",
-                tokenizer=cfg.tokenizer,
-                block_size=cfg.block_size,
-                val_fraction=0.1,
-            )
-        jobs = [(cfg, condition, seed) for seed in seeds for condition in conditions]
-        if cfg.part == "all":
-            side_by_side(value, jobs, out / "values.jsonl", cfg.workers)
-        jobs = [
-            (*job, arm, options) for job in jobs for arm, (options, _) in arms(cfg, job[1]).items()
-        ]
-        side_by_side(retrain, jobs, out / "rows.jsonl", cfg.workers)
-    rows, scores = read_rows(out / "rows.jsonl"), read_rows(out / "values.jsonl")
-    finish(out, tables(cfg, rows, scores))
+        train_all(cfg, out)
+    rows = read_rows(out / "rows.jsonl")
+    finish(out, tables(cfg, rows, read_rows(out / "values.jsonl")))
     figure(cfg, rows, out / "curation.png")
 
 
