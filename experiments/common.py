@@ -214,6 +214,7 @@ def pyplot():
     return plt
 
 
-def save_figure(fig, path):
-    fig.tight_layout()
+def save_figure(fig, path, rect=None):
+    """rect: the part of the figure that the axes fill, as matplotlib's tight_layout takes it."""
+    fig.tight_layout(rect=rect)
     fig.savefig(path, dpi=110)
