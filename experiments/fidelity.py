@@ -1,48 +1,67 @@
 """
-How far to trust a value: each rule against the step that the optimizer really takes, and cheaper targets against dearer ones.
+How far to trust a value: each rule against the step that the optimizer really takes, and cheaper
+targets against dearer ones.
 
-    python experiments/fidelity.py                                         on the text every Python installation carries
+    python experiments/fidelity.py                  on the text every Python installation carries
     python experiments/fidelity.py --source=minipile.jsonl.zst --out=results/fidelity
-    python experiments/fidelity.py --part=report --out=...                 tables and figure again, from rows.jsonl and targets.jsonl
+    python experiments/fidelity.py --part=report --out=...    tables and figure again, from
+                                                              rows.jsonl and targets.jsonl
 
-Rules: for every setting a small GPT is trained by AdamW; at some of its steps the game of that very step (B chunks, one target) is
-solved: by all 2^B subsets for B = 8, by antithetic permutations for B = 16, the optimizer's own step run for each subset in float64.
-The rules' values come from rules.py beside it, which the tests hold equal to what a run computes.
-Targets: whole runs of train.py that differ in --target_batch, --target_interval and --target_sampling only; the weights go the same
-way in all of them, so their values.npy can be compared chunk by chunk with a run whose target is REFERENCE chunks a step.
-Writes rows.jsonl, targets.jsonl, table.md, fidelity.png. Two CPU cores: about an hour for the rules, a quarter for the targets.
+Rules: for every setting a small GPT is trained by AdamW. At some of its steps the game of that very
+step (B chunks, one target) is solved: by all 2^B subsets for B = 8, by antithetic permutations for
+B = 16, the optimizer's own step run for each subset in float64. The rules' values come from
+shapley/rules.py, which the tests hold equal to what a run computes.
+
+Targets: whole runs of train.py that differ in --target_batch, --target_interval and
+--target_sampling only. The weights go the same way in all of them, so their values.npy can be
+compared chunk by chunk with a run whose target is REFERENCE chunks a step.
+Writes rows.jsonl, targets.jsonl, table.md, fidelity.png.
+
+Two CPU cores: about an hour for the rules, a quarter for the targets.
 """
 
 import json
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import config
+import train
 from data import global_batch, open_dataset
-from experiments.common import forget_run
+from experiments.common import (
+    begin,
+    column,
+    finish,
+    forget_run,
+    markdown,
+    numbers,
+    prepare,
+    pyplot,
+    read_rows,
+    save_figure,
+    select,
+    side_by_side,
+)
 from model import GPT, GPTConfig
 from shapley import exact, rules
-from system.errors import UserError
 
-T, WARMUP = 64, 100
-VOCABS = {
-    "byte": dict(n_layer=3, n_head=4, n_embd=96),
-    "gpt2": dict(n_layer=3, n_head=2, n_embd=32),
-}  # tied head in both
+T = 64
+WARMUP = 100
+REFERENCE = 64  # target chunks a step, of the run that cheaper targets are held to
+RUN_STEPS = 200  # of the runs that compare targets
+SHAPES = {  # by vocabulary; the head is tied in both
+    "byte": {"n_layer": 3, "n_head": 4, "n_embd": 96},
+    "gpt2": {"n_layer": 3, "n_head": 2, "n_embd": 32},
+}
 
 
 @dataclass
@@ -59,124 +78,157 @@ class Config:
     data: str = "data/fidelity"  # the prepared chunks, made when missing
     out: str = "out/fidelity"
     workers: int = os.cpu_count() or 1
-    part: Literal["all", "rules", "targets", "report"] = (
-        "all"  # report: only the tables and the figure
+    # report: only the tables and the figure
+    part: Literal["all", "rules", "targets", "report"] = "all"
+
+
+def prepare_vocab(cfg, vocab):
+    """The chunks of a vocabulary, made when missing."""
+    return prepare(
+        f"{cfg.data}-{vocab}", cfg.source, tokenizer=vocab, block_size=T, val_fraction=0.02
     )
 
 
-def numbers(text, kind=float):
-    return [kind(x) for x in text.split(",")]
+# --- the rules and their parts --------------------------------------------------
 
 
-# --- the rules and their parts: name -> arguments of rules.rule_values --------
-
-
-def hermite(q):
-    """E[secant(g)] for g ~ N(mhat, vhat - mhat^2), by three Gauss-Hermite points: instead of the mean field."""
-    q = dict(q, v=torch.maximum(q["v"], rules.FLOORS["adamw"] * q["v"].mean()))
-    mhat, vhat = (
-        q["m"] / (1 - q["beta1"] ** (q["t"] - 1)),
-        q["v"] / (1 - q["beta2"] ** (q["t"] - 1)),
-    )
+def three_point_secant(q):
+    """E[secant(g)] for g ~ N(mhat, vhat - mhat^2), by three Gauss-Hermite points: instead of the
+    mean field. q: of rules.adamw_pieces."""
+    q = {**q, "v": torch.maximum(q["v"], rules.FLOORS["adamw"] * q["v"].mean())}
+    mhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1))
+    vhat = q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
     sd = (vhat - mhat**2).clamp(min=0).sqrt()
-    return sum(
-        weight * rules.secant(q, mhat + z * sd)
-        for z, weight in [(0.0, 2 / 3), (3**0.5, 1 / 6), (-(3**0.5), 1 / 6)]
-    )
+    mean = 0.0
+    for weight, z in ((2 / 3, 0.0), (1 / 6, 3**0.5), (1 / 6, -(3**0.5))):
+        mean = mean + weight * rules.secant(q, mhat + z * sd)
+    return mean
 
 
-def floored(floor):
-    return lambda q: rules.expected_secant(q, floor)
+def secant_floor_1e_2(q):
+    return rules.expected_secant(q, 1e-2)
 
 
-def norms_only(x, known):
-    return rules.inner_products(x, [rows if g.dim() == 1 else None for g, rows in zip(x[0], known)])
+def secant_no_floor(q):
+    return rules.expected_secant(q, 0.0)
 
 
-def whole(x, known):
+# What the clip correction goes by, q_i (B,), or False: no correction. x is what
+# exact.chunk_gradients returns, known what rules.known_rows returns.
+
+
+def no_products(x, known):
+    return False
+
+
+def norm_products(x, known):
+    """Over the LayerNorms' weights."""
+    norms = [rows if g.dim() == 1 else None for g, rows in zip(x[0], known)]
+    return rules.inner_products(x, norms)
+
+
+def whole_products(x, known):
+    """Over all weights."""
     return rules.inner_products(x, [torch.ones_like(g, dtype=bool) for g in x[0]])
 
 
+def squared_norms(x, known):
+    return torch.stack([exact.dot(g, g) for g in x])
+
+
+# name -> arguments of rules.rule_values; "products" is a function here
 RULES = {
-    "sgd": dict(rule="sgd"),
-    "sgd2": dict(rule="sgd2"),
-    "adamw_linear, no floor": dict(rule="adamw_linear", floor=0.0),
-    "adamw_linear": dict(rule="adamw_linear"),
-    "adamw": dict(rule="adamw"),
-    "adamw, no look-ahead": dict(rule="adamw", lookahead=False),
-    "adamw, no secant": dict(rule="adamw", expected=rules.linearised, known=None),
-    "adamw, every secant predicted": dict(rule="adamw", known=None),
-    "adamw, floor 1e-2": dict(rule="adamw", expected=floored(1e-2)),
-    "adamw, no floor": dict(rule="adamw", expected=floored(0.0)),
-    "adamw, 3-point secant": dict(rule="adamw", expected=hermite),
-    "adamw, no clip correction": dict(rule="adamw", products=lambda x, known: False),
-    "adamw, clip by LayerNorms alone": dict(rule="adamw", products=norms_only),
-    "adamw, clip by all weights": dict(rule="adamw", products=whole),
-    "adamw, clip by squared norms": dict(rule="adamw", products=lambda x, known: torch.stack([exact.dot(g, g) for g in x])),
-    "adamw2": dict(rule="adamw2"),
-}  # fmt: skip
-MAIN = ("sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw", "adamw2", "leave-one-out")
+    "sgd": {"rule": "sgd"},
+    "sgd2": {"rule": "sgd2"},
+    "adamw_linear, no floor": {"rule": "adamw_linear", "floor": 0.0},
+    "adamw_linear": {"rule": "adamw_linear"},
+    "adamw": {"rule": "adamw"},
+    "adamw, no look-ahead": {"rule": "adamw", "lookahead": False},
+    "adamw, no secant": {"rule": "adamw", "expected": rules.linearised, "known": None},
+    "adamw, every secant predicted": {"rule": "adamw", "known": None},
+    "adamw, floor 1e-2": {"rule": "adamw", "expected": secant_floor_1e_2},
+    "adamw, no floor": {"rule": "adamw", "expected": secant_no_floor},
+    "adamw, 3-point secant": {"rule": "adamw", "expected": three_point_secant},
+    "adamw, no clip correction": {"rule": "adamw", "products": no_products},
+    "adamw, clip by LayerNorms alone": {"rule": "adamw", "products": norm_products},
+    "adamw, clip by all weights": {"rule": "adamw", "products": whole_products},
+    "adamw, clip by squared norms": {"rule": "adamw", "products": squared_norms},
+    "adamw2": {"rule": "adamw2"},
+}
+LEAVE_ONE_OUT = "leave-one-out"
+MAIN = ("sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw", "adamw2", LEAVE_ONE_OUT)
 
 
 def judge_step(model, optimizer, X, Y, loss, lr, clip, permutations):
     """One row a rule: its values of the coming step against the truth."""
-    x, known = exact.chunk_gradients(model, X, Y), rules.known_rows(model, X, Y)
+    x = exact.chunk_gradients(model, X, Y)
+    known = rules.known_rows(model, X, Y)
     step = exact.Step(model, optimizer, x, [loss], clip)
-    truth, errors = (a[:, 0] for a in exact.solve(step, len(x), permutations, tolerance=0.02))
+    truth, errors = exact.solve(step, len(x), permutations, tolerance=0.02)
+    truth = truth[:, 0]
     rms = float(np.sqrt(np.mean(truth**2)))
-    common = dict(
-        kappa=rules.clip_coefficient([sum(g) for g in zip(*x)], clip),
-        truth_rms=rms,
-        truth_error=float(np.sqrt(np.mean(errors**2)) / rms),
-    )
-    found = {}
-    for name, arguments in RULES.items():
-        arguments = {"known": known, "products": rules.inner_products, **arguments}
-        arguments["products"] = arguments["products"](x, known)
-        found[name] = rules.rule_values(
-            model, optimizer, x, [loss], lr=lr, grad_clip=clip, **arguments
-        )[:, 0].numpy()
-    found["leave-one-out"] = exact.leave_one_out(step, len(x))[:, 0]
-    return [
-        dict(
-            name=name, **common, sum_ratio=float(v.sum() / truth.sum()), **exact.agreement(v, truth)
+    values = {}
+    for name, parts in RULES.items():
+        arguments = {"known": known, "products": rules.inner_products, **parts}
+        products = arguments.pop("products")(x, known)
+        by_rule = rules.rule_values(
+            model, optimizer, x, [loss], lr=lr, grad_clip=clip, products=products, **arguments
         )
-        for name, v in found.items()
-    ]
+        values[name] = by_rule[:, 0].numpy()
+    values[LEAVE_ONE_OUT] = exact.leave_one_out(step, len(x))[:, 0]
+    rows = []
+    for name, v in values.items():
+        rows.append(
+            {
+                "name": name,
+                "kappa": rules.clip_coefficient([sum(g) for g in zip(*x)], clip),
+                "truth_rms": rms,
+                "truth_error": float(np.sqrt(np.mean(errors[:, 0] ** 2)) / rms),
+                "sum_ratio": float(v.sum() / truth.sum()),
+                **exact.agreement(v, truth),
+            }
+        )
+    return rows
+
+
+def batch_of(split, ids):
+    """X, Y of some chunks, as tensors."""
+    X, Y = split.batch(ids, T)
+    return torch.from_numpy(X), torch.from_numpy(Y)
 
 
 def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
+    """One training. Returns a row for every rule and every judged step."""
     torch.set_num_threads(1)
     data = open_dataset(f"{cfg.data}-{vocab}")
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(T, -(-data.meta["vocab_size"] // 64) * 64, bias=False, **VOCABS[vocab]))
+    vocab_size = -(-data.meta["vocab_size"] // 64) * 64
+    model = GPT(GPTConfig(T, vocab_size, bias=False, **SHAPES[vocab]))
     optimizer = model.configure_optimizers(0.1, lr_max, (0.9, 0.95), "cpu")
-    ids = np.flatnonzero(data.val.domain == data.domains.index(cfg.target))
-    steps, rows = set(numbers(cfg.steps, int)), []
-    for step in range(max(steps) + 1):
+    target_ids = np.flatnonzero(data.val.domain == data.domains.index(cfg.target))
+    judged = numbers(cfg.steps, int)
+    rows = []
+    for step in range(max(judged) + 1):
         lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        X, Y = map(
-            torch.from_numpy, data.train.batch(global_batch(step, B, len(data.train.rows), seed), T)
-        )
-        if step in steps:
-            picks = np.random.default_rng((seed, step)).choice(ids, cfg.target_batch, replace=False)
-            loss = exact.batch_loss(*map(torch.from_numpy, data.val.batch(picks, T)))
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        X, Y = batch_of(data.train, global_batch(step, B, len(data.train.rows), seed))
+        if step in judged:
+            rng = np.random.default_rng((seed, step))
+            picks = rng.choice(target_ids, cfg.target_batch, replace=False)
+            loss = exact.batch_loss(*batch_of(data.val, picks))
             began = time.perf_counter()
-            for row in judge_step(model, optimizer, X, Y, loss, lr, clip, cfg.permutations):
-                rows.append(
-                    dict(
-                        vocab=vocab,
-                        lr=lr_max,
-                        clip=clip,
-                        B=B,
-                        seed=seed,
-                        step=step,
-                        seconds=time.perf_counter() - began,
-                        **row,
-                    )
-                )
+            judgements = judge_step(model, optimizer, X, Y, loss, lr, clip, cfg.permutations)
+            about = {
+                "vocab": vocab,
+                "lr": lr_max,
+                "clip": clip,
+                "B": B,
+                "seed": seed,
+                "step": step,
+                "seconds": time.perf_counter() - began,
+            }
+            rows += [{**about, **row} for row in judgements]
         training_loss = model(X, Y)[1]
         training_loss.backward()
         if clip:
@@ -188,69 +240,60 @@ def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
     return rows
 
 
-# -----------------------------------------------------------------------------
-
-
-def prepare(cfg):
-    from prepare_pile import Config as PileConfig
-    from prepare_pile import prepare
-
-    for vocab in cfg.vocabs.split(","):
-        if not Path(f"{cfg.data}-{vocab}", "meta.json").is_file():
-            prepare(
-                PileConfig(
-                    source=cfg.source,
-                    tokenizer=vocab,
-                    block_size=T,
-                    val_fraction=0.02,
-                    data_dir=f"{cfg.data}-{vocab}",
-                )
-            )
-
-
-def run(cfg):
-    prepare(cfg)
-    vocabs, seeds = cfg.vocabs.split(","), numbers(cfg.seeds, int)
-    jobs = [
-        (v, lr, clip, 8, seed)
-        for seed, v, lr, clip in product(seeds, vocabs, numbers(cfg.lrs), numbers(cfg.clips))
-    ]
-    jobs = [(v, 6e-4, 1.0, 16, seeds[0]) for v in vocabs[::-1]] + jobs  # the longest first
-    with (
-        open(Path(cfg.out, "rows.jsonl"), "w", encoding="utf-8") as f,
-        ProcessPoolExecutor(cfg.workers) as pool,
-    ):
-        futures = [pool.submit(train_and_judge, cfg, *job) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
-            f.writelines(json.dumps(row) + "\n" for row in future.result())
-            f.flush()
+def judge_rules(cfg, out):
+    vocabs = cfg.vocabs.split(",")
+    seeds = numbers(cfg.seeds, int)
+    jobs = []
+    for vocab in reversed(vocabs):  # the longest first
+        prepare_vocab(cfg, vocab)
+        jobs.append((cfg, vocab, 6e-4, 1.0, 16, seeds[0]))
+    for seed in seeds:
+        for vocab in vocabs:
+            for lr in numbers(cfg.lrs):
+                for clip in numbers(cfg.clips):
+                    jobs.append((cfg, vocab, lr, clip, 8, seed))
+    side_by_side(train_and_judge, jobs, out / "rows.jsonl", cfg.workers)
 
 
 # --- cheaper targets ----------------------------------------------------------
 
 
-REFERENCE, RUN_STEPS = 64, 200
-SETTINGS = [dict(target_batch=b, target_interval=i, target_sampling=how)
-            for b, i, how in [(1, 1, "redraw"), (1, 2, "redraw"), (1, 4, "redraw"), (1, 8, "redraw"), (4, 1, "redraw"), (16, 1, "redraw"),
-                              (1, 1, "fixed"), (4, 1, "fixed"), (16, 1, "fixed"), (4, 4, "redraw")]]  # fmt: skip
+@dataclass(frozen=True)
+class Target:
+    """How a run takes its target: options of train.py."""
+
+    target_batch: int
+    target_interval: int
+    target_sampling: str
 
 
-def run_targets(cfg):
-    """One row a setting and seed: agreement of its values with the reference's, chunk by chunk and by domain, and its pace."""
-    from train import Config as TrainConfig
-    from train import train
+SETTINGS = (
+    Target(1, 1, "redraw"),
+    Target(1, 2, "redraw"),
+    Target(1, 4, "redraw"),
+    Target(1, 8, "redraw"),
+    Target(4, 1, "redraw"),
+    Target(16, 1, "redraw"),
+    Target(1, 1, "fixed"),
+    Target(4, 1, "fixed"),
+    Target(16, 1, "fixed"),
+    Target(4, 4, "redraw"),
+)
 
-    prepare(cfg)
-    data = open_dataset(f"{cfg.data}-byte")
-    common = dict(
+
+def run_once(cfg, out, seed, **options):
+    """One run of train.py on bytes. Returns its values, None without valuation, and its seconds."""
+    settings = train.Config(
+        **SHAPES["byte"],
+        **options,
         data_dir=f"{cfg.data}-byte",
+        out_dir=str(out),
+        seed=seed,
         batch_size=8,
         max_iters=RUN_STEPS,
         warmup_iters=WARMUP // 2,
         eval_interval=0,
         log_interval=RUN_STEPS,
-    )
-    common |= dict(
         targets=f"val:{cfg.target}",
         book_interval=10**9,
         checkpoint_interval=RUN_STEPS,
@@ -258,238 +301,265 @@ def run_targets(cfg):
         device="cpu",
         dtype="float32",
     )
-    with open(Path(cfg.out, "targets.jsonl"), "w", encoding="utf-8") as f:
+    began = time.perf_counter()
+    train.train(settings)
+    seconds = time.perf_counter() - began
+    values = np.load(out / "values.npy") if settings.rule != "off" else None
+    forget_run(out)
+    return values, seconds
+
+
+def judge_targets(cfg, out):
+    """Writes a row a setting and seed: agreement of its values with the reference's, chunk by chunk
+    and by domain, and its pace."""
+    data = prepare_vocab(cfg, "byte")
+    with open(out / "targets.jsonl", "w", encoding="utf-8") as file:
         for seed in numbers(cfg.seeds, int):
-            values, seconds = {}, {}
-            arms = {"off": dict(rule="off"), "reference": dict(target_batch=REFERENCE)} | {
-                json.dumps(s): s for s in SETTINGS
-            }
-            for name, setting in tqdm(arms.items(), unit="run"):
-                out = Path(cfg.out, "run")
-                began = time.perf_counter()
-                train(
-                    TrainConfig(**common, **VOCABS["byte"], **setting, seed=seed, out_dir=str(out))
-                )
-                seconds[name] = time.perf_counter() - began
-                if name != "off":
-                    values[name] = np.load(out / "values.npy")
-                forget_run(out)
-            used = np.flatnonzero(np.isfinite(values["reference"]))
+            runs = tqdm(total=2 + len(SETTINGS), unit="run")
+            _, plain_seconds = run_once(cfg, out / "run", seed, rule="off")
+            runs.update()
+            reference, _ = run_once(cfg, out / "run", seed, target_batch=REFERENCE)
+            runs.update()
+            used = np.flatnonzero(np.isfinite(reference))
             domain = data.train.domain[used]
-            by_domain = {
-                name: np.array([v[used][domain == d].mean() for d in np.unique(domain)])
-                for name, v in values.items()
-            }
-            for name, setting in arms.items():
-                if name in ("off", "reference"):
-                    continue
-                row = exact.agreement(values[name][used], values["reference"][used])
-                row["domains"] = exact.agreement(by_domain[name], by_domain["reference"])[
-                    "spearman"
-                ]
-                f.write(
-                    json.dumps(dict(setting, seed=seed, pace=seconds["off"] / seconds[name], **row))
-                    + "\n"
+            for setting in SETTINGS:
+                values, seconds = run_once(cfg, out / "run", seed, **vars(setting))
+                runs.update()
+                by_domain = exact.agreement(
+                    domain_means(values[used], domain), domain_means(reference[used], domain)
                 )
-                f.flush()
+                row = {
+                    **vars(setting),
+                    "seed": seed,
+                    "pace": plain_seconds / seconds,
+                    **exact.agreement(values[used], reference[used]),
+                    "domains": by_domain["spearman"],
+                }
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+            runs.close()
 
 
-# --- tables and figure --------------------------------------------------------
+def domain_means(values, domain):
+    return np.array([values[domain == d].mean() for d in np.unique(domain)])
 
 
-def read(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.is_file() else []
+# --- tables -----------------------------------------------------------------------
+
+
+def is_clipped(row):
+    return row["kappa"] < 1
+
+
+def after_warmup(rows):
+    return [row for row in rows if row["step"] > WARMUP]
 
 
 def mean_and_spread(rows, key):
-    values = np.array([row[key] for row in rows])
-    return f"{values.mean():.4f} ± {values.std(ddof=1) if len(values) > 1 else 0:.4f} ({values.min():.3f})"
+    """Mean ± standard deviation (lowest), as text."""
+    values = np.array(column(rows, key))
+    spread = values.std(ddof=1) if len(values) > 1 else 0
+    return f"{values.mean():.4f} ± {spread:.4f} ({values.min():.3f})"
+
+
+def steps_in(rows):
+    """The number of steps that rows judge."""
+    return len(select(rows, name="sgd"))
 
 
 def summary(rows):
-    """Markdown: the main rules over every judged step of B = 8 after the warm-up, and of those the clipped and the others."""
-    rows = [r for r in rows if r["step"] > WARMUP and r["B"] == 8]
-    groups = [
-        (v, clipped) for v in sorted({r["vocab"] for r in rows}) for clipped in (None, False, True)
-    ]
-    chosen = {
-        g: [r for r in rows if r["vocab"] == g[0] and g[1] in (None, r["kappa"] < 1)]
-        for g in groups
-    }
+    """The main rules over every judged step of B = 8 after the warm-up, and of those the clipped
+    and the others."""
+    rows = after_warmup(select(rows, B=8))
     if not rows:
         return []
-    lines = ["### After the warm-up, B = 8: mean Pearson (lowest), median relative L2", ""]
-    which = {None: "all", False: "not clipped", True: "clipped"}
-    titles = [
-        f"{v}, {which[c]}: {sum(r['name'] == 'sgd' for r in chosen[v, c])} steps" for v, c in groups
-    ]
-    lines += ["| rule | " + " | ".join(titles) + " |", "|---" * (1 + len(groups)) + "|"]
+    groups = {}
+    for vocab in sorted(set(column(rows, "vocab"))):
+        of_vocab = select(rows, vocab=vocab)
+        groups[f"{vocab}, all"] = of_vocab
+        groups[f"{vocab}, not clipped"] = [row for row in of_vocab if not is_clipped(row)]
+        groups[f"{vocab}, clipped"] = [row for row in of_vocab if is_clipped(row)]
+    table = []
     for name in MAIN:
-        cells = []
-        for g in groups:
-            pearson, l2 = (
-                np.array([r[key] for r in chosen[g] if r["name"] == name])
-                for key in ("pearson", "rel_l2")
-            )
-            cells.append(
-                f"{pearson.mean():.4f} ({pearson.min():.3f}), {np.median(l2):.0%}"
-                if len(pearson)
-                else "-"
-            )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        line = [name]
+        for group in groups.values():
+            of_rule = select(group, name=name)
+            if of_rule:
+                pearson = np.array(column(of_rule, "pearson"))
+                l2 = np.median(column(of_rule, "rel_l2"))
+                line.append(f"{pearson.mean():.4f} ({pearson.min():.3f}), {l2:.0%}")
+            else:
+                line.append("-")
+        table.append(line)
+    titles = [f"{title}: {steps_in(group)} steps" for title, group in groups.items()]
+    return [
+        "### After the warm-up, B = 8: mean Pearson (lowest), median relative L2",
+        "",
+        *markdown(["rule", *titles], table),
+        "",
+    ]
+
+
+def rule_table(rows):
+    """All rules over some steps: mean ± standard deviation over steps and seeds (lowest) of
+    Pearson, and more."""
+    head = [
+        "rule",
+        "Pearson, mean ± sd (lowest)",
+        "Spearman",
+        "RMSE, 1e-6 nats",
+        "relative L2, median",
+        "sum / truth, median",
+    ]
+    table = []
+    for name in (*RULES, LEAVE_ONE_OUT):
+        of_rule = select(rows, name=name)
+        table.append(
+            [
+                name,
+                mean_and_spread(of_rule, "pearson"),
+                f"{np.mean(column(of_rule, 'spearman')):.3f}",
+                f"{1e6 * np.mean(column(of_rule, 'rmse')):.1f}",
+                f"{np.median(column(of_rule, 'rel_l2')):.1%}",
+                f"{np.median(column(of_rule, 'sum_ratio')):.2f}",
+            ]
+        )
+    return markdown(head, table)
+
+
+def setting_table(rows):
+    """The main rules by vocabulary, learning rate and clipping."""
+    settings = sorted({(row["vocab"], row["lr"], row["clip"]) for row in select(rows, B=8)})
+    titles = [f"{vocab}, {lr:g}, clip {clip:g}" for vocab, lr, clip in settings]
+    table = []
+    for name in MAIN:
+        line = [name]
+        for vocab, lr, clip in settings:
+            of_setting = select(rows, name=name, vocab=vocab, lr=lr, clip=clip, B=8)
+            pearson = column(after_warmup(of_setting), "pearson")
+            line.append(f"{np.mean(pearson):.4f} ({min(pearson):.3f})" if pearson else "-")
+        table.append(line)
+    return markdown(["rule", *titles], table)
 
 
 def rule_tables(rows):
-    """Markdown: mean ± standard deviation over steps and seeds (lowest) of Pearson, and more, by vocabulary and clipping."""
     lines = summary(rows)
-    for vocab, B, clipped in product(
-        sorted({r["vocab"] for r in rows}), sorted({r["B"] for r in rows}), (False, True)
-    ):
-        some = [
-            r
-            for r in rows
-            if (r["vocab"], r["B"]) == (vocab, B)
-            and r["step"] > WARMUP
-            and (r["kappa"] < 1) == clipped
-        ]
-        if not some:
-            continue
-        n = len({(r["lr"], r["clip"], r["seed"], r["step"]) for r in some})
-        how = (
-            f"clipping active (kappa down to {min(r['kappa'] for r in some):.2f})"
-            if clipped
-            else "not clipped"
-        )
-        lines += [f"### {vocab} vocabulary, B = {B}, {how}: {n} steps", ""]
-        lines += [
-            "| rule | Pearson, mean ± sd (lowest) | Spearman | RMSE, 1e-6 nats | relative L2, median | sum / truth, median |",
-            "|---" * 6 + "|",
-        ]
-        for name in [*RULES, "leave-one-out"]:
-            of = [r for r in some if r["name"] == name]
-            figures = f"{np.mean([r['spearman'] for r in of]):.3f} | {1e6 * np.mean([r['rmse'] for r in of]):.1f}"
-            figures += f" | {np.median([r['rel_l2'] for r in of]):.1%} | {np.median([r['sum_ratio'] for r in of]):.2f}"
-            lines.append(f"| {name} | {mean_and_spread(of, 'pearson')} | {figures} |")
-        lines.append("")
+    for vocab in sorted(set(column(rows, "vocab"))):
+        for B in sorted(set(column(rows, "B"))):
+            for clipped in (False, True):
+                late = after_warmup(select(rows, vocab=vocab, B=B))
+                some = [row for row in late if is_clipped(row) == clipped]
+                if not some:
+                    continue
+                kappa = min(column(some, "kappa"))
+                how = f"clipping active (kappa down to {kappa:.2f})" if clipped else "not clipped"
+                title = f"### {vocab} vocabulary, B = {B}, {how}: {steps_in(some)} steps"
+                lines += [title, "", *rule_table(some), ""]
     lines += ["### By setting (B = 8, after the warm-up): mean Pearson (lowest)", ""]
-    settings = sorted({(r["vocab"], r["lr"], r["clip"]) for r in rows if r["B"] == 8})
-    lines += [
-        "| rule | " + " | ".join(f"{v}, {lr:g}, clip {clip:g}" for v, lr, clip in settings) + " |",
-        "|---" * (1 + len(settings)) + "|",
-    ]
-    for name in MAIN:
-        cells = []
-        for setting in settings:
-            keys = (name, *setting, 8)
-            of = [
-                r["pearson"]
-                for r in rows
-                if (r["name"], r["vocab"], r["lr"], r["clip"], r["B"]) == keys
-                and r["step"] > WARMUP
-            ]
-            cells.append(f"{np.mean(of):.4f} ({min(of):.3f})" if of else "-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    early = [r for r in rows if r["step"] < WARMUP and r["B"] == 8]
+    lines += setting_table(rows)
+    early = [row for row in select(rows, B=8) if row["step"] < WARMUP]
     if early:
-        lines += [
-            "",
-            f"### In the warm-up (B = 8, step {early[0]['step']}): mean Pearson ± sd (lowest)",
-            "",
-            "| rule | Pearson |",
-            "|---|---|",
-        ]
-        lines += [
-            f"| {name} | {mean_and_spread([r for r in early if r['name'] == name], 'pearson')} |"
-            for name in MAIN
-        ]
+        title = f"### In the warm-up (B = 8, step {early[0]['step']}): mean Pearson ± sd (lowest)"
+        table = [[name, mean_and_spread(select(early, name=name), "pearson")] for name in MAIN]
+        lines += ["", title, "", *markdown(["rule", "Pearson"], table)]
     return lines
 
 
 def target_table(rows):
-    lines = ["", "### Cheaper targets (byte vocabulary, B = 8, rule adamw)", ""]
-    lines += [
-        f"Values of the whole run ({RUN_STEPS} steps) against those of a run with {REFERENCE} target chunks a step.",
-        "",
+    head = [
+        "target_batch",
+        "target_interval",
+        "sampling",
+        "Pearson, chunks",
+        "Spearman, chunks",
+        "Spearman, domains",
+        "pace",
+        "bound",
     ]
-    lines += [
-        "Pace: throughput of the run, over that of one without valuation, whole commands timed; bound: B / (B + batch / interval).",
-        "",
-    ]
-    lines += [
-        "| target_batch | target_interval | sampling | Pearson, chunks | Spearman, chunks | Spearman, domains | pace | bound |",
-        "|---" * 8 + "|",
-    ]
+    table = []
     for setting in SETTINGS:
-        of = [r for r in rows if all(r[key] == value for key, value in setting.items())]
-        if of:
-            figures = " | ".join(
-                f"{np.mean([r[key] for r in of]):.3f}"
-                for key in ("pearson", "spearman", "domains", "pace")
+        of_setting = select(rows, **vars(setting))
+        if of_setting:
+            line = list(vars(setting).values())
+            for key in ("pearson", "spearman", "domains", "pace"):
+                line.append(f"{np.mean(column(of_setting, key)):.3f}")
+            line.append(f"{8 / (8 + setting.target_batch / setting.target_interval):.2f}")
+            table.append(line)
+    return [
+        "",
+        "### Cheaper targets (byte vocabulary, B = 8, rule adamw)",
+        "",
+        f"Values of the whole run ({RUN_STEPS} steps) against those of a run with {REFERENCE} "
+        "target chunks a step.",
+        "",
+        "Pace: throughput of the run, over that of one without valuation, whole commands timed; "
+        "bound: B / (B + batch / interval).",
+        "",
+        *markdown(head, table),
+    ]
+
+
+# --- figure -----------------------------------------------------------------------
+
+
+def draw_vocab(ax, rows, vocab):
+    """1 - Pearson of the main rules, every judged step a dot, on a logarithmic axis."""
+    for clipped, marker, shift in ((False, "o", -0.12), (True, "x", 0.12)):
+        label = "clipped step" if clipped else "unclipped step"
+        for i, name in enumerate(MAIN):
+            of_rule = after_warmup(select(rows, vocab=vocab, name=name))
+            apart = [max(1 - r["pearson"], 1e-6) for r in of_rule if is_clipped(r) == clipped]
+            ax.plot(
+                [i + shift] * len(apart),
+                apart,
+                marker,
+                color=f"C{int(clipped)}",
+                markersize=4,
+                alpha=0.6,
+                label=label if i == 0 else None,
             )
-            bound = 8 / (8 + setting["target_batch"] / setting["target_interval"])
-            lines.append(
-                f"| {setting['target_batch']} | {setting['target_interval']} | {setting['target_sampling']} | {figures} | {bound:.2f} |"
-            )
-    return lines
+    ax.set_yscale("log")
+    ax.set_title(f"{vocab} vocabulary")
+    ax.set_xticks(range(len(MAIN)), MAIN, rotation=30, ha="right")
+    ax.grid(axis="y", alpha=0.3)
 
 
 def figure(rows, path):
-    """1 - Pearson of the main rules, every judged step a dot, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    vocabs = sorted({r["vocab"] for r in rows})
+    plt = pyplot()
+    vocabs = sorted(set(column(rows, "vocab")))
     fig, axes = plt.subplots(
         1, len(vocabs), figsize=(5 * len(vocabs), 3.6), sharey=True, squeeze=False
     )
     for ax, vocab in zip(axes[0], vocabs):
-        for x, name in enumerate(MAIN):
-            for clipped, marker, shift in ((False, "o", -0.12), (True, "x", 0.12)):
-                of = [
-                    r
-                    for r in rows
-                    if (r["vocab"], r["name"], r["kappa"] < 1) == (vocab, name, clipped)
-                    and r["step"] > WARMUP
-                ]
-                of = [max(1 - r["pearson"], 1e-6) for r in of]
-                label = ("clipped step" if clipped else "unclipped step") if x == 0 else None
-                ax.plot(
-                    [x + shift] * len(of),
-                    of,
-                    marker,
-                    color=f"C{int(clipped)}",
-                    markersize=4,
-                    alpha=0.6,
-                    label=label,
-                )
-        ax.set_yscale("log")
-        ax.set_title(f"{vocab} vocabulary")
-        ax.set_xticks(range(len(MAIN)), MAIN, rotation=30, ha="right")
-        ax.grid(axis="y", alpha=0.3)
+        draw_vocab(ax, rows, vocab)
     axes[0, 0].set_ylabel("1 - Pearson with exact Shapley")
     axes[0, 0].legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    save_figure(fig, path)
+
+
+def read_if_there(path):
+    return read_rows(path) if path.is_file() else []
 
 
 def main(cfg):
     out = Path(cfg.out)
-    if cfg.part == "report" and not (out / "rows.jsonl").is_file():
-        raise UserError(f"no rows.jsonl in {out}: leave out --part=report")
-    out.mkdir(parents=True, exist_ok=True)
+    if cfg.part == "report":
+        read_rows(out / "rows.jsonl")  # says so where it is missing
+    else:
+        begin(cfg)
     if cfg.part in ("all", "rules"):
-        run(cfg)
+        judge_rules(cfg, out)
     if cfg.part in ("all", "targets"):
-        run_targets(cfg)
-    rows, targets = read(out / "rows.jsonl"), read(out / "targets.jsonl")
-    lines = [*(rule_tables(rows) if rows else []), *(target_table(targets) if targets else [])]
-    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        judge_targets(cfg, out)
+    rows = read_if_there(out / "rows.jsonl")
+    targets = read_if_there(out / "targets.jsonl")
+    lines = []
     if rows:
+        lines += rule_tables(rows)
         figure(rows, out / "fidelity.png")
-    print("\n".join(lines))
+    if targets:
+        lines += target_table(targets)
+    finish(out, lines)
 
 
 if __name__ == "__main__":
