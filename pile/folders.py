@@ -1,9 +1,10 @@
 """The folders that prepare_pile.py writes, data_dir and data_dir.parts, and how one data set
 replaces another.
 
-data_dir.parts holds the parts of a source, a folder for each process that is writing some, and,
-while a data_dir is replaced, the old one. Both are this program's only where it knows every name in
-them: else they are refused. Nothing is removed but files of names that this program gives.
+data_dir.parts holds the parts of a source and a folder for each process that is writing one. While
+a data_dir is replaced, the old one lies there too. A folder is used only if this program knows
+every name in it; otherwise it is refused. Nothing is removed except files with names
+that this program gives.
 """
 
 import contextlib
@@ -17,9 +18,10 @@ from system.terminal import listed
 
 PART = re.compile(r"\d{5,}-[0-9a-f]{16}\.arrow")
 PARTIAL = re.compile(r"\d+-of-\d+\.partial")
-WHOLE = "1-of-1.partial"  # of the process that packs, of which there can be one
+WHOLE = "1-of-1.partial"  # where a data set is packed, by one process at a time
 REPLACED = "replaced"
-TELLING = ("train_domain.npy", "val_domain.npy", "train_docs.parquet", "val_docs.parquet")
+# names that only a data set has: they prove that it is one where its meta.json is damaged
+UNMISTAKABLE = ("train_domain.npy", "val_domain.npy", "train_docs.parquet", "val_docs.parquet")
 ENTRIES = {"schema": int, "tokenizer": str, "config": dict, "sha256": dict}
 CURE = "write another --data_dir"
 
@@ -36,13 +38,24 @@ class Folders:
         self.replaced = self.parts / REPLACED
         self.files = {*files, *(f"{name}.tmp" for name in files), "lock"}
 
-    def partial(self, i, n):
-        """The folder of a process that writes shard i of n."""
-        return self.parts / f"{i}-of-{n}.partial"
-
     def ours(self):
-        """The folders that are written, which are no source."""
+        """The two folders that this program writes: they are never read as a source."""
         return self.folder, self.parts
+
+    @contextlib.contextmanager
+    def partial_folder(self, i, n):
+        """As a context, an empty folder for this process, which writes shard i of n.
+
+        In the end it is removed, and data_dir.parts too if that is empty. Raises UserError where
+        another process is writing this shard."""
+        folder = self.parts / f"{i}-of-{n}.partial"
+        with Claim(folder, "data_dir"):
+            try:
+                self.empty(folder, keep=["lock"])
+                yield folder
+            finally:
+                self.remove(folder)
+                remove_empty(self.parts)
 
     # --- what is not ours -----------------------------------------------------------
 
@@ -59,53 +72,56 @@ class Folders:
             refuse(self.parts, self.strange_parts())
 
     def strangers(self, folder):
-        """The names in a folder of a data set that are none of a data set's files."""
+        """The names in a folder that are not files of a data set, sorted."""
+        names = []
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.name not in self.files or is_folder(e))
+            for entry in entries:
+                if entry.name not in self.files or entry.is_dir(follow_symlinks=False):
+                    names.append(entry.name)
+        return sorted(names)
 
     def strange_parts(self):
-        found = []
+        """The names in data_dir.parts, and in the folders there, that are not ours."""
+        names = []
         for path in sorted(self.parts.iterdir()):
-            of_processes = PARTIAL.fullmatch(path.name) or path.name == REPLACED
-            if of_processes and path.is_dir() and not path.is_symlink():
+            is_ours = PARTIAL.fullmatch(path.name) or path.name == REPLACED
+            if is_ours and path.is_dir() and not path.is_symlink():
                 for name in self.strangers(path):
-                    if not PART.fullmatch(name) or (path / name).is_dir():
-                        found.append(f"{path.name}/{name}")
-            elif not PART.fullmatch(path.name) or path.is_dir():
-                found.append(path.name)
-        return found
+                    if not is_part(path / name):
+                        names.append(f"{path.name}/{name}")
+            elif not is_part(path):
+                names.append(path.name)
+        return names
 
     # --- removing what is ours --------------------------------------------------------
 
     def empty(self, folder, keep=()):
-        """Removes the files of a folder that are ours, but for those of the names to keep."""
+        """Removes the files of a folder that are ours, except those with a name in keep."""
         if not folder.is_dir() or folder.is_symlink():
             return
         for path in list(folder.iterdir()):
-            ours = path.name in self.files or PART.fullmatch(path.name)
-            if ours and path.name not in keep and not path.is_dir():
+            if path.name in keep or path.is_dir():
+                continue
+            if path.name in self.files or PART.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     def remove(self, folder):
-        """Removes the files of a folder that are ours, and then the folder, if it is empty."""
+        """Removes the files of a folder that are ours, and then the folder if it is empty."""
         self.empty(folder)
         remove_empty(folder)
 
-    def remove_parts_folder(self):
-        """If it is empty."""
-        remove_empty(self.parts)
-
     def clear(self):
-        """Removes data_dir.parts, but for what other processes are writing there, and the lock that
-        a run leaves in data_dir if it is killed at its very end."""
+        """Removes data_dir.parts, except the folders in which other processes are writing.
+
+        Also removes the lock that a run leaves in data_dir if it is killed at its very end."""
         (self.folder / "lock").unlink(missing_ok=True)
         if not self.parts.is_dir() or self.parts.is_symlink():
             return
         for path in list(self.parts.iterdir()):
-            if PART.fullmatch(path.name) and not path.is_dir():
+            if is_part(path):
                 path.unlink(missing_ok=True)
             elif PARTIAL.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                # not where another process is writing, or removes it itself
+                # another process may be writing there, or removing the folder itself
                 with contextlib.suppress(UserError, FileNotFoundError), Claim(path, "data_dir"):
                     self.remove(path)
         remove_empty(self.parts)
@@ -113,8 +129,10 @@ class Folders:
     # --- replacing ------------------------------------------------------------------
 
     def publish(self, partial, overwrite):
-        """The whole new folder takes data_dir's name. An old one lies in data_dir.parts meanwhile,
-        and is removed after that; recover() puts right what a kill in between leaves."""
+        """Gives the finished folder partial the name data_dir.
+
+        An old data_dir lies in data_dir.parts meanwhile and is removed after that. Where the
+        process is killed in between, recover() mends what it leaves."""
         for path in [*partial.iterdir(), partial]:
             sync(path)
         try:
@@ -132,19 +150,20 @@ class Folders:
         self.remove(self.replaced)
 
     def put_back(self):
-        """The old data set takes data_dir's name again, where no other has it."""
+        """Gives the old data set the name data_dir again, unless a new one has it."""
         if self.replaced.is_dir() and (not self.folder.exists() or is_empty(self.folder)):
             self.replaced.rename(self.folder)
             sync(self.folder.parent)
 
     def recover(self):
-        """After a run that was killed while it replaced data_dir: the old data set takes its place
-        again, or, where the new one has it already, is removed. Raises UserError where that run is
-        still alive."""
+        """Mends what a run leaves that was killed while it replaced data_dir.
+
+        The old data set takes its place again; where the new one is there already, the old one is
+        removed. Raises UserError where that run is still alive."""
         if not self.replaced.is_dir() or self.replaced.is_symlink():
             return
-        if self.strangers(self.replaced):
-            return  # check() refuses it
+        if self.strangers(self.replaced):  # check() will refuse it
+            return
         claim = Claim(self.parts / WHOLE, "data_dir")
         try:
             self.put_back()
@@ -158,17 +177,16 @@ class Folders:
 
 
 def is_data_set(folder):
-    """Whether a folder, all of whose names are a data set's, is one: by its meta.json, or, where
-    that is damaged, by names that only a data set has."""
+    """Whether a folder without strangers is a data set: its meta.json or its other names tell."""
     try:
         read_json(folder / "meta.json", "", ENTRIES)
     except UserError:
-        return any((folder / name).exists() for name in TELLING)
+        return any((folder / name).exists() for name in UNMISTAKABLE)
     return True
 
 
-def is_folder(entry):
-    return entry.is_dir(follow_symlinks=False)
+def is_part(path):
+    return PART.fullmatch(path.name) and not path.is_dir()
 
 
 def is_empty(folder):
@@ -176,11 +194,13 @@ def is_empty(folder):
 
 
 def remove_empty(folder):
-    with contextlib.suppress(OSError):  # there is something in it
+    """Removes a folder if it is empty."""
+    with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def refuse(folder, strange):
+    """Raises UserError if there are strange names in a folder."""
     if strange:
         names = listed(strange, 5)
         raise UserError(f"{folder} holds files that this program did not write ({names}): {CURE}")
