@@ -238,10 +238,10 @@ def source_changes(cfg, meta, folders):
     if cfg.source in ("", "python") or not isinstance(meta.get("files"), dict):
         return ""
     try:
-        finding = find_files(cfg.source, cfg.follow_links, folders.ours())
+        listing = find_files(cfg.source, cfg.follow_links, folders.ours())
     except (UserError, OSError):
         return ""
-    return changes(meta["files"], inventory(cfg.source, stated(finding.names)))
+    return changes(meta["files"], inventory(cfg.source, stated(listing.names)))
 
 
 def plan(cfg, files, folder):

@@ -1,4 +1,4 @@
-"""What a worker does: documents -> tokens."""
+"""Documents -> tokens: the work of a worker process."""
 
 import hashlib
 
@@ -10,45 +10,48 @@ from pile.tokenizers import tokenizer
 
 
 class Skip(Exception):
-    """A record that becomes no document: what it is counted as, and how many there are."""
+    """Raised for records that become no document. key: what they are counted as."""
 
     def __init__(self, *key, number=1):
-        self.key, self.number = key, number
+        self.key = key
+        self.number = number
 
 
 class Encoder:
-    """Makes rows of a part of documents, by prepare_pile.py's options."""
+    """Makes rows of documents, by prepare_pile.py's options."""
 
     def __init__(self, cfg, tokenizer):
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg = cfg
+        self.tokenizer = tokenizer
         self.wanted = Wanted(cfg.domains)
 
     def __call__(self, job):
         """Documents -> rows and notes.
 
-        rows: [(split, domain, source, record, tokens as bytes, with <eot>)]. notes: [(how many rows
-        stand before it, what is counted, how many)], of records that became no row and of rows
-        under their file's name."""
-        rows, notes = [], []
+        rows: [(split, domain, source, record, tokens as bytes, with <eot>)].
+        notes: [(number of rows before it, what is counted, how many)]. They count records that
+        became no row, and rows that have their file's name as their domain."""
+        rows = []
+        notes = []
         for document in opened(job, self.cfg):
             try:
-                row, why = self.row(document)
+                row, default_reason = self.row(document)
             except Skip as e:
                 notes.append((len(rows), e.key, e.number))
                 continue
-            if why:
-                notes.append((len(rows), why, 1))
+            if default_reason:
+                notes.append((len(rows), default_reason, 1))
             rows.append(row)
         return rows, notes
 
     def row(self, document):
-        """A document -> its row, and why its domain is not its own, or "". Raises Skip."""
+        """Returns a document's row, and why its domain is a default, or "". Raises Skip."""
         text = document.text
         if isinstance(text, Skipped):
             raise Skip("skipped", text.why, number=text.number)
         try:
             text = text.decode() if isinstance(text, bytes) else text
-            domain, why = domain_of(document)
+            domain, default_reason = domain_of(document)
         except UnicodeDecodeError as e:
             raise Skip("skipped", "not_utf8") from e
         if not self.wanted.has(domain):
@@ -67,7 +70,8 @@ class Encoder:
         except ValueError as e:
             raise Skip("skipped", "not_tokenized") from e
         tokens = np.append(tokens, np.uint16(self.tokenizer.eot)).tobytes()
-        return (split, domain, printable(document.source), document.record, tokens), why
+        row = (split, domain, printable(document.source), document.record, tokens)
+        return row, default_reason
 
     def split(self, text):
         """ "train" or "val", by the hash of a text. Raises UnicodeEncodeError."""
@@ -77,5 +81,5 @@ class Encoder:
 
 
 def worker(cfg):
-    """In a worker, once: what it will apply to its jobs."""
+    """Called once in each worker process: the function that it will apply to its jobs."""
     return Encoder(cfg, tokenizer(cfg.tokenizer))
