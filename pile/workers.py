@@ -1,7 +1,7 @@
-"""Processes that work on jobs side by side; what comes of them, in the jobs' order.
+"""Worker processes, and their results in the order of the jobs.
 
-Not a ProcessPoolExecutor: that waits for ever where a worker is killed while it answers, for all
-hold all ends of one pipe. Here each has a pipe of its own, which ends with it.
+A ProcessPoolExecutor would wait for ever where a worker is killed while it answers: its workers
+share one pipe. Here each worker has a pipe of its own, which ends with it.
 """
 
 import multiprocessing
@@ -13,8 +13,10 @@ from multiprocessing.connection import wait
 
 
 def start(n, prepare, *args):
-    """n processes, each of which calls prepare(*args) for the function that it will apply to its
-    jobs. -> {our end of a pipe: the process}. Raises OSError where so many cannot be started."""
+    """Starts n processes. Returns {our end of a pipe: the process at the other end}.
+
+    Each calls prepare(*args), which returns the function that it applies to its jobs. Raises
+    OSError where so many cannot be started."""
     workers = {}
     try:
         for _ in range(n):
@@ -31,6 +33,7 @@ def start(n, prepare, *args):
 
 
 def serve(pipe, prepare, args):
+    """The life of a worker: it answers one job after another."""
     # the terminal sends Ctrl-C to all; the parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -41,26 +44,26 @@ def serve(pipe, prepare, args):
 
 
 def end_with_parent():
-    """Nobody else would end a worker whose parent was killed."""
+    """Ends this worker when its parent was killed, for nobody else would."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def ordered(workers, jobs):
-    """What comes of the jobs, none of which is None, in their order; at most twice as many wait as
-    there are workers, so memory stays constant. Raises BrokenPipeError where a worker died."""
-    busy, done = {}, {}  # {pipe: number of its job}, {number: what came of it}
-    first = 0  # the number that is next
+    """Yields the results of the jobs, in their order. A job is anything but None.
+
+    At most twice as many results wait as there are workers, so that memory stays bounded. Raises
+    BrokenPipeError where a worker has died."""
+    busy = {}  # {pipe: number of the job there}
+    results = {}  # {number of a job: its result}
+    next_number = 0  # of the job whose result is to be yielded next
     for number, job in enumerate(chain(jobs, [None])):
-        while busy and (job is None or is_full(workers, busy, number - first)):
+        while busy and (job is None or is_full(workers, busy, number - next_number)):
             for pipe in wait(busy):
-                try:
-                    done[busy.pop(pipe)] = pipe.recv()
-                except (EOFError, OSError) as e:  # between two answers, or in the midst of one
-                    raise BrokenPipeError("a worker process ended") from e
-            while first in done:
-                yield done.pop(first)
-                first += 1
+                results[busy.pop(pipe)] = receive(pipe)
+            while next_number in results:
+                yield results.pop(next_number)
+                next_number += 1
         if job is not None:
             pipe = next(pipe for pipe in workers if pipe not in busy)
             pipe.send(job)
@@ -68,11 +71,19 @@ def ordered(workers, jobs):
 
 
 def is_full(workers, busy, ahead):
-    """Whether no worker is free, or what came of too many jobs waits for an earlier one."""
+    """Whether no worker is free, or too many results wait for an earlier one."""
     return len(busy) == len(workers) or ahead > 2 * len(workers)
 
 
+def receive(pipe):
+    """A worker's answer. Raises BrokenPipeError where it died before or while it answered."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError) as e:
+        raise BrokenPipeError("a worker process ended") from e
+
+
 def stop(workers):
+    """Kills the workers. A worker that is just starting could miss a SIGTERM."""
     for worker in workers.values():
-        # one that is just starting would miss a SIGTERM between the handler it inherits and its own
         worker.kill()
