@@ -1,12 +1,13 @@
-"""What a person can mend, told apart from a bug."""
+"""Errors that a user can mend, as opposed to bugs."""
 
 import errno
 
 
 class UserError(ValueError):
-    """Something that whoever typed the command can mend: it says what is wrong and what helps.
+    """An error that the user can mend: it says what is wrong and what to do.
 
-    config.main() prints it as one line; every other exception is a bug and keeps its traceback.
+    config.main() prints it as one line. Other exceptions are bugs and keep their traceback, except
+    an OSError, of which explain() makes a line.
     """
 
 
@@ -29,7 +30,7 @@ CURES = {
 
 
 def explain(error):
-    """An OSError -> one sentence: the path, what the system says, and what helps."""
+    """An OSError -> one line: the path, what the system says, and what to do."""
     text = error.strerror or str(error) or type(error).__name__
     if error.filename is not None:
         text = f"{error.filename}: {text}"

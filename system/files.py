@@ -1,14 +1,13 @@
-"""Files that are whole at any moment, that know their own checksum, and that no planted link leads
-elsewhere.
+"""Files that are whole at any moment and carry a checksum, and folders of one process.
 
-- atomic() writes a file that appears whole or not at all; claim() makes a folder one process's.
+- Claim makes a folder one process's. atomic() writes a file that appears whole or not at all.
 - write_json() seals what it writes: the last entry, "crc32", is the checksum of all others.
-  read_json() refuses what does not fit its seal. The same for lines of JSON.
-- load_array() maps a .npy file; a damaged header is one line for the user.
-- plain_name() and remove_folder() guard what is removed: only a folder below its parent, only
-  files of names that this program gives.
+  read_json() refuses a file that does not fit its seal. The same goes for lines of JSON.
+- load_array() maps a .npy file. A damaged header is one line for the user.
+- plain_name() and remove_folder() guard what is removed: only a folder below its parent, and only
+  files with names that this program gives.
 
-A symbolic link is never followed where something is written: a stranger may have planted it.
+Nothing is written through a symbolic link: a stranger may have planted it.
 """
 
 import contextlib
@@ -26,45 +25,64 @@ import numpy as np
 
 from system.errors import UserError
 
-# what numpy raises of a .npy file with a damaged header
-UNREADABLE = (ValueError, TypeError, EOFError, SyntaxError, OverflowError, MemoryError)
-UNREADABLE += (RecursionError, tokenize.TokenError)
+# what numpy raises for a .npy file with a damaged header
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    EOFError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    tokenize.TokenError,
+)
 
 # --- a folder of one process ----------------------------------------------------
 
 
 class Claim:
-    """A folder that is this process's until release(), also as a context: by a lock on its file
-    `lock`, which ends with the process, however that ends."""
+    """A folder that belongs to this process until release(), or as a context.
+
+    The claim is a lock on the folder's file `lock`. It ends with the process, however that ends.
+    It is fcntl.lockf's, which child processes do not inherit as they do that of fcntl.flock."""
 
     def __init__(self, folder, key):
-        """Makes the folder where there is none. Raises UserError, which says to give another
-        --key, where it is another process's."""
+        """Makes the folder if it is missing.
+
+        Raises UserError where another process has claimed it: write another --key."""
         self.folder = Path(folder)
+        self.path = self.folder / "lock"
         self.made_folder = not self.folder.is_dir()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "lock"
-        self.made_lock = not path.exists()
-        while True:
-            self.lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                os.close(self.lock)
-                what = f"another process is writing {folder}"
-                raise UserError(f"{what}: wait for it, or write another --{key}") from e
-            if path.exists() and os.path.samestat(os.fstat(self.lock), path.stat()):
-                return
-            os.close(self.lock)  # who had it before removed it
+        self.made_lock = not self.path.exists()
+        self.lock = None
+        while self.lock is None:
+            self.lock = self.open_lock(key)
+
+    def open_lock(self, key):
+        """The lock's open file. None where its former owner has just removed it: try again."""
+        lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            os.close(lock)
+            what = f"another process is writing {self.folder}"
+            raise UserError(f"{what}: wait for it, or write another --{key}") from e
+        if self.path.exists() and os.path.samestat(os.fstat(lock), self.path.stat()):
+            return lock
+        os.close(lock)
+        return None
 
     def release(self, undo=False):
-        """undo: and the folder is as it was found, if nothing else was written there."""
+        """Ends the claim.
+
+        undo: also removes the lock that it made, and the folder that it made if that is empty."""
         if self.lock is None:
             return
         if undo and self.made_lock:
-            (self.folder / "lock").unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         if undo and self.made_folder:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # the folder is not empty
                 self.folder.rmdir()
         os.close(self.lock)
         self.lock = None
@@ -81,13 +99,15 @@ class Claim:
 
 @contextlib.contextmanager
 def atomic(path, keep=None):
-    """A binary file to write that appears under `path` whole or not at all; what was there takes
-    the name `keep`. Raises OSError, with the path."""
+    """As a context, a binary file to write that appears under `path` whole or not at all.
+
+    keep: the name that a file of this path takes instead of being replaced. Raises OSError, with
+    the path."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed, or a planted link
+    temporary.unlink(missing_ok=True)  # a killed process left it, or it is a planted link
     try:
-        with named(path), open(temporary, "x+b") as file:  # x: it follows no link
+        with named(path), open(temporary, "x+b") as file:  # "x" follows no link
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -101,7 +121,7 @@ def atomic(path, keep=None):
 
 @contextlib.contextmanager
 def named(path):
-    """Gives an OSError of a write, which knows no path, this one."""
+    """Gives the path to an OSError that has none, as that of a write."""
     try:
         yield
     except OSError as e:
@@ -111,33 +131,37 @@ def named(path):
 
 
 def sync(path):
+    """Waits until a file or a folder is on the disk."""
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.close(file)
 
 
 def write_json(path, content):
+    """Writes a dict, sealed, as JSON."""
     with atomic(path) as file:
         file.write((json.dumps(sealed(content), indent=2) + "\n").encode())
 
 
 def write_lines(path, rows):
-    """A sealed line of JSON for each of them."""
+    """Writes dicts, each sealed, as a line of JSON each."""
     with atomic(path) as file:
-        file.writelines((json.dumps(sealed(row)) + "\n").encode() for row in rows)
+        for row in rows:
+            file.write((json.dumps(sealed(row)) + "\n").encode())
 
 
 def sealed(content):
     """A dict with its checksum as its last entry."""
-    return content | {"crc32": seal_of(content)}
+    return {**content, "crc32": seal_of(content)}
 
 
 def seal_of(content):
+    """The checksum of a dict, as text: eight hexadecimal digits."""
     return f"{zlib.crc32(json.dumps(content).encode()):08x}"
 
 
 def write_array(path, array):
-    """A .npy; returns the CRC-32 of its file."""
+    """Writes a .npy file. Returns the file's CRC-32."""
     with atomic(path) as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
@@ -149,12 +173,14 @@ def write_array(path, array):
 # --- reading --------------------------------------------------------------------
 
 LARGEST_JSON = 1 << 28  # bytes
+BLOCK = 1 << 20  # bytes that are read at a time
 
 
 def read_json(path, cure, keys=(), unsealed=False):
-    """A file of write_json() -> its dict, without the seal. cure: what to type where it is damaged.
-    keys: {entry: its type} that it must have. unsealed: it may be without a seal, but not with a
-    wrong one. Raises UserError."""
+    """A file of write_json() -> its dict, without the seal.
+
+    cure: what the user can do where it is damaged. keys: {entry: its type} that it must have.
+    unsealed: a missing seal is no damage, but a wrong one is. Raises UserError."""
     path = Path(path)
     try:
         if path.stat().st_size > LARGEST_JSON:
@@ -176,7 +202,7 @@ def read_json(path, cure, keys=(), unsealed=False):
 
 
 def check_entries(content, keys, path, cure):
-    """Raises UserError where a dict has not every one of keys {entry: type}."""
+    """Raises UserError where an entry is missing or is of another type. keys: {entry: type}."""
     for key, kind in dict(keys).items():
         if key not in content:
             raise UserError(f"{path} is damaged (it has no {key!r}): {cure}")
@@ -188,7 +214,7 @@ def check_entries(content, keys, path, cure):
 
 
 def read_lines(path):
-    """A file of write_lines() -> dicts. Raises UserError, which names the line."""
+    """A file of write_lines() -> its dicts. Raises UserError, which names the damaged line."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -202,8 +228,10 @@ def read_lines(path):
 
 
 def load_array(path, cure, dtype=None, shape=None):
-    """A .npy file -> its array, memmapped. Raises UserError where it is missing, its header is
-    damaged, it is shorter than that says, or it is not of this dtype and shape."""
+    """A .npy file -> its array, memory-mapped.
+
+    Raises UserError where it is missing, its header is damaged, it is shorter than the header says,
+    or it does not have this dtype and shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError as e:
@@ -218,23 +246,28 @@ def load_array(path, cure, dtype=None, shape=None):
 
 
 def short(error):
-    """The first line of what an exception says, or its type."""
+    """The first line of an exception's message, or the exception's type."""
     lines = str(error).splitlines() or [""]
     return lines[0] or type(error).__name__
 
 
 def crc32(path, start=0, size=None):
-    """The CRC-32 of a file's bytes from start on: of size bytes, or of all."""
-    crc, end = 0, os.path.getsize(path) if size is None else start + size
+    """The CRC-32 of a file's bytes from `start` on: of `size` bytes, or of all."""
+    crc = 0
+    left = os.path.getsize(path) - start if size is None else size
     with open(path, "rb") as file:
         file.seek(start)
-        while block := file.read(max(0, min(1 << 20, end - file.tell()))):
+        while left > 0:
+            block = file.read(min(BLOCK, left))
+            if not block:  # the file is shorter
+                break
             crc = zlib.crc32(block, crc)
+            left -= len(block)
     return crc
 
 
 def footer_crc32(path):
-    """Of a parquet file's footer, which says where everything lies: its pages have their own."""
+    """The CRC-32 of a parquet file's footer. The file's pages have checksums of their own."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(size - 8)
@@ -246,7 +279,7 @@ def footer_crc32(path):
 
 
 def plain_name(name, key):
-    """name, if it is one plain component of a path. Raises UserError."""
+    """Returns a name that is one plain component of a path. Raises UserError for any other."""
     plain = name not in ("", ".", "..") and "/" not in name and name.isprintable()
     if not plain or len(name.encode()) > 200:
         raise UserError(f"--{key}={name!r} is no name of a folder: write letters and digits")
@@ -254,30 +287,36 @@ def plain_name(name, key):
 
 
 def name_for(text):
-    """A plain name for any text: itself where it is plain, else what is left of it, and a hash."""
-    kept = re.sub(r"[^\w.+=@,() -]", "_", text).lstrip(". ").rstrip()
-    kept = kept.encode()[:80].decode(errors="ignore")
-    if kept and kept == text:
+    """A plain name for any text: the text itself, or its plain characters and a hash."""
+    plain = re.sub(r"[^\w.+=@,() -]", "_", text).lstrip(". ").rstrip()
+    plain = plain.encode()[:80].decode(errors="ignore")
+    if plain and plain == text:
         return text
-    return f"{kept}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]}".lstrip("-")
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    return f"{plain}-{digest[:8]}".lstrip("-")
 
 
 def strangers(folder, known):
-    """Names in a folder that fit none of the patterns of known: what this program did not write."""
-    names = sorted(os.listdir(folder))
-    return [name for name in names if not any(fnmatch.fnmatchcase(name, p) for p in known)]
+    """The names in a folder that this program did not write: they fit no pattern of known."""
+    return [name for name in sorted(os.listdir(folder)) if not fits(name, known)]
+
+
+def fits(name, patterns):
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def refuse_strangers(folder, known, cure):
-    """Raises UserError, before anything is removed, where a folder holds what is not ours."""
-    if found := strangers(folder, known):
-        names = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-        raise UserError(f"{folder} holds files that this program did not write ({names}): {cure}")
+    """Raises UserError where a folder holds files that this program did not write."""
+    names = strangers(folder, known)
+    if names:
+        first = ", ".join([*names[:5], "..."] if len(names) > 5 else names)
+        raise UserError(f"{folder} holds files that this program did not write ({first}): {cure}")
 
 
 def remove_folder(folder, known, cure):
-    """Removes a folder of files whose names fit the patterns of known. Raises UserError, before
-    anything is removed, where it holds anything else."""
+    """Removes a folder whose files fit the patterns of known.
+
+    Raises UserError, before anything is removed, where it holds other files."""
     folder = Path(folder)
     refuse_strangers(folder, known, cure)
     for name in os.listdir(folder):

@@ -20,28 +20,35 @@ import unicodedata
 
 from tqdm import tqdm
 
-ODD = re.compile(r"[^ -~]")  # all but ASCII's letters, digits and signs: to be looked at
+ODD = re.compile(r"[^ -~]")  # every character that is not a letter, digit or sign of ASCII
 
 
 def visible(text, keep=""):
-    """Text with what a terminal would obey, or would not show, written out; keep: but not these."""
-    return ODD.sub(lambda found: found[0] if found[0] in keep else shown(found[0]), text)
+    """Text in which characters that a terminal obeys, or does not show, are written as escapes.
+
+    keep: characters that stay as they are."""
+
+    def replace(match):
+        return match[0] if match[0] in keep else shown(match[0])
+
+    return ODD.sub(replace, text)
 
 
 @functools.cache
 def shown(character):
+    """A character as a terminal may have it: itself, or its escape."""
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character
     return character.encode("unicode_escape").decode()
 
 
 def say(line):
-    """Prints one line, at once."""
+    """Prints one line, and flushes it."""
     print(visible(line), flush=True)
 
 
 def say_text(text):
-    """Prints a text: its line breaks and tabs stay."""
+    """Prints a text. Its line breaks and tabs stay as they are."""
     print(visible(text, "\n\t"), flush=True)
 
 
@@ -51,53 +58,57 @@ def warn(line):
 
 
 def listed(names, most=20):
-    """Names as a sentence has them: the first few, each cut where it is long."""
-    shown_names = [shorten(visible(name), 60) for name in names[:most]]
-    return ", ".join(shown_names) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    """Names for a sentence: the first few of them, and each cut where it is long."""
+    first = ", ".join(shorten(visible(name), 60) for name in names[:most])
+    if len(names) > most:
+        return f"{first}, ... ({len(names)} in all)"
+    return first
 
 
 def command(*words):
-    """What to type, quoted for a shell: a word may be anything, as a folder's name."""
+    """What to type: any words, as names of folders are, quoted for a shell."""
     return " ".join(map(quoted, words))
 
 
 def quoted(word):
+    """A word quoted for a shell, with escapes where it cannot be printed."""
     if word.isprintable():
         return shlex.quote(word)
     word = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + ODD.sub(lambda found: for_shell(found[0]), word) + "'"
+    return f"$'{ODD.sub(shell_escape, word)}'"
 
 
-def for_shell(character):
-    """A character as bash takes it between $' and '."""
-    code = ord(character)
+def shell_escape(match):
+    """A matched character as bash takes it between $' and '."""
+    code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is no UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def progress(things=None, desc="", **options):
-    """tqdm's bar, none where stderr is no terminal. desc may be anything, as a file's name."""
+    """tqdm's progress bar, which stays away where stderr is no terminal. desc: any text."""
     return tqdm(things, desc=shorten(visible(desc), 40), disable=None, **options)
 
 
 def shorten(text, limit):
-    """Text of at most so many characters."""
+    """Text cut to at most `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"
 
 
 class Guarded:
-    """A stream that shows what it cannot write, or what a terminal would obey, as escapes."""
+    """A stream that writes as escapes what a terminal would obey, or its encoding lacks."""
 
     def __init__(self, stream, bars=False):
-        """bars: progress bars are drawn on it, each with a carriage return in front."""
-        self.stream, self.bars = stream, bars
+        """bars: progress bars are drawn on it, which begin with a carriage return."""
+        self.stream = stream
+        self.bars = bars
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what its encoding does not have
+            stream.reconfigure(errors="backslashreplace")  # for what its encoding does not have
 
     def write(self, text):
         begin = "\r" if self.bars and text.startswith("\r") else ""
-        self.stream.write(begin + visible(text[len(begin) :], "\n\t"))
+        self.stream.write(begin + visible(text.removeprefix(begin), "\n\t"))
         return len(text)
 
     def write_as_it_is(self, text):
@@ -114,33 +125,19 @@ class Guarded:
 
 @contextlib.contextmanager
 def guarded():
-    """Meanwhile all that is printed goes through visible()."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr, bars=True)
+    """As a context: all that is printed meanwhile goes through visible()."""
+    stdout = sys.stdout
+    stderr = sys.stderr
+    sys.stdout = Guarded(stdout)
+    sys.stderr = Guarded(stderr, bars=True)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout = stdout
+        sys.stderr = stderr
 
 
 def show_bug(kind, error, trace):
-    """sys.excepthook: a traceback quotes what stood in the data."""
-    warn_text = "".join(traceback.format_exception(kind, error, trace))
-    print(visible(warn_text, "\n"), file=sys.stderr, end="")
-
-
-# --- lists on the command line ---------------------------------------------------
-
-
-def cut_at_comma(text):
-    """ "a\\,b,c" -> "a,b", ",", "c": at the first comma that is none of a name's."""
-    head, comma, rest = text.partition(",")
-    while comma and head.endswith("\\"):
-        more, comma, rest = rest.partition(",")
-        head = f"{head[:-1]},{more}"
-    return head, comma, rest
-
-
-def with_commas(text):
-    """A name or a path as --targets takes it."""
-    return text.replace(",", "\\,")
+    """For sys.excepthook: prints a traceback, which may quote what stood in the data."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(visible(text, "\n"), file=sys.stderr, end="")
