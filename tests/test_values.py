@@ -1,475 +1,832 @@
-"""The values are what shapley/rules.py says they are: in float64 to 1e-10, in float32 to 1e-4, for all parameters at once."""
+"""values.py for real: a small run on documents that are known, read by every command and held against plain loops over its ledger."""
 
-import itertools
+import csv
+import hashlib
+import io
+import json
+import os
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import jsonschema
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from sealed import as_of_step, change, replace_array
 
-from data import Target
-from model import GPT, GPTConfig
-from shapley import exact, ghost, head, rules
-from valuation import Valuation, host, settle
+import config
+import data
+import prepare_pile
+import revalue
+import train
+import values
+from system import store, terminal
 
-T, B, VOCAB = 12, 4, 61
-RULES = ["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"]
-
-
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def text(n, seed):
-    """Chunks as real text has them: a few words again and again, most words hardly ever, one in every chunk once."""
-    rng = np.random.default_rng(seed)
-    rows = np.minimum(rng.zipf(1.5, (n, T + 1)) - 1, VOCAB - 5)
-    rows[:, 5] = VOCAB - 4 + seed % 3
-    return rows.astype(np.int32)
+ROOT = Path(config.__file__).parent
+SCHEMA = json.loads((ROOT / "show" / "values.schema.json").read_text())
+EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\r\u202eback\x7f"  # sets a title, colours, clears, overwrites, turns the text round
+SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --warmup_iters=5 --learning_rate=5e-3 --eval_interval=0 --device=cpu --dtype=float32"
 
 
-def targets(K):
-    made = [Target(f"target {k}", text(3, 10 + k), None) for k in range(K)]
-    made[-1].rows[1, 7:] = -1  # a short text, padded and masked
-    return made
-
-
-class Run:
-    """A model, its optimizer and its accountant, stepped as train.py steps them."""
-
-    def __init__(
-        self,
-        tmp_path,
-        dtype,
-        rule="adamw_linear",
-        K=1,
-        tie=True,
-        bias=False,
-        optimizer="adamw",
-        autocast=False,
-        **options,
-    ):
-        torch.manual_seed(1)
-        self.model = GPT(
-            GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)
-        ).to(dtype)
-        adamw = self.model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
-        self.optimizer = (
-            adamw if optimizer == "adamw" else torch.optim.SGD(self.model.parameters(), lr=1e-2)
+def texts():
+    """[(domain, text)]: short and long ones, of ASCII, of two cells a character, and with what a terminal would obey."""
+    rng, found = random.Random(0), []
+    for i in range(120):
+        domain = rng.choice(("prose", "code", "漢字", "bad\x1b[31mname"))
+        words = (
+            ("漢字", "かな")
+            if domain == "漢字"
+            else ("to", "be", "or", EVIL if i % 9 == 0 else "not")
         )
-        self.targets = targets(K)
-        options = {"target_batch": 3, "target_sampling": "fixed", **options}
-        self.autocast = autocast
-        self.valuation = Valuation(
-            self.model, self.optimizer, self.loss, self.targets, rule, B, 100, tmp_path, **options
+        found.append(
+            (
+                domain,
+                f"{i} "
+                + " ".join(
+                    rng.choice(words) for _ in range(rng.randrange(1, 90 if i % 7 == 0 else 25))
+                ),
+            )
         )
+    return found
 
-    def loss(self, X, Y, ledger=None):
-        with torch.amp.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return self.model(torch.as_tensor(X), torch.as_tensor(Y), ledger)[1]
 
-    def step(self, step, lr=1e-2, clip=0.0, micro_steps=1):
-        """-> the step's values (B, K) and losses (B,), and what rules.py says the values are."""
-        rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
-        X, Y = rows[:, :-1], rows[:, 1:]
-        x, known = exact.chunk_gradients(self.model, X, Y), rules.known_rows(self.model, X, Y)
-        truth = rules.rule_values(
-            self.model,
-            self.optimizer,
-            x,
-            target_losses(self),
-            self.valuation.rule,
-            lr,
-            clip,
-            known=known,
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("values")
+    lines = [
+        json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n"
+        for domain, text in texts()
+    ]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    prepare_pile.prepare(
+        prepare_pile.Config(
+            source=str(folder / "texts.jsonl"),
+            tokenizer="byte",
+            block_size=64,
+            val_fraction=0.2,
+            workers=1,
+            data_dir=str(folder / "data"),
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.valuation.open(step, lr, rows.numpy())
-        for ids in np.split(np.arange(B), micro_steps):
-            ledger = self.valuation.ledger(ids, X[ids], Y[ids])
-            (self.loss(X[ids], Y[ids], ledger) / micro_steps).backward()
-        kappa = 1.0
-        if clip:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            kappa = (clip / (norm + 1e-6)).clamp(max=1.0)
-        self.valuation.before_step(kappa)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.valuation.close()
-        return *settled(self.valuation), truth
+    )
+    return folder
 
 
-FORMS = [
-    "running chunked",
-    "running whole",
-    "matmul whole",
-]  # of the contraction, and of the head with its cross-entropy
+def trained(prepared, name, *more):
+    argv = [
+        *SMALL.split(),
+        f"--data_dir={prepared / 'data'}",
+        f"--out_dir={prepared / name}",
+        "--max_iters=60",
+        *more,
+    ]
+    train.train(config.load(train.Config, argv))
+    return prepared / name
 
 
-@pytest.fixture(autouse=True)
-def auto_form():
-    yield
-    ghost.FORM = head.FORM = "auto"
+@pytest.fixture(scope="module")
+def folder(prepared):
+    return trained(
+        prepared,
+        "run",
+        "--targets=val:prose,val:code",
+        "--book_interval=7",
+        "--audit_interval=20",
+        "--checkpoint_interval=20",
+    )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("K", [1, 3])
-def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
-    """First step and later, clip off and on, tied and untied, bias on and off, 1, 2 and 4 micro-steps."""
-    ghost.FORM, head.FORM = form.split()
-    if K == 1:
-        kinds = [(True, False)]
-    elif dtype == torch.float32:
-        kinds = [(True, False), (False, True)]
-    else:  # all of the algebra, where it shows to 1e-10
-        kinds = [*itertools.product([True, False], [True, False])]
-    for i, (tie, bias) in enumerate(kinds):
-        (run_dir := tmp_path / str(i)).mkdir()
-        run = Run(run_dir, dtype, rule, K, tie, bias)
-        for step, (clip, micro_steps) in enumerate(
-            [(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]
+@pytest.fixture(scope="module")
+def other(prepared):
+    return trained(
+        prepared, "other", "--targets=val:code,val", "--rule=sgd", "--seed=2", "--max_iters=15"
+    )
+
+
+def test_preparing_and_training_print_no_escape_code(prepared, tmp_path, capsys):
+    options = dict(
+        source=str(prepared / "texts.jsonl"),
+        tokenizer="byte",
+        block_size=64,
+        val_fraction=0.2,
+        workers=1,
+    )
+    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
+    trained(prepared, tmp_path / "run", "--max_iters=5", "--targets=val:bad\x1b[31mname")
+    out = capsys.readouterr().out
+    assert out.count("bad\\x1b[31mname") >= 3
+    assert "\x1b" not in out
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """typed("top", folder, "--n=3") -> what it prints."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["values.py", *map(str, argv)])
+        capsys.readouterr()
+        config.main(values.main)
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(typed, capsys):
+    """The one line that a command leaves on stderr when it ends with exit code 2."""
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as stop:
+            typed(*argv)
+        out, err = capsys.readouterr()
+        assert (
+            stop.value.code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
+        ), err
+        return err
+
+    return call
+
+
+def by_loops(folder):
+    """{chunk: [(step, loss, value (K,))]}, out of ledger.npy."""
+    found = {}
+    for visit in np.load(folder / "ledger.npy"):
+        found.setdefault(int(visit["chunk"]), []).append(
+            (int(visit["step"]), float(visit["loss"]), visit["value"].astype(float))
+        )
+    return found
+
+
+def documents_by_eot(prepared):
+    """{chunk: [doc]}: the domain's stream of tokens, cut at every <eot>, against the documents in their order."""
+    dataset, table, found = (
+        data.open_dataset(prepared / "data"),
+        pq.read_table(prepared / "data" / "train_docs.parquet").to_pylist(),
+        {},
+    )
+    for d, domain in enumerate(dataset.domains):
+        docs = iter([row["doc"] for row in table if row["domain"] == domain])
+        doc = next(docs, None)
+        for chunk in np.flatnonzero(dataset.train.domain == d).tolist():
+            found[chunk] = []
+            for token in dataset.train.rows[chunk]:
+                found[chunk] += [doc] * (doc not in found[chunk])
+                if token == dataset.meta["eot"]:
+                    doc = next(docs, None)
+    return found
+
+
+# --- the numbers ----------------------------------------------------------------
+
+
+def test_ranking_and_chunk_are_what_the_ledger_says(prepared, folder):
+    run, visits, documents = values.open_run(folder), by_loops(folder), documents_by_eot(prepared)
+    assert max(map(len, visits.values())) > 1
+    total = {chunk: sum(value for *_, value in of) for chunk, of in visits.items()}
+    for k, target in enumerate(run.names):
+        best = sorted(total, key=lambda chunk: (-np.float32(total[chunk][k]), chunk))
+        for name, found, expected in (
+            ("top", values.top, best),
+            ("bottom", values.bottom, sorted(total, key=lambda c: (np.float32(total[c][k]), c))),
         ):
-            for group in run.optimizer.param_groups if "adamw" in rule else []:
-                # the first step is g / (|g| + eps), by elements: in float32 the sign of one that is zero but for rounding is noise
-                group["eps"] = 1e-3 if step == 0 and dtype == torch.float32 else 1e-8
-            values, _, truth = run.step(step, clip=clip, micro_steps=micro_steps)
-            assert relative(values, truth) < tolerance, (tie, bias, step)
-            assert truth.abs().min() > 0
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
-    runs = {}
-    for micro_steps in (1, 2, 4):
-        (run_dir := tmp_path / str(micro_steps)).mkdir()
-        run = Run(run_dir, torch.float64, rule)
-        runs[micro_steps] = torch.cat(
-            [run.step(s, clip=0.05, micro_steps=micro_steps)[0] for s in range(3)]
-        )
-    assert relative(runs[2], runs[1]) < 1e-10
-    assert relative(runs[4], runs[1]) < 1e-10
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tie, bias", [*itertools.product([True, False], [True, False])])
-def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias):
-    ghost.FORM, head.FORM = form.split()
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)
-    ).double()
-    for p in model.parameters():
-        p.h = torch.randn(2, *p.shape, dtype=p.dtype)
-    rows = torch.from_numpy(text(B, 0).astype(np.int64))
-    X, Y = rows[:, :-1], rows[:, 1:]
-    logits, loss = model(X, Y)
-    plain = torch.autograd.grad(loss, list(model.parameters()))
-    ghost_logits, ghost_loss = model(
-        X, Y, torch.zeros(B, 2, dtype=torch.float64, requires_grad=True)
-    )
-    valued = torch.autograd.grad(ghost_loss, list(model.parameters()))
-    assert ghost_logits is None if head.FORM == "chunked" else torch.equal(logits, ghost_logits)
-    assert abs(loss.item() - ghost_loss.item()) < 1e-14
-    assert max(relative(v, p) for v, p in zip(valued, plain)) < 1e-12
-    each = torch.stack([model(X[i : i + 1], Y[i : i + 1])[1] for i in range(B)])
-    assert relative(model.chunk_loss, each.detach()) < 1e-14
-
-
-def test_the_chunked_head_refuses_a_word_that_is_none():
-    x, w = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
-    w.h = torch.randn(1, 5, 4)
-    with pytest.raises(IndexError, match="out of bounds"):
-        head.loss(
-            x, w, torch.tensor([[0, 1, 2], [3, -1, 4]]), torch.zeros(2, 1, requires_grad=True)
+            found = found(run, n=9, target=target)
+            assert found["order"] == name
+            assert [row["chunk"] for row in found["chunks"]] == expected[:9]
+            for row in found["chunks"]:
+                of = visits[row["chunk"]]
+                assert row["value"] == np.float32(total[row["chunk"]][k])
+                assert row["visits"] == len(of)
+                assert row["first_step"] == min(of)[0]
+                assert row["loss"] == pytest.approx(np.mean([loss for _, loss, _ in of]))
+                assert [doc["doc"] for doc in row["documents"]] == documents[row["chunk"]]
+    mine = values.top(run, n=10**6, domain="code")["chunks"]
+    assert [row["chunk"] for row in mine] == [
+        chunk
+        for chunk in sorted(total, key=lambda c: (-np.float32(total[c][0]), c))
+        if run.domain_of(chunk) == "code"
+    ]
+    for chunk in list(total)[:10]:
+        found = values.chunk(run, chunk)
+        assert [(v["step"], v["loss"], list(v["value"].values())) for v in found["visits"]] == [
+            (s, x, list(v)) for s, x, v in visits[chunk]
+        ]
+        assert list(found["value"].values()) == pytest.approx(list(total[chunk]), rel=1e-6)
+        assert found["used"]
+        assert found["text"].replace("\n<|endoftext|>\n", "") == "".join(run.pieces(chunk)).replace(
+            "\n<|endoftext|>\n", ""
         )
 
 
-def test_tiles_of_a_large_weight_add_up(monkeypatch):
-    """The running form works through a weight in tiles; their number does not show in the result."""
-    gy, x, h = (
-        torch.randn(3, 5, 37).double(),
-        torch.randn(3, 5, 11).double(),
-        torch.randn(2, 37, 11).double(),
-    )
-    monkeypatch.setattr(ghost, "TILE", 50)
-    gw, values = ghost.weight_grad(gy, x, h, "running")
-    truth = torch.einsum("bto,bti->boi", gy, x)
-    assert relative(gw, truth.sum(0)) < 1e-14
-    assert relative(values, torch.einsum("boi,koi->bk", truth, h)) < 1e-14
-    tokens = torch.stack([ghost.token_values(gy, x, h_k) for h_k in h], 2)
-    assert tokens.shape == (3, 5, 2)
-    assert relative(tokens.sum(1), values) < 1e-12
-
-
-def test_sgd_values_sum_to_the_first_order_drop(tmp_path):
-    """Under plain SGD the values of a small step add up to what the target's loss fell by: the sign is the documented one."""
-    run = Run(tmp_path, torch.float64, "sgd", optimizer="sgd")
-    batch = tuple(map(torch.from_numpy, run.targets[0].batch(np.arange(3))))
-    before = float(run.model(*batch)[1].detach())
-    values, _, _ = run.step(0, lr=1e-5)
-    drop = before - float(run.model(*batch)[1].detach())
-    assert drop > 0
-    assert float(values.sum()) == pytest.approx(drop, rel=1e-3)
-
-
-def test_adamw_values_of_the_first_step_are_of_the_size_of_the_step(tmp_path):
-    """At t = 1 there is no second moment; the values must still be nats, not 1 / eps."""
-    run = Run(tmp_path, torch.float64, "adamw_linear")
-    batch = tuple(map(torch.from_numpy, run.targets[0].batch(np.arange(3))))
-    before = float(run.model(*batch)[1].detach())
-    values, _, _ = run.step(0, lr=1e-5)
-    drop = before - float(run.model(*batch)[1].detach())
-    assert 0.5 * drop < float(values.sum()) < 2 * drop
-
-
-def test_second_moment_floor_bounds_rare_rows(tmp_path):
-    """A word that no batch held until now has v = 0: without the floor its values would be about 1 / eps times too large."""
-    run = Run(tmp_path, torch.float64, "adamw_linear")
-    for step in range(3):
-        run.step(step)
-    wte = run.model.transformer.wte.weight
-    run.optimizer.state[wte]["exp_avg_sq"][7] = 0.0
-    values, _, truth = run.step(3)
-    assert relative(values, truth) < 1e-10
-    floor = 1e-2 * float(run.optimizer.state[wte]["exp_avg_sq"].mean())
-    assert float(wte.h[0, 7].abs().max()) < 1 / (0.5 * floor) ** 0.5
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_target_gradient_serves_for_an_interval(tmp_path, rule):
-    """Between refreshes the direction is the old gradient under the present optimizer state; state_dict carries it over."""
-    run = Run(tmp_path, torch.float64, rule, target_interval=2)
-    rows = [run.step(s) for s in range(4)]
-    for s in (0, 2):
-        assert relative(rows[s][0], rows[s][2]) < 1e-10
-    for s in (1, 3):
-        assert relative(rows[s][0], rows[s][2]) > 1e-6  # not the fresh gradient
-        assert np.corrcoef(rows[s][0].ravel(), rows[s][2].ravel())[0, 1] > 0.8
-    state = run.valuation.state_dict()
-    assert torch.equal(state["grads"][0], run.valuation.grads[0])
-
-
-def test_micro_batched_targets_have_the_gradient_of_the_whole(tmp_path):
-    """Slices of a target count by their tokens, padding left out."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    whole = Run(tmp_path / "a", torch.float64, "sgd", K=2).step(0)[0]
-    sliced = Run(tmp_path / "b", torch.float64, "sgd", K=2, micro_batch=2).step(0)[0]
-    assert relative(sliced, whole) < 1e-12
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_values_stay_close(tmp_path, form):
-    """Under autocast the operands have 8 bits; the values keep the float64 truth to a few per cent, in both forms."""
-    ghost.FORM, head.FORM = form.split()
-    run = Run(tmp_path, torch.float32, autocast=True)
-    for step in range(3):
-        values, _, truth = run.step(step)
-        assert relative(values, truth) < 5e-2
-    assert run.model.lm_head.weight.dtype == torch.float32
-
-
-# --- two passes, the clip path, the books -------------------------------------
-
-
-def tokens(run, step):
-    rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
-
-
-def settled(valuation):
-    """The last step's values (B, K) and losses (B,), not rounded to what goes on disk."""
-    closed = valuation.pending[-1]
-    values, losses, _ = settle(
-        host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa)
-    )
-    return torch.from_numpy(values), torch.from_numpy(losses)
-
-
-def target_losses(run):
-    return [exact.batch_loss(*map(torch.from_numpy, t.batch(np.arange(3)))) for t in run.targets]
-
-
-def test_sgd2_is_the_second_order_value_with_an_explicit_hessian(tmp_path):
-    """lr <x_i, g_k> - lr^2 / 2 <x_i, H_k g> (Wang et al., their second order), to O(lr^3): halving lr divides the difference by 8."""
-    errors = []
-    for i, lr in enumerate((0.2, 0.1, 0.05)):
-        (run_dir := tmp_path / str(i)).mkdir()
-        run = Run(run_dir, torch.float64, "sgd2", optimizer="sgd")
-        X, Y = tokens(run, 0)
-        x, (loss,) = exact.chunk_gradients(run.model, X, Y), target_losses(run)
-        g, g_k = [sum(parts) for parts in zip(*x)], exact.gradient(run.model, loss)
-        hessian_g = rules.hvp(run.model, loss, g)
-        truth = torch.stack(
-            [lr * exact.dot(x_i, g_k) - lr**2 / 2 * exact.dot(x_i, hessian_g) for x_i in x]
-        )
-        values, _, _ = run.step(0, lr=lr)
-        errors.append(float((values[:, 0] - truth).norm()))
-    assert 6.5 < errors[0] / errors[1] < 9.5
-    assert 7 < errors[1] / errors[2] < 9
-
-
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-@pytest.mark.parametrize("steps", [0, 5])
-def test_adamw2_values_sum_to_what_the_step_does_along_the_gradient(tmp_path, clip, steps):
-    """sum_i value_i = lr <g_k(w_mid), D(kappa g) - D(0)>, from the weights before and after the real step. First step: m = v = 0."""
-    run, lr = Run(tmp_path, torch.float64, "adamw2"), 1e-2
-    for step in range(steps):
-        run.step(step)
-    params, (loss,) = list(run.model.parameters()), target_losses(run)
-    # where nobody's step lands: the optimizer on a zero gradient
-    nobody = exact.Step(
-        run.model,
-        run.optimizer,
-        exact.chunk_gradients(run.model, *tokens(run, steps)),
-        [loss],
-        clip,
-    )
-    nobody.land(np.zeros(B, bool))
-    empty = [p.detach().clone() for p in nobody.params]
-    values, _, _ = run.step(steps, lr=lr, clip=clip)
-    moved = [p.detach() - e for p, e in zip(params, empty)]
-    middle = rules.displaced(
-        nobody.twin, [e + m / 2 - p.detach() for e, m, p in zip(empty, moved, nobody.params)]
-    )
-    drop = -exact.dot(exact.gradient(middle, loss), moved)
-    assert float(values.sum()) == pytest.approx(float(drop), rel=1e-6)
-
-
-@pytest.mark.parametrize("rule", ["adamw", "adamw2"])
-@pytest.mark.parametrize("clip", [0.0, 1e-4])
-def test_degenerate_first_steps_are_finite_and_right(tmp_path, rule, clip):
-    """v = 0, kappa = 1 and far below 1, an untied embedding with rows that no chunk read (g = 0), biases without decay."""
-    run = Run(tmp_path, torch.float64, rule, K=3, tie=False, bias=True)
-    values, _, truth = run.step(0, clip=clip)
-    assert torch.isfinite(values).all()
-    assert relative(values, truth) < 1e-10
-    assert truth.abs().min() > 0
-    wte = run.model.transformer.wte.weight
-    unread = torch.ones(VOCAB, dtype=torch.bool)
-    unread[tokens(run, 0)[0]] = False
-    assert unread.any()
-    assert torch.isfinite(wte.h).all()
-    state = run.optimizer.state[wte]
+def test_summary_and_domains_are_what_the_ledger_says(folder):
+    run, visits = values.open_run(folder), by_loops(folder)
+    found, books = values.summary(run), np.load(folder / "books.npy")
     assert (
-        state["exp_avg_sq"][unread] == 0
-    ).all()  # and again with m = v = 0 in an optimizer that has moved
-    values, _, truth = run.step(1, clip=clip)
-    assert torch.isfinite(values).all()
-    assert relative(values, truth) < 1e-10
-    groups = {
-        p: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]
-    }
-    assert {groups[p] for p in run.model.parameters()} == {0.0, 0.1}
-
-
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
-    """The game of the real step, by all 2^4 subsets, after a warm-up of 20 steps; the clip acts on all of the steps judged."""
-    agreements, kappas = {}, []
-    for rule in ("sgd", "adamw", "adamw2"):
-        (run_dir := tmp_path / rule).mkdir()
-        run, agreements[rule] = Run(run_dir, torch.float64, rule), []
-        for step in range(26):
-            X, Y = tokens(run, step)
-            if step >= 20:
-                x = exact.chunk_gradients(run.model, X, Y)
-                kappas.append(rules.clip_coefficient([sum(parts) for parts in zip(*x)], clip))
-                for group in run.optimizer.param_groups:
-                    group["lr"] = 1e-3
-                truth = exact.shapley(
-                    exact.Step(run.model, run.optimizer, x, target_losses(run), clip), B
-                )[:, 0]
-            values, _, _ = run.step(step, lr=1e-3, clip=clip)
-            if step >= 20:
-                agreements[rule].append(exact.agreement(values[:, 0].numpy(), truth))
-    l2 = {rule: np.median([a["rel_l2"] for a in of]) for rule, of in agreements.items()}
-    assert np.mean([a["pearson"] for a in agreements["adamw2"]]) > 0.999
-    assert l2["adamw2"] < 0.1
-    assert l2["adamw2"] < l2["adamw"] < l2["sgd"]
-    assert (max(kappas) < 0.8) == bool(clip)
-
-
-def test_the_books_close(tmp_path):
-    """before - after = data + momentum + decay up to third order, and momentum and decay are what the real optimizer does alone."""
-    residuals = []
-    for i, lr in enumerate((4e-3, 2e-3)):
-        (run_dir := tmp_path / str(i)).mkdir()
-        run = Run(run_dir, torch.float64, "adamw2", K=3)
-        for step in range(4):
-            run.step(step, lr=1e-3)
-        run.step(4, lr=lr)
-        book, values = run.valuation.pending[-1].book, settled(run.valuation)[0]
-        residuals.append(
-            (book["before"] - book["after"] - values.sum(0) - book["momentum"] - book["decay"])
-            .abs()
-            .max()
+        found["steps"],
+        found["max_iters"],
+        found["finished"],
+        found["visits"],
+        found["chunks_used"],
+    ) == (60, 60, True, 240, len(visits))
+    assert (found["early_steps"], found["chunks"]) == (3, len(run.data.train.rows))
+    for k, target in enumerate(found["targets"]):
+        v = np.array(
+            [np.float32(sum(value[k] for *_, value in of)) for of in visits.values()], float
         )
-        assert (book["before"] - book["after"]).abs().min() > 20 * residuals[-1]
-    assert residuals[0] / residuals[1] > 5
+        assert target["mean"] == pytest.approx(v.mean())
+        assert target["sd"] == pytest.approx(v.std(ddof=1))
+        assert target["sum"] == pytest.approx(v.sum())
+        assert (target["median"], target["p95"]) == pytest.approx(
+            (np.median(v), np.quantile(v, 0.95))
+        )
+        assert target["negative"] == (v < 0).mean()
+        drop = sum(float(b["before"][k]) - float(b["after"][k]) for b in books[::7])
+        assert target["books"]["measured_steps"] == 9
+        assert target["books"]["drop"] == pytest.approx(drop)
+        rest = sum(target["books"][key] for key in ("data", "momentum", "decay"))
+        assert target["books"]["accounted"] == pytest.approx(rest / drop, abs=1e-4)
+        assert target["audit"]["steps"] == len(run.audit) == 3
+        assert target["audit"]["pearson_lowest"] == run.audit["pearson"][:, k].min()
+    rows = values.domains(run)["domains"]
+    for row in rows:
+        k = run.names.index(row["target"])
+        v = np.array(
+            [
+                sum(value[k] for *_, value in of)
+                for chunk, of in visits.items()
+                if run.domain_of(chunk) == row["domain"]
+            ]
+        )
+        assert (row["chunks"], row["tokens"]) == (len(v), 64 * len(v))
+        assert row["share"] == len(v) / len(visits)
+        assert row["mean"] == pytest.approx(v.mean() / 64, rel=1e-5)
+        assert row["sum"] == pytest.approx(v.sum(), rel=1e-5)
+        assert row["standard_error"] == pytest.approx(v.std(ddof=1) / len(v) ** 0.5 / 64, rel=1e-5)
+        assert row["p5"] == pytest.approx(np.quantile(v, 0.05) / 64, rel=1e-5)
+    for name in run.names:
+        assert sum(row["share_of_sum"] for row in rows if row["target"] == name) == pytest.approx(1)
 
 
-class WaitsForNothing(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU, on any device: reading a number, or a shape that depends on numbers."""
+def test_every_document_is_found_again_in_its_chunks(prepared, folder):
+    run, by_chunk, source = values.open_run(folder), documents_by_eot(prepared), texts()
+    shares, total = dict.fromkeys(by_chunk, 0.0), 0.0
+    for row in pq.read_table(prepared / "data" / "train_docs.parquet").to_pylist():
+        found = values.doc(run, row["doc"])
+        assert [c["chunk"] for c in found["chunks"]] == [
+            chunk for chunk, docs in by_chunk.items() if row["doc"] in docs
+        ]
+        domain, text = source[found["record"]]
+        assert found["domain"] == domain
+        if found["whole"]:
+            assert found["text"] == text
+        else:
+            assert text.startswith(found["text"].rstrip("\ufffd"))
+        for c in found["chunks"]:
+            shares[c["chunk"]] += c["share"]
+        known = [c for c in found["chunks"] if not np.isnan(c["value"]["code"])]
+        assert found["chunks_used"] == len(known)
+        assert known or np.isnan(found["value"]["code"])
+        total += sum(c["share"] * c["value"]["code"] for c in known)
+        assert not known or found["value"]["code"] == pytest.approx(
+            sum(c["share"] * c["value"]["code"] for c in known)
+        )
+    assert list(shares.values()) == pytest.approx([1.0] * len(shares))
+    assert total == pytest.approx(np.nansum(run.values[:, 1], dtype=float))
+    for chunk, docs in by_chunk.items():
+        found = values.Documents(run).of_chunk(chunk)
+        assert [doc["doc"] for doc in found] == docs
+        for doc in found:
+            text = source[doc["record"]][1].encode()
+            assert doc["begins"] < 0 or bytes(run.data.train.rows[chunk].astype(np.uint8))[
+                doc["begins"] :
+            ].startswith(text[: 65 - doc["begins"]])
 
-    WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "equal",
-        "_unique2",
-        "unique_dim",
-        "unique_consecutive",
+
+def test_export_is_the_same_by_one_row_group_of_documents_or_by_many(
+    prepared, folder, typed, tmp_path
+):
+    run, visits, documents = values.open_run(folder), by_loops(folder), documents_by_eot(prepared)
+    (tmp_path / "data").mkdir()
+    for path in (prepared / "data").iterdir():
+        shutil.copy(path, tmp_path / "data")
+    docs = pq.read_table(prepared / "data" / "train_docs.parquet")
+    first = docs["first_chunk"].to_numpy()
+    with pq.ParquetWriter(
+        tmp_path / "data" / "train_docs.parquet", docs.schema
+    ) as file:  # a group a chunk, as prepare_pile.py never parts them
+        for chunk in np.unique(first):
+            file.write_table(docs.filter(pa.array(first == chunk)))
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    digest = hashlib.sha256((tmp_path / "data" / "train_docs.parquet").read_bytes()).hexdigest()
+    change(tmp_path / "data" / "meta.json", sha256=meta["sha256"] | {"train_docs.parquet": digest})
+    for name, where in (("one", ()), ("many", (f"--data_dir={tmp_path / 'data'}",))):
+        typed("export", folder, tmp_path / f"{name}.parquet", *where)
+        table = pq.read_table(tmp_path / f"{name}.parquet")
+        assert table.schema.metadata[b"sign"] == run.info["sign"].encode()
+        assert table.schema.metadata[b"unit"] == b"nats"
+        assert table.schema.metadata[b"rule"] == b"adamw"
+        assert table.schema.field("docs").type == pa.list_(pa.int64())
+        rows = table.to_pylist()
+        assert [row["chunk"] for row in rows] == sorted(visits)
+        for row in rows:
+            of = visits[row["chunk"]]
+            assert (row["domain"], row["docs"]) == (
+                run.domain_of(row["chunk"]),
+                documents[row["chunk"]],
+            )
+            assert (row["visits"], row["first_step"]) == (len(of), of[0][0])
+            assert row["loss"] == pytest.approx(np.mean([loss for _, loss, _ in of]))
+            assert [row["value:prose"], row["value:code"]] == run.values[row["chunk"]].tolist()
+    many = values.open_run(folder, tmp_path / "data")
+    assert all(
+        [doc["doc"] for doc in values.Documents(many).of_chunk(chunk)] == documents[chunk]
+        for chunk in documents
     )
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.name().split("::")[1].split(".")[0] not in self.WAITING, func.name()
-        return func(*args, **(kwargs or {}))
+
+def test_compare(folder, other, typed):
+    from scipy import stats
+
+    a, b = values.open_run(folder), values.open_run(other)
+    found = values.compare(a, b, n=4)
+    ids = sorted(set(by_loops(folder)) & set(by_loops(other)))
+    x, y = a.values[ids, 1].astype(float), b.values[ids, 0].astype(float)  # "code" in both
+    (target,) = found["targets"]
+    assert found["chunks"] == len(ids)
+    assert target["target"] == "code"
+    assert target["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert target["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert target["equal_signs"] == np.mean((x > 0) == (y > 0))
+    apart = abs(stats.rankdata(-x) - stats.rankdata(-y))
+    assert [abs(m["rank_a"] - m["rank_b"]) for m in found["moved"]] == sorted(apart, reverse=True)[
+        :4
+    ]
+    for row in found["domains"]:
+        inside = [i for i, chunk in enumerate(ids) if a.domain_of(chunk) == row["domain"]]
+        assert (row["mean_a"], row["mean_b"], row["chunks"]) == pytest.approx(
+            (x[inside].mean(), y[inside].mean(), len(inside))
+        )
+    assert values.compare(a, a)["targets"][0]["spearman"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
-    """From open to close, measured steps too: values, losses and books are read in flush."""
-    run = Run(tmp_path, torch.float32, rule, K=2)
-    for step in range(3):
-        X, Y = tokens(run, step)
-        with WaitsForNothing():
-            run.valuation.open(step, 1e-2, torch.cat([X, Y[:, -1:]], 1).numpy())
-            for ids in np.split(np.arange(B), 2 if step == 1 else 1):
-                (
-                    run.loss(X[ids], Y[ids], run.valuation.ledger(ids, X[ids], Y[ids]))
-                    * len(ids)
-                    / B
-                ).backward()
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
-            run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        with WaitsForNothing():
-            run.valuation.close()
-        with pytest.raises(AssertionError, match="_local_scalar_dense"), WaitsForNothing():
-            run.valuation.flush()
+# --- tokens and query: revalue.py computes, values.py shows -------------------------
 
 
-def test_two_pass_rules_leave_the_backward_alone(tmp_path):
-    """With a tape the ops are PyTorch's own: the weights of a two-pass run are those of a run without valuation, to the bit
-    (but for the chunked head, which adds up in another order: test_weight_gradients_... bounds that)."""
-    head.FORM, weights = "whole", []
-    for rule in ("off", "adamw2", "sgd2"):
-        (run_dir := tmp_path / rule).mkdir()
-        run = Run(run_dir, torch.float32, rule)
-        for step in range(3):
-            X, Y = tokens(run, step)
-            run.valuation.open(step, 1e-2)
-            run.loss(X, Y, run.valuation.ledger(np.arange(B), X, Y)).backward()
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
-            run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            run.valuation.close()
-        weights.append([p.detach().clone() for p in run.model.parameters()])
-    for other in weights[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(weights[0], other))
+def test_tokens_and_query_show_what_revalue_computes(folder, typed, refused, tmp_path):
+    run = values.open_run(folder)
+    found = json.loads(typed("tokens", folder, "--chunk", "7", "--target=code", "--json"))
+    jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/tokens"})
+    step, computed = revalue.tokens(run, [7])
+    assert [t["token"] for t in found["tokens"]] == run.pieces(7)
+    assert len(found["tokens"]) == 65
+    assert [t["value"] for t in found["tokens"]] == [*computed[0, :, 1], None]
+    assert found["step"] == step == 60
+    assert found["sum"] == pytest.approx(computed[0, :, 1].sum())
+    assert len(typed("tokens", folder, "--chunk=7").splitlines()) == 65 + 4  # no terminal: numbers
+    assert "chunks 0 to" in refused("tokens", folder, "--chunk=123456")
+    assert "--chunk" in refused("tokens", folder)
+    (tmp_path / "q.txt").write_text("to be or not to be")
+    for text in ("--text=to be or not to be", f"--file={tmp_path / 'q.txt'}"):
+        found = json.loads(typed("query", folder, text, "--n=3", "--json"))
+        jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/query"})
+        of = values.open_run(revalue.query(run, "to be or not to be"))
+        best = [c["chunk"] for c in values.top(of, n=3)["chunks"]]
+        assert [row["chunk"] for row in found["chunks"]] == best
+        assert found["target"] == "query"
+        assert "nearest checkpoint" in found["approximate"]
+    for wrong in ((), ("--text=a", "--file=b"), ("--file=nowhere.txt",)):
+        refused("query", folder, *wrong)
+
+
+def test_a_query_finds_the_prose_for_prose(folder):
+    """Text made of the words of one domain is helped most by that domain's chunks, by mean."""
+    run = values.open_run(folder)
+    of = values.open_run(revalue.query(run, "\u6f22\u5b57 \u304b\u306a " * 20))
+    mean = {row["domain"]: row["mean"] for row in values.domains(of)["domains"]}
+    assert max(mean, key=mean.get) == "\u6f22\u5b57", mean
+
+
+def test_tokens_are_coloured_on_a_terminal_only(folder, monkeypatch, typed):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    chunk = next(
+        c
+        for c, text in ((c, values.open_run(folder).text(c)) for c in range(200))
+        if "\x1b" in text
+    )
+    coloured = typed("tokens", folder, f"--chunk={chunk}")
+    assert "\x1b[48;2;" in coloured
+    assert "\\x1b" in coloured
+    rest = coloured.replace("\x1b[0m", "")
+    assert all(part.startswith("[48;2;") for part in rest.split("\x1b")[1:])  # no other escape
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in typed("tokens", folder, f"--chunk={chunk}")
+
+
+# --- what is printed ---------------------------------------------------------------
+
+
+def commands(run, folder, other, tmp_path):
+    used = int(run.used[0])
+    return {
+        "summary": (folder,),
+        "top": (folder, "--n=5"),
+        "bottom": (folder, "--n", "5", "--domain=code", "--chars=9"),
+        "domains": (folder,),
+        "chunk": (folder, used),
+        "doc": (folder, values.Documents(run).of_chunk(used)[0]["doc"]),
+        "compare": (folder, other, "--n=2"),
+        "export": (folder, tmp_path / "v.parquet"),
+    }
+
+
+def test_json_csv_and_text(folder, other, typed, tmp_path):
+    run = values.open_run(folder)
+    for command, argv in commands(run, folder, other, tmp_path).items():
+        found = json.loads(
+            typed(command, *argv, "--json"), parse_constant=pytest.fail
+        )  # NaN, Infinity
+        jsonschema.Draft202012Validator(SCHEMA | {"$ref": f"#/$defs/{command}"}).validate(found)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(found | {"more": 1}, SCHEMA | {"$ref": f"#/$defs/{command}"})
+        text = typed(command, *argv)
+        assert text.strip()
+        assert not set(text) & (set(map(chr, range(32))) - {"\n", "\t"})
+        if command == "export":
+            continue
+        rows = list(csv.DictReader(io.StringIO(typed(command, *argv, "--csv"))))
+        listed = found[
+            {
+                "top": "chunks",
+                "bottom": "chunks",
+                "summary": "targets",
+                "chunk": "visits",
+                "doc": "chunks",
+                "compare": "moved",
+            }.get(command, command)
+        ]
+        assert len(rows) == len(listed) > 0
+        for row, expected in zip(rows, listed):
+            for key, x in expected.items():
+                if isinstance(x, int | float) and not isinstance(x, bool):
+                    assert float(row[key]) == x
+                elif key == "value" and isinstance(x, dict):
+                    assert [row[f"value:{name}"] for name in x] == [
+                        "" if v is None else repr(v) for v in x.values()
+                    ]
+                elif key == "documents":
+                    assert row[key].split() == [str(doc["doc"]) for doc in x]
+
+
+def test_schema_is_a_schema_and_names_every_command(typed, capsys):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    with pytest.raises(SystemExit):
+        typed("--help")
+    listed = capsys.readouterr().out
+    for command in "summary top bottom domains chunk doc export compare tokens query".split():
+        assert command in SCHEMA["$defs"]
+        assert f"    {command} " in listed
+        with pytest.raises(SystemExit) as stop:
+            typed(command, "--help")
+        out = capsys.readouterr().out
+        assert stop.value.code == 0
+        assert "--data_dir" in out
+        assert command == "bottom" or f"python values.py {command} " in out  # an example
+
+
+def test_a_chunk_never_used_is_no_error(prepared, typed):
+    short = trained(prepared, "short", "--max_iters=2", "--targets=val:code")
+    run = values.open_run(short)
+    chunk = next(c for c in range(len(run.values)) if c not in by_loops(short))
+    out = typed("chunk", short, chunk)
+    assert "never used" in out
+    assert terminal.visible(run.text(chunk), "\n\t") in out
+    found = json.loads(typed("chunk", short, chunk, "--json"))
+    jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/chunk"})
+    assert found["value"] == {"code": None}
+    assert not found["used"]
+    assert found["visits"] == []
+    for doc in values.Documents(run).of_chunk(chunk):
+        jsonschema.validate(
+            json.loads(typed("doc", short, doc["doc"], "--json")), SCHEMA | {"$ref": "#/$defs/doc"}
+        )
+    assert not json.loads(typed("summary", prepared / "short", "--json"))["targets"][0]["audit"]
+
+
+def test_nothing_in_the_data_reaches_a_terminal_raw(folder, other, tmp_path, refused):
+    """A real one: a pseudo-terminal, 80 cells wide. Tables stay in line and in its width."""
+    run = values.open_run(folder)
+    chunk = next(c for c in run.used.tolist() if "\x1b" in run.text(c))
+    typed = {
+        **commands(run, folder, other, tmp_path),
+        "chunk": (folder, chunk),
+        "doc": (folder, values.Documents(run).of_chunk(chunk)[-1]["doc"]),
+    }
+    typed["top"] = (folder, "--n=999")
+    for command, argv in (
+        (command, typed[command]) for command in ("top", "chunk", "doc")
+    ):  # of the others the test above knows
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "values.py", command, *map(str, argv)],
+            stdout=theirs,
+            env={**os.environ, "COLUMNS": "110", "LINES": "24"},
+        )
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                seen += os.read(ours, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+        os.close(ours)
+        assert process.wait() == 0
+        text = seen.decode().replace("\r\n", "\n")
+        assert not set(text) & {
+            *map(chr, [*range(9), *range(11, 32), *range(127, 160)]),
+            "\u202e",
+        }, command
+        if command == "top":
+            assert "\\x1b" in text
+            assert "bad\\x1b[31mname" in text
+            rows = text.splitlines()[2:]
+            cells = [sum(1 + (ord(c) > 0x2E7F) for c in row) for row in rows]
+            assert max(cells) <= 110
+            assert any("漢字" in row for row in rows)
+            for row in rows[1:]:
+                assert (
+                    row[: rows[0].index("domain")].rstrip()[-1].isdigit()
+                )  # the columns of numbers end before that of words begins
+    assert "\x1b" not in refused("top", folder, "--domain=nowhere")
+
+
+def test_documents_are_read_without_threads_of_arrows(folder):
+    """They sometimes abort the process as it ends, after all is printed (apache/arrow#34314)."""
+    code = """
+import os, sys, values
+run = values.open_run(sys.argv[1])
+import pyarrow
+before = len(os.listdir("/proc/self/task"))
+documents = values.Documents(run)
+assert documents.of_chunk(int(run.used[0]))
+assert len(list(documents.pieces()))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
+# --- what goes wrong -------------------------------------------------------------------
+
+
+def test_wrong_arguments_say_what_to_type(folder, other, prepared, refused, tmp_path):
+    n = len(values.open_run(folder).values)
+    for argv, answer in (
+        ((), "command"),
+        (("tops", folder), "invalid choice: 'tops'"),
+        (("top",), "required: run"),
+        (("top", folder, "--n=0"), "--n: 0 is not 1 or more"),
+        (("compare", folder, other, "--n=-3"), "--n: -3 is not 1 or more"),
+        (("top", folder, "--n=x"), "'x'"),
+        (("top", folder, "--tar=code"), "unrecognized arguments: --tar=code"),
+        (("top", folder, "--target=nix"), "has 'prose', 'code'"),
+        (("top", folder, "--domain=nix"), "'漢字'"),
+        (("top", folder, "--json", "--csv"), "not allowed with"),
+        (("export", folder, tmp_path / "v.parquet", "--csv"), "unrecognized"),
+        (("chunk", folder, n), f"chunks 0 to {n - 1}"),
+        (("chunk", folder, "-1"), f"chunks 0 to {n - 1}"),
+        (("chunk", folder, "x"), "invalid int value: 'x'"),
+        (("doc", folder, 10**6), "document 1000000"),
+        (("doc", folder, 10**30), "document 1"),
+        (("export", folder, tmp_path / "nowhere" / "v.parquet"), "in a folder that exists"),
+        (("export", folder, folder / "values.npy"), "a .parquet file"),
+        (("summary", prepared / "nowhere"), "does not exist"),
+        (("summary", prepared), "is no run's folder"),
+        (("summary", folder, f"--data_dir={tmp_path}"), "no prepared data in"),
+        (("summary", folder, "--data_dir=nowhere"), "name the folder it is in with --data_dir"),
+    ):
+        assert answer in refused(*argv), argv
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "run")
+
+
+def test_damaged_runs_are_refused_with_what_to_type(copied, folder, refused):
+    for name in (
+        "values.npy",
+        "ledger.npy",
+        "books.npy",
+        "audit.npy",
+        "values.json",
+        "config.json",
+    ):
+        whole = (copied / name).read_bytes()
+        for broken in (whole[: len(whole) // 2], b"", whole[:50]):
+            (copied / name).write_bytes(broken)
+            assert f"{copied / name} is " in refused("summary", copied)
+            assert not refused("summary", copied).count("Traceback")
+        (copied / name).write_bytes(whole)
+    for name in ("values.npy", "ledger.npy", "books.npy"):
+        (copied / name).rename(copied / "away")
+        assert f"{copied / name} is missing" in refused("summary", copied)
+        (copied / "away").rename(copied / name)
+    for content in ("[]", "{}", "null", "3"):
+        for name in ("values.json", "config.json"):
+            whole = (copied / name).read_bytes()
+            (copied / name).write_text(content)
+            assert "damaged" in refused("summary", copied)
+            (copied / name).write_bytes(whole)
+    info = (copied / "values.json").read_bytes()
+    replace_array(copied, "values.npy", np.load(folder / "values.npy")[:-1])
+    assert "values.npy is damaged, it has" in refused("top", copied)
+    shutil.copy(folder / "values.npy", copied)
+    (copied / "values.json").write_bytes(info)
+    change(copied / "values.json", schema=99)
+    assert "schema 99" in refused("top", copied)
+
+
+def test_runs_without_values_are_refused(copied, prepared, refused):
+    change(copied / "values.json", committed_step=0)
+    assert "has no values yet" in refused("summary", copied)
+    (copied / "values.json").unlink()
+    assert "after 20 steps" in refused("summary", copied)
+    off = trained(prepared, "off", "--rule=off", "--max_iters=1")
+    assert "--rule=off" in refused("summary", off)
+
+
+def test_other_data_is_refused(copied, folder, prepared, refused, tmp_path):
+    options = dict(
+        source=str(prepared / "texts.jsonl"),
+        tokenizer="byte",
+        block_size=32,
+        val_fraction=0.2,
+        workers=1,
+    )
+    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
+    assert "its hash differs" in refused("summary", folder, f"--data_dir={tmp_path / 'data'}")
+    train.train(
+        config.load(
+            train.Config,
+            [
+                *SMALL.split(),
+                f"--data_dir={tmp_path / 'data'}",
+                f"--out_dir={tmp_path / 'b'}",
+                "--max_iters=1",
+            ],
+        )
+    )
+    assert "different data" in refused("compare", folder, tmp_path / "b")
+    assert "no target in common" in refused(
+        "compare", folder, trained(prepared, "third", "--targets=val", "--max_iters=1")
+    )
+    whole = (tmp_path / "data" / "train_docs.parquet").read_bytes()
+    for broken in (b"", whole[:-9]):
+        (tmp_path / "data" / "train_docs.parquet").write_bytes(broken)
+        assert "train_docs.parquet is damaged" in refused("chunk", tmp_path / "b", 0)
+
+
+def test_a_moved_run_and_moved_data(folder, prepared, tmp_path, typed):
+    shutil.copytree(folder, tmp_path / "moved")
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    change(
+        tmp_path / "moved" / "config.json",
+        config=json.loads((folder / "config.json").read_text())["config"]
+        | dict(data_dir="nowhere"),
+    )
+    assert typed("top", tmp_path / "moved", f"--data_dir={tmp_path / 'data'}") == typed(
+        "top", folder
+    )
+
+
+def test_a_commit_cut_off_after_values_npy(copied, folder):
+    """Ledger, books and values.npy are of step 60, values.json still speaks of step 40: so must the values."""
+    as_of_step(copied, 40)
+    run = values.open_run(copied)
+    total = np.zeros(run.values.shape)
+    for visit in np.load(folder / "ledger.npy")[: 40 * 4]:
+        total[visit["chunk"]] += visit["value"]
+    assert len(run.visits) == 160
+    assert len(run.books) == 40
+    assert len(run.audit) == 2
+    assert (np.nan_to_num(run.values) == total.astype(np.float32)).all()
+    assert set(run.used) == set(run.visits["chunk"])
+    assert not values.summary(run)["finished"]
+
+
+# --- processes -----------------------------------------------------------------------
+
+
+def script(*argv, **options):
+    return subprocess.run(
+        [sys.executable, ROOT / "values.py", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def test_reading_values_needs_no_torch(folder):
+    code = "import sys, values; values.main(); sys.exit(any(m in sys.modules for m in ('torch', 'revalue')))"
+    for command in (("summary", folder), ("top", folder)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, command)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_closed_pipe_ends_it_quietly(folder):
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'values.py'} top {folder} --n=100000 --chars=100000 --json | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "{\n"
+    assert not done.stderr
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_export_is_whole_or_not_there(folder, tmp_path, number):
+    """Stopped with its file half-written, behind the first row group."""
+    code = """
+import runpy, time, pyarrow.parquet as pq
+class Slow(pq.ParquetWriter):
+    def write_table(self, *args):
+        super().write_table(*args)
+        print("half", flush=True)
+        time.sleep(60)
+pq.ParquetWriter = Slow
+runpy.run_path("values.py", run_name="__main__")
+"""
+    (tmp_path / "v.parquet").write_text("an older one")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "export", folder, tmp_path / "v.parquet"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(number)
+    process.wait(30)
+    process.stdout.close()
+    assert (tmp_path / "v.parquet").read_text() == "an older one"
+    assert number == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["v.parquet"]
+    assert (
+        script("export", folder, tmp_path / "v.parquet").returncode == 0
+    )  # what a kill left is no hindrance
+    assert pq.read_table(tmp_path / "v.parquet").num_rows == len(by_loops(folder))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_live_run(prepared, typed):
+    """Read again and again while it trains and commits every step: always of one commit."""
+    out = prepared / "live"
+    argv = [
+        *SMALL.split(),
+        f"--data_dir={prepared / 'data'}",
+        f"--out_dir={out}",
+        "--max_iters=100000",
+        "--checkpoint_interval=1",
+    ]
+    command, alone = (
+        [sys.executable, ROOT / "train.py", *argv, "--targets=val:code,val:prose"],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
+    try:
+        seen, until, last = set(), time.time() + 60, -1
+        while len(seen) < 10 and time.time() < until:
+            try:
+                run = values.open_run(out)
+            except ValueError as e:
+                assert (
+                    "no values yet" in str(e)
+                    or "does not exist" in str(e)
+                    or "is no run's folder" in str(e)
+                )
+                time.sleep(0.2)
+                continue
+            total, used = np.zeros(run.values.shape), np.zeros(len(run.values), bool)
+            store.add_visits(run.visits, total, used)
+            assert (np.nan_to_num(run.values) == total.astype(np.float32)).all()
+            assert (np.flatnonzero(used) == run.used).all()
+            step = run.info["committed_step"]
+            assert len(run.visits) == 4 * step
+            assert len(run.books) == step >= last
+            seen.add(step)
+            last = step
+        assert len(seen) == 10
+        assert "not finished" in typed("summary", out)
+    finally:
+        process.terminate()
+        process.wait()
+    assert values.open_run(out).info["committed_step"] >= last
