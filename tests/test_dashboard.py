@@ -94,11 +94,11 @@ class Recorder:
 
 def test_charts_go_on_after_a_resume(python_data, tmp_path, monkeypatch):
     """The chart of the domains' values so far has the points from before."""
-    sinks = []
+    recorders = []
 
-    def record(board, name, make):
-        sinks.append(Recorder())
-        board.sinks[name] = sinks[-1]
+    def record(board, cfg):
+        recorders.append(Recorder())
+        return recorders[-1]
 
     monkeypatch.setattr(train.dashboard.Board, "open", record)
     argv = ["--wandb_log", "--targets=val", "--checkpoint_interval=2"]
@@ -109,7 +109,7 @@ def test_charts_go_on_after_a_resume(python_data, tmp_path, monkeypatch):
         train.train(cfg)
     cfg = train.config.load(train.Config, arguments(python_data, tmp_path / "whole", *argv))
     train.train(cfg)
-    resumed, whole = sinks[1].curves[-1], sinks[2].curves[-1]
+    resumed, whole = recorders[1].curves[-1], recorders[2].curves[-1]
     assert resumed.x == whole.x == [2, 4, 6, 8]
     assert resumed.lines.keys() == whole.lines.keys()
     for name, line in whole.lines.items():
