@@ -589,7 +589,7 @@ def run(cfg, folder, device, data, targets):  # noqa: C901  read straight down, 
         audits = store.read(out_dir, "audit") if cfg.audit_interval else []
         for line in tables.domains(writer.total, writer.used, data, names):
             print0(line)
-        for line in tables.account(books, audits, names, data.domains):
+        for line in tables.account(books, audits, names):
             print0(line)
     written = [name for name in RUN_FILES if (out_dir / name).exists()]
     print0("")

@@ -125,7 +125,7 @@ def main(cfg):
     valuation.commit()  # in a long run, now and then
 
     show(np.load(out / "values.npy"), wrong)
-    print("\n".join(tables.account(np.load(out / "books.npy"), [], [target.name], [])))
+    print("\n".join(tables.account(np.load(out / "books.npy"), [], [target.name])))
 
 
 def show(values, wrong):

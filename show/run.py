@@ -191,12 +191,12 @@ def read_arrays(path, info):
     K, files, cure = len(info["targets"]), info["files"], again(path)
     check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
     visits = read_records(path, "ledger", store.visit_dtype(K), files)
-    books = read_records(path, "books", None, files)
+    books = read_records(path, "books", store.book_dtype(K), files)
     if "audit.npy" in files:
         audit = read_records(path, "audit", store.audit_dtype(K), files)
     else:
         audit = np.zeros(0, store.audit_dtype(K))
-    if not is_book(books.dtype, K) or len(visits) != len(books) * info["batch"]:
+    if len(visits) != len(books) * info["batch"]:
         what = f"ledger.npy has {len(visits)} visits, books.npy {len(books)} steps"
         raise UserError(f"{path}/values.json is damaged ({what}): {cure}")
     values = load_array(path / "values.npy", cure, np.float32)
@@ -226,14 +226,6 @@ def read_records(path, name, dtype, files):
         what = f"{records.dtype} {records.shape} does not fit values.json"
         raise UserError(f"{file} is damaged, {what}: {repair}")
     return records[: counted["rows"]]
-
-
-def is_book(dtype, K):
-    """Whether books.npy has records of K targets, with momentum by domain or without."""
-    n_domains = 0
-    if dtype.names is not None and "momentum_by_domain" in dtype.names:
-        n_domains = dtype["momentum_by_domain"].shape[-1]
-    return dtype == store.book_dtype(K, n_domains)
 
 
 def checked_parts(path, visits, batch, n_chunks):

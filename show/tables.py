@@ -37,26 +37,20 @@ def domains(total, used, data, names):
     return lines
 
 
-def account(entries, audits, names, domains):
-    """Per target: how much of the measured drop of its loss the books account for, which domains' momentum had a part in it, and
-    how close the audited steps' values came to the truth."""
+def account(entries, audits, names):
+    """The lines that follow the table of values: for each target, how much of the measured drop of
+    its loss the books account for, and how close the audited steps' values came to the truth.
+
+    entries, audits: the records of books.npy and audit.npy, the latter of length 0 where there was
+    no audit. names: the targets.
+    """
     lines = [""]
     for k, name in enumerate(names):
-        lines.append(accounted(name, total := booked(entries, k)))
-        if total and "momentum_by_domain" in entries.dtype.names:
-            credit = measured(entries)["momentum_by_domain"][:, k].sum(0, dtype=np.float64)
-            order = sorted(np.flatnonzero(credit), key=lambda d: -credit[d])
-            lines.append(
-                "  momentum, of the same drop: "
-                + ", ".join(f"{domains[d]} {credit[d] / total['drop']:.1%}" for d in order)
-            )
-    return [
-        *lines,
-        *(
-            compared(name, audited(audits, k))
-            for k, name in enumerate(names if len(audits) else ())
-        ),
-    ]
+        lines.append(accounted(name, booked(entries, k)))
+    if len(audits):
+        for k, name in enumerate(names):
+            lines.append(compared(name, audited(audits, k)))
+    return lines
 
 
 def measured(entries):

@@ -248,7 +248,7 @@ def test_the_page_says_what_the_files_say(trained, written, visit):
     assert "adamw" in facts
     assert "trained to its end" in tab.locator("#lead").inner_text()
     # the books and the audit, as the end table has them
-    told = "\n".join(tables.account(run.books, run.audit, run.names, run.domains))
+    told = "\n".join(tables.account(run.books, run.audit, run.names))
     for k, card in enumerate(tab.locator(".card").all_inner_texts()):
         known = float(told.split(f"{run.names[k]}: accounted for ")[1].split("%")[0])
         assert abs(numbers([card.split(" of the drop")[0].split()[-1]])[0] - known) <= 0.51
