@@ -103,7 +103,7 @@ class Board:
         """
         metrics = {}
         measured = tables.measured(recent.books)
-        domain = self.data.train.domain[recent.ledger["chunk"]]
+        domain = self.data.train.domain[recent.visits["chunk"]]
         for k, target in enumerate(self.targets):
             if len(measured):
                 drop = measured["before"][:, k] - measured["after"][:, k]
@@ -113,7 +113,7 @@ class Board:
             if recent.audit is not None:
                 for key in AUDIT_ENTRIES:
                     metrics[f"audit/{target}/{key}"] = float(recent.audit[key][-1, k])
-            values = recent.ledger["value"][:, k]
+            values = recent.visits["value"][:, k]
             p5, p95 = np.percentile(values, (5, 95))
             metrics[f"value/{target}/mean"] = float(values.mean())
             metrics[f"value/{target}/p5"] = float(p5)
