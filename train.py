@@ -341,7 +341,7 @@ def train(cfg):
         return run(cfg, folder, device, data, targets)
 
 
-def run(cfg, folder, device, data, targets):  # noqa: C901  read straight down, as nanoGPT's
+def run(cfg, folder, device, data, targets):
     """The run in its folder, from the newest checkpoint or from nothing."""
     # various inits, derived attributes, I/O setup
     out_dir = folder.path

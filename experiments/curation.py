@@ -316,27 +316,24 @@ def value(cfg, condition, seed):
     names = np.array(run.domains)
     rows = []
     for score in ("value", "share", "loss"):
-        of_chunks = curate.chunk_scores(run, 0, score)
-        of_documents, _, document_domain, _ = curate.document_scores(run, of_chunks)
-        about = {"condition": condition, "seed": seed}
-        kinds = names[run.data.train.domain]
-        found = judge_score(of_chunks, kinds, summed=score == "value")
-        rows.append({**about, "unit": "chunk", "score": score, **found})
-        kinds = names[document_domain.astype(int)]
-        found = judge_score(of_documents, kinds, summed=score == "value")
-        rows.append({**about, "unit": "document", "score": score, **found})
+        chunks = curate.chunk_scores(run, 0, score)
+        documents = curate.document_scores(run, chunks)
+        for unit, units in (("chunk", chunks), ("document", documents)):
+            about = {"condition": condition, "seed": seed, "unit": unit, "score": score}
+            figures = judge_score(units, names[units.domains], summed=score == "value")
+            rows.append({**about, **figures})
     return rows
 
 
-def judge_score(moments, kinds, summed):
+def judge_score(units, kinds, summed):
     """How well a score tells junk from text: shares of negative scores, and the AUROC of a small
     score, of each kind of junk against text.
 
-    moments: what curate.py knows of each unit's score (count first). kinds (n,): their domains.
+    units: of show/scores.py. kinds (n,): their domains.
     """
-    visits, *sums = moments
-    used = visits > 0
-    scores, _ = curate.score_and_error(visits[used], *(x[used] for x in sums), summed=summed)
+    used = units.visits > 0
+    scores, _ = curate.score_and_error(units, summed=summed)
+    scores = scores[used]
     kinds = kinds[used]
     text = ~np.isin(kinds, JUNK)
     found = {

@@ -1,7 +1,8 @@
-"""A script's commands: functions of plain arguments that return plain dicts. Their signatures become the command line's options, what they
-return becomes JSON, CSV, or text for people.
+"""A script's commands: functions of plain arguments that return plain dicts. Their signatures
+become the command line's options. What they return becomes JSON, CSV, or text for people.
 
-What stands in the data may be anything: only in JSON, where it is escaped, are control characters kept; else they are made visible.
+What stands in the data may be anything. In JSON it is escaped; in CSV and text its control
+characters are made visible.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+from dataclasses import dataclass
 
 from show import tables
 from show.tables import fit
@@ -21,40 +24,89 @@ from system import terminal
 from system.errors import UserError
 from system.terminal import visible
 
-HELP = dict(
-    run="a run's folder, as out/demo",
-    other="another run's folder",
-    data_dir="where the run's data is now, if it moved",
-    n="how many chunks",
-    target="one of the run's targets; default: its first",
-    domain="only chunks of this domain",
-    chars="characters of each chunk's text",
-    bottom="from the other end",
-    chunk="a chunk's number: its row in train.npy",
-    doc="a document's number, as `chunk` and `top` show it",
-    path="the .parquet file to write",
-    text="the text",
-    file="a file with the text, UTF-8",
-    json="everything, as show/values.schema.json describes it; null: no number",
-    csv="the rows",
-)
-ROWS = dict(
-    summary="targets",
-    top="chunks",
-    bottom="chunks",
-    domains="domains",
-    chunk="visits",
-    doc="chunks",
-    compare="moved",
-)  # for --csv
-ROWS |= dict(tokens="tokens", query="chunks")
-
 # --- the command line -> arguments ----------------------------------------------
+
+HELP = {
+    "run": "a run's folder, as out/demo",
+    "other": "another run's folder",
+    "data_dir": "where the run's data is now, if it moved",
+    "n": "how many chunks",
+    "target": "one of the run's targets; default: its first",
+    "domain": "only chunks of this domain",
+    "chars": "characters of each chunk's text",
+    "bottom": "from the other end",
+    "chunk": "a chunk's number: its row in train.npy",
+    "doc": "a document's number, as `chunk` and `top` show it",
+    "path": "the .parquet file to write",
+    "text": "the text",
+    "file": "a file with the text, UTF-8",
+    "json": "everything, as show/values.schema.json describes it; null: no number",
+    "csv": "the rows",
+}
+LOOKS = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; type: {self.prog} --help")
+
+
+def parse(doc, functions, argv=None):
+    """argv (default: the command line) -> the function that it names, "json" or "csv" or None,
+    data_dir, and the function's {parameter: value}.
+
+    doc: the script's docstring, with an example of each function on a line. Raises UserError.
+    """
+    script = doc[doc.index("python ") :].split()[1]
+    parser = Parser(prog=f"python {script}", description=doc, **LOOKS)
+    subparsers = parser.add_subparsers(
+        dest="command", required=True, metavar="command", title="commands"
+    )
+    for function in functions:
+        examples = [line for line in doc.splitlines() if f"{script} {function.__name__} " in line]
+        add_command(subparsers, function, "\n".join(examples))
+    options = vars(parser.parse_args(argv))
+    by_name = {function.__name__: function for function in functions}
+    function = by_name[options.pop("command")]
+    return function, options.pop("style"), options.pop("data_dir"), options
+
+
+def add_command(subparsers, function, examples):
+    about = " ".join(inspect.getdoc(function).split())
+    parser = subparsers.add_parser(
+        function.__name__, help=about, description=about, epilog=examples, **LOOKS
+    )
+    for key, parameter in inspect.signature(function).parameters.items():
+        add_option(parser, key, parameter)
+    parser.add_argument("--data_dir", default="", metavar="PATH", help=HELP["data_dir"])
+    styles = ("json", "csv") if function.__name__ in ROWS else ("json",)
+    group = parser.add_mutually_exclusive_group()
+    for style in styles:
+        group.add_argument(
+            f"--{style}", dest="style", action="store_const", const=style, help=HELP[style]
+        )
+
+
+def add_option(parser, key, parameter):
+    """A parameter without a default is required: by its place, or by its name if only that is
+    allowed. False is the default of a switch."""
+    if parameter.default is False:
+        parser.add_argument(f"--{key}", action="store_true", help=HELP[key])
+    elif parameter.default is not parameter.empty:
+        shown = f" ({parameter.default})" if parameter.default else ""
+        parser.add_argument(
+            f"--{key}",
+            type=count if isinstance(parameter.default, int) else str,
+            default=parameter.default,
+            metavar=key.upper(),
+            help=HELP[key] + shown,
+        )
+    else:
+        kind = str if parameter.annotation is parameter.empty else parameter.annotation
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            parser.add_argument(f"--{key}", type=kind, help=HELP[key], required=True)
+        else:
+            parser.add_argument(key, type=kind, help=HELP[key])
 
 
 def count(text):
@@ -63,79 +115,41 @@ def count(text):
     return int(text)
 
 
-def parse(doc, functions, argv=None):
-    """-> (the function named, "json" or "csv" or None, data_dir, {parameter: value}). doc: the script's, with an example a line."""
-    name = doc[doc.index("python ") :].split()[1]
-    looks = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = Parser(prog=f"python {name}", description=doc, **looks)
-    subparsers = parser.add_subparsers(
-        dest="command", required=True, metavar="command", title="commands"
-    )
-    for function in functions:
-        command, about = function.__name__, inspect.getdoc(function)
-        examples = "\n".join(line for line in doc.splitlines() if f"{name} {command} " in line)
-        sub = subparsers.add_parser(
-            command, help=about, description=about, epilog=examples, **looks
-        )
-        for key, p in inspect.signature(function).parameters.items():
-            if p.default is False:
-                sub.add_argument(f"--{key}", action="store_true", help=HELP[key])
-            elif p.default is p.empty:
-                kind, required = (
-                    str if p.annotation is p.empty else p.annotation,
-                    {"required": True} if p.kind is p.KEYWORD_ONLY else {},
-                )
-                sub.add_argument(
-                    f"--{key}" if required else key, type=kind, help=HELP[key], **required
-                )
-            else:
-                shown = HELP[key] + f" ({p.default})" * bool(p.default)
-                sub.add_argument(
-                    f"--{key}",
-                    type=count if isinstance(p.default, int) else str,
-                    default=p.default,
-                    metavar=key.upper(),
-                    help=shown,
-                )
-        sub.add_argument("--data_dir", default="", metavar="PATH", help=HELP["data_dir"])
-        style = sub.add_mutually_exclusive_group()
-        for kind in ("json", "csv")[: 1 + (command in ROWS)]:
-            style.add_argument(
-                f"--{kind}", dest="style", action="store_const", const=kind, help=HELP[kind]
-            )
-    options = vars(parser.parse_args(argv))
-    function = {function.__name__: function for function in functions}[options.pop("command")]
-    return function, options.pop("style"), options.pop("data_dir"), options
+def obey_signals():
+    """`| head` ends a command quietly. SIGTERM ends it as Ctrl-C does: no file is left
+    half-written."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, end)
 
 
-# --- what they return -> text ------------------------------------------------------
+def end(number, frame):
+    sys.exit(128 + number)
 
 
-class Text(str):
-    """A line of a text, whose tabs stay."""
+# --- what they return -> JSON, CSV, lines -----------------------------------------
 
-
-class Coloured(list):
-    """[(a piece of a text, a number from -1, hurt, to 1, helped)], printed in colours."""
+# of what a command returns, the rows for --csv
+ROWS = {
+    "summary": "targets",
+    "top": "chunks",
+    "bottom": "chunks",
+    "domains": "domains",
+    "chunk": "visits",
+    "doc": "chunks",
+    "compare": "moved",
+    "tokens": "tokens",
+    "query": "chunks",
+}
 
 
 def show(command, result, style):
+    """Prints what a command returned. style: "json", "csv", or None for text."""
     if style == "json":
         print(json.dumps(plain(result), indent=1, allow_nan=False))
     elif style == "csv":
         print(as_csv(result[ROWS[command]]), end="")
     else:
         say_lines(SHOWN[command](result))
-
-
-def say_lines(lines):
-    for line in lines:
-        if isinstance(line, Coloured):
-            sys.stdout.write_as_it_is("".join(coloured(*piece) for piece in line) + "\n")
-        elif isinstance(line, Text):
-            terminal.say_text(line)
-        else:
-            terminal.say(line)
 
 
 def plain(x):
@@ -148,92 +162,156 @@ def plain(x):
 
 
 def as_csv(rows):
-    """A column a key; of a dict's, `key:its key`; of documents their numbers."""
-    file, flat = io.StringIO(), []
-    for row in plain(rows):
-        flat.append({})
-        for key, x in row.items():
-            cells = (
-                {f"{key}:{inner}": value for inner, value in x.items()}
-                if isinstance(x, dict)
-                else {key: x}
-            )
-            flat[-1] |= {
-                k: " ".join(str(doc["doc"]) for doc in v) if isinstance(v, list) else v
-                for k, v in cells.items()
-            }
+    """Dicts -> CSV with a column for each key; of an inner dict, one for each of its keys."""
+    rows = [flat(row) for row in plain(rows)]
+    file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    for cells in [list(flat[0]) if flat else [], *(row.values() for row in flat)]:
-        writer.writerow([as_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    head = rows[0] if rows else {}
+    writer.writerow([as_cell(key) for key in head])
+    for row in rows:
+        writer.writerow([as_cell(x) for x in row.values()])
     return file.getvalue()
 
 
-def as_cell(text):
-    """A text that a spreadsheet takes for one, not for a formula."""
-    return visible("'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text)
+def flat(row):
+    """{key: {inner: x}} -> {"key:inner": x}"""
+    cells = {}
+    for key, x in row.items():
+        if isinstance(x, dict):
+            for inner, value in x.items():
+                cells[f"{key}:{inner}"] = value
+        else:
+            cells[key] = x
+    return cells
 
+
+def as_cell(x):
+    """Documents become their numbers; a text one that a spreadsheet does not take for a formula."""
+    if isinstance(x, list):
+        x = " ".join(str(doc["doc"]) for doc in x)
+    if not isinstance(x, str):
+        return x
+    is_formula = x.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return visible("'" + x if is_formula else x)
+
+
+@dataclass
+class TextLine:
+    """A line of a text, whose tabs stay."""
+
+    text: str
+
+
+@dataclass
+class Coloured:
+    """Text in colours. pieces: [(a text, a number from -1, it hurt, to 1, it helped)]."""
+
+    pieces: list
+
+
+def say_lines(lines):
+    """Prints strings, TextLines and Coloured."""
+    for line in lines:
+        if isinstance(line, Coloured):
+            text = "".join(coloured(piece, x) for piece, x in line.pieces)
+            sys.stdout.write_as_it_is(text + "\n")
+        elif isinstance(line, TextLine):
+            terminal.say_text(line.text)
+        else:
+            terminal.say(line)
+
+
+# --- tables and figures -------------------------------------------------------------
 
 LEFT = ("target", "domain", "source", "token", "text")  # columns of words; all others are numbers
+MOST_CELLS = 28  # of a word
 
 
 def table(head, rows):
-    """head: names of columns; rows: lists of strings -> aligned lines. Words are cut to 28 cells, a last column of words to the line's end."""
-    rows = [
-        [
-            visible(" ".join(cell.split()) if name == "text" else cell)
-            for name, cell in zip(head, row)
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    widths = [min(w, 28) if name in LEFT else w for name, w in zip(head, widths)]
+    """head: names of columns; rows: lists of strings -> aligned lines.
+
+    Words are cut to 28 cells, but a last column of words only at the line's end.
+    """
+    lines = [head]
+    for row in rows:
+        cells = []
+        for name, cell in zip(head, row):
+            cells.append(visible(" ".join(cell.split()) if name == "text" else cell))
+        lines.append(cells)
+    widths = []
+    for name, column in zip(head, zip(*lines)):
+        width = max(map(len, column))
+        widths.append(min(width, MOST_CELLS) if name in LEFT else width)
     if head[-1] in LEFT:
-        widths[-1] = max(
-            20, shutil.get_terminal_size((160, 0)).columns - sum(widths[:-1]) - 2 * len(head)
-        )
-    return [
-        "  ".join(
-            fit(cell, w, name not in LEFT) for name, w, cell in zip(head, widths, row)
-        ).rstrip()
-        for row in [head, *rows]
-    ]
+        taken = sum(widths[:-1]) + 2 * len(head)
+        widths[-1] = max(20, shutil.get_terminal_size((160, 0)).columns - taken)
+    return [aligned(head, widths, line) for line in lines]
 
 
-def micro(x, unit=1e6):
+def aligned(head, widths, line):
+    cells = []
+    for name, width, cell in zip(head, widths, line):
+        cells.append(fit(cell, width, right=name not in LEFT))
+    return "  ".join(cells).rstrip()
+
+
+def micro(x):
+    """In millionths."""
+    return scaled(x, 1e6)
+
+
+def nano(x):
+    """In billionths."""
+    return scaled(x, 1e9)
+
+
+def scaled(x, unit):
     return "-" if math.isnan(x) else f"{unit * x:+,.1f}"
 
 
 def number(x):
-    return "-" if math.isnan(x) else f"{x:,.4g}" if abs(x) < 1 else f"{x:,.3f}"
+    if math.isnan(x):
+        return "-"
+    return f"{x:,.4g}" if abs(x) < 1 else f"{x:,.3f}"
 
+
+def column_names(targets):
+    """A column for each target, named by it."""
+    return [terminal.shorten(visible(name), MOST_CELLS) for name in targets]
+
+
+# --- lines of each command ----------------------------------------------------------
 
 SIGN = "positive: it lowered the target's loss"
 
 
 def show_summary(r):
     state = "finished" if r["finished"] else "not finished, or under way"
-    yield f"{r['run']}: step {r['steps']:,} of {r['max_iters']:,} ({state}), rule {r['rule']}, {r['batch']} chunks a step"
+    step = f"step {r['steps']:,} of {r['max_iters']:,} ({state})"
+    yield f"{r['run']}: {step}, rule {r['rule']}, {r['batch']} chunks a step"
     used = f"{r['chunks_used']:,} of {r['chunks']:,} chunks used, in {r['visits']:,} visits"
-    yield (
-        f"{used}; {r['early_steps']} early steps, whose values are rough"
-        + f"; approximate: {r['approximate']}" * bool(r["approximate"])
-    )
+    early = f"{r['early_steps']} early steps, whose values are rough"
+    approximate = f"; approximate: {r['approximate']}" if r["approximate"] else ""
+    yield f"{used}; {early}{approximate}"
     yield f"Values of the chunks used, in 1e-6 {r['unit']} ({SIGN}); sum in {r['unit']}"
     yield ""
     head = ["target", "mean", "+-", "sd", "p5", "median", "p95", "< 0", "sum"]
-    keys = ("mean", "standard_error", "sd", "p5", "median", "p95")
-    yield from table(
-        head,
-        [
+    rows = []
+    for t in r["targets"]:
+        rows.append(
             [
                 t["target"],
-                *(micro(t[key]) for key in keys),
+                micro(t["mean"]),
+                micro(t["standard_error"]),
+                micro(t["sd"]),
+                micro(t["p5"]),
+                micro(t["median"]),
+                micro(t["p95"]),
                 f"{t['negative']:.0%}",
                 f"{t['sum']:+.4f}",
             ]
-            for t in r["targets"]
-        ],
-    )
+        )
+    yield from table(head, rows)
     yield ""
     for t in r["targets"]:
         yield tables.accounted(t["target"], t["books"])
@@ -243,135 +321,117 @@ def show_summary(r):
 
 
 def show_ranked(r):
-    what = "smallest" if r["order"] == "bottom" else "largest"
+    which = "smallest" if r["order"] == "bottom" else "largest"
     if r["approximate"]:
         yield f"Approximate: {r['approximate']}"
-    yield f"{r['target']}: the chunks with the {what} values, in 1e-6 {r['unit']} ({SIGN})"
+    yield f"{r['target']}: the chunks with the {which} values, in 1e-6 {r['unit']} ({SIGN})"
     yield ""
     head = ["rank", "chunk", "value", "visits", "first step", "loss", "documents", "domain", "text"]
     rows = []
     for c in r["chunks"]:
-        docs = [str(doc["doc"]) for doc in c["documents"]]
-        docs = ", ".join(docs[:1]) + f" +{len(docs) - 1}" * (len(docs) > 1)
-        figures = [
-            str(c["rank"]),
-            str(c["chunk"]),
-            micro(c["value"]),
-            str(c["visits"]),
-            str(c["first_step"]),
-            number(c["loss"]),
-        ]
-        rows.append([*figures, docs, c["domain"], c["text"]])
+        rows.append(
+            [
+                str(c["rank"]),
+                str(c["chunk"]),
+                micro(c["value"]),
+                str(c["visits"]),
+                str(c["first_step"]),
+                number(c["loss"]),
+                first_document(c["documents"]),
+                c["domain"],
+                c["text"],
+            ]
+        )
     yield from table(head, rows)
+
+
+def first_document(documents):
+    """The first one's number, and how many more there are."""
+    if not documents:
+        return ""
+    more = f" +{len(documents) - 1}" if len(documents) > 1 else ""
+    return f"{documents[0]['doc']}{more}"
 
 
 def show_domains(r):
     yield f"Values per token, in 1e-9 {r['unit']} ({SIGN}), of the chunks used; sum in {r['unit']}"
-    head = [
-        "domain",
-        "chunks",
-        "tokens",
-        "share",
-        "mean",
-        "+-",
-        "p5",
-        "median",
-        "p95",
-        "< 0",
-        "sum",
-        "share of sum",
-    ]
-    for target, rows in itertools.groupby(r["domains"], key=lambda row: row["target"]):
+    figures = ["mean", "+-", "p5", "median", "p95", "< 0", "sum", "share of sum"]
+    head = ["domain", "chunks", "tokens", "share", *figures]
+    for target, domains in itertools.groupby(r["domains"], key=lambda row: row["target"]):
         yield ""
         yield f"{target}:"
-        cells = []
-        for d in sorted(rows, key=lambda row: -row["median"]):
-            figures = [
-                micro(d[key], 1e9) for key in ("mean", "standard_error", "p5", "median", "p95")
-            ]
-            used = [f"{d['chunks']:,}", f"{d['tokens']:,}", f"{d['share']:.1%}"]
-            cells.append(
+        rows = []
+        for d in sorted(domains, key=lambda row: -row["median"]):
+            rows.append(
                 [
                     d["domain"],
-                    *used,
-                    *figures,
+                    f"{d['chunks']:,}",
+                    f"{d['tokens']:,}",
+                    f"{d['share']:.1%}",
+                    nano(d["mean"]),
+                    nano(d["standard_error"]),
+                    nano(d["p5"]),
+                    nano(d["median"]),
+                    nano(d["p95"]),
                     f"{d['negative']:.0%}",
                     f"{d['sum']:+.4f}",
                     f"{d['share_of_sum']:.1%}",
                 ]
             )
-        yield from table(head, cells)
+        yield from table(head, rows)
 
 
 def show_text(text):
-    yield from ("", "-" * 72, *map(Text, text.split("\n")), "-" * 72)
+    yield ""
+    yield "-" * 72
+    for line in text.split("\n"):
+        yield TextLine(line)
+    yield "-" * 72
 
 
 def show_chunk(r):
-    names = list(r["value"])
+    targets = list(r["value"])
     yield f"chunk {r['chunk']}, {r['domain']}"
     yield ""
-    docs = [
-        [str(d[key]) for key in ("doc", "begins", "n_tokens", "record", "source")]
-        for d in r["documents"]
-    ]
-    yield from table(["document", "begins at token", "tokens", "record", "source"], docs)
+    head = ["document", "begins at token", "tokens", "record", "source"]
+    keys = ("doc", "begins", "n_tokens", "record", "source")
+    rows = [[str(doc[key]) for key in keys] for doc in r["documents"]]
+    yield from table(head, rows)
     yield ""
-    if not r["used"]:
-        yield "never used: it has no value"
-    else:
+    if r["used"]:
         yield f"Every visit, values in 1e-6 {r['unit']} ({SIGN})"
-        head = [
-            "step",
-            "loss",
-            *(terminal.shorten(visible(name), 28) for name in names),
-            "gradient norm",
-            "early",
-        ]
-        visits = [
-            (
-                [str(v["step"])],
-                v["loss"],
-                v["value"],
-                [number(v["grad_norm"]), "early" * bool(v["early"])],
+        head = ["step", "loss", *column_names(targets), "gradient norm", "early"]
+        rows = []
+        for v in r["visits"]:
+            figures = [micro(v["value"][target]) for target in targets]
+            early = "early" if v["early"] else ""
+            rows.append(
+                [str(v["step"]), number(v["loss"]), *figures, number(v["grad_norm"]), early]
             )
-            for v in r["visits"]
-        ]
-        rows = [
-            [*step, number(loss), *(micro(value[name]) for name in names), *rest]
-            for step, loss, value, rest in visits
-        ]
-        yield from table(
-            head, [*rows, ["sum", "", *(micro(r["value"][name]) for name in names), "", ""]]
-        )
+        figures = [micro(r["value"][target]) for target in targets]
+        rows.append(["sum", "", *figures, "", ""])
+        yield from table(head, rows)
+    else:
+        yield "never used: it has no value"
     yield from show_text(r["text"])
 
 
 def show_doc(r):
-    names = list(r["value"])
-    yield f"document {r['doc']}, {r['domain']}: record {r['record']} of {r['source']}, {r['n_tokens']:,} tokens"
+    source = f"record {r['record']} of {r['source']}, {r['n_tokens']:,} tokens"
+    yield f"document {r['doc']}, {r['domain']}: {source}"
     cut = "" if r["whole"] else "; its end fills no chunk and is not in the data"
-    yield f"{r['chunks_used']} of its {len(r['chunks'])} chunks used{cut}. Values in 1e-6 {r['unit']} ({SIGN})"
-    yield "Its own: the sum over its chunks of a chunk's value times the document's share of the chunk's tokens"
+    used = f"{r['chunks_used']} of its {len(r['chunks'])} chunks used{cut}"
+    yield f"{used}. Values in 1e-6 {r['unit']} ({SIGN})"
+    rule = "a chunk's value times the document's share of the chunk's tokens"
+    yield f"Its own: the sum over its chunks of {rule}"
     yield ""
-    head = [
-        "chunk",
-        "begins at token",
-        "tokens",
-        "share",
-        *(terminal.shorten(visible(name), 28) for name in names),
-    ]
-    rows = [
-        [
-            str(c["chunk"]),
-            str(c["begins"]),
-            str(c["tokens"]),
-            f"{c['share']:.1%}",
-            *map(micro, c["value"].values()),
-        ]
-        for c in r["chunks"]
-    ]
-    yield from table(head, [*rows, ["its own", "", "", "", *map(micro, r["value"].values())]])
+    head = ["chunk", "begins at token", "tokens", "share", *column_names(r["value"])]
+    rows = []
+    for c in r["chunks"]:
+        place = [str(c["chunk"]), str(c["begins"]), str(c["tokens"]), f"{c['share']:.1%}"]
+        rows.append([*place, *map(micro, c["value"].values())])
+    rows.append(["its own", "", "", "", *map(micro, r["value"].values())])
+    yield from table(head, rows)
     yield from show_text(r["text"])
 
 
@@ -381,110 +441,102 @@ def show_export(r):
 
 def show_compare(r):
     a, b = r["runs"]
-    yield f"a: {a}, b: {b}: {r['chunks']:,} chunks used by both. Values in 1e-6 {r['unit']} ({SIGN})"
+    used = f"{r['chunks']:,} chunks used by both"
+    yield f"a: {a}, b: {b}: {used}. Values in 1e-6 {r['unit']} ({SIGN})"
     yield ""
-    figures = [
-        [
-            t["target"],
-            *(number(t[key]) for key in ("spearman", "pearson")),
-            f"{t['equal_signs']:.1%}",
-        ]
-        for t in r["targets"]
-    ]
-    yield from table(["target", "Spearman", "Pearson", "equal signs"], figures)
+    rows = []
+    for t in r["targets"]:
+        figures = [number(t["spearman"]), number(t["pearson"]), f"{t['equal_signs']:.1%}"]
+        rows.append([t["target"], *figures])
+    yield from table(["target", "Spearman", "Pearson", "equal signs"], rows)
     yield ""
-    means = [
-        [d["target"], d["domain"], f"{d['chunks']:,}", micro(d["mean_a"]), micro(d["mean_b"])]
-        for d in r["domains"]
-    ]
-    yield from table(["target", "domain", "chunks", "mean in a", "mean in b"], means)
+    rows = []
+    for d in r["domains"]:
+        figures = [f"{d['chunks']:,}", micro(d["mean_a"]), micro(d["mean_b"])]
+        rows.append([d["target"], d["domain"], *figures])
+    yield from table(["target", "domain", "chunks", "mean in a", "mean in b"], rows)
     yield ""
-    head = [
-        "chunk",
-        "rank in a",
-        "rank in b",
-        "value in a",
-        "value in b",
-        "target",
-        "domain",
-        "text",
-    ]
-    rows = [
-        [
-            *(f"{m[key]:,.0f}" for key in ("rank_a", "rank_b")),
-            *(micro(m[key]) for key in ("value_a", "value_b")),
-        ]
-        for m in r["moved"]
-    ]
     yield "The chunks that moved most in rank"
-    yield from table(
-        head,
-        [
-            [str(m["chunk"]), *row, m["target"], m["domain"], m["text"]]
-            for m, row in zip(r["moved"], rows)
-        ],
-    )
+    figures = ["rank in a", "rank in b", "value in a", "value in b"]
+    rows = []
+    for m in r["moved"]:
+        ranks = [f"{m['rank_a']:,.0f}", f"{m['rank_b']:,.0f}"]
+        values = [micro(m["value_a"]), micro(m["value_b"])]
+        rows.append([str(m["chunk"]), *ranks, *values, m["target"], m["domain"], m["text"]])
+    yield from table(["chunk", *figures, "target", "domain", "text"], rows)
 
 
 def show_curated(r):
     """Of curate.py: what keep.json holds."""
-    cfg, out = r["config"], r["config"]["out"] or r["run"]
-    which = (
-        "at random, "
-        if cfg["random"]
-        else f"those with the {'largest' if cfg['invert'] else 'smallest'} {cfg['score']} for {cfg['target']}, "
-    )
-    which += ("by domain, " if cfg["per_domain"] else "") + f"a {cfg['by']} each"
-    if not cfg["drop_fraction"]:
-        which += (
-            ": as many as are negative"
-            + f" beyond {cfg['confidence']:g} standard errors" * bool(cfg["confidence"])
-        )
-    yield f"{r['run']}: {r['units_dropped']:,} of {r['units_scored']:,} dropped, {which}"
-    yield f"{r['units_negative']:,} of them have a negative score; {r['chunks_unused']:,} of {r['chunks']:,} chunks were never used"
-    yield f"kept: {r['chunks_kept']:,} chunks, {r['tokens_kept']:,} tokens, {r['chunks_kept'] / r['chunks']:.1%}; values are sums in nats ({SIGN})"
+    cfg = r["config"]
+    out = cfg["out"] or r["run"]
+    dropped = f"{r['units_dropped']:,} of {r['units_scored']:,} dropped"
+    yield f"{r['run']}: {dropped}, {chosen_how(cfg)}"
+    unused = f"{r['chunks_unused']:,} of {r['chunks']:,} chunks were never used"
+    yield f"{r['units_negative']:,} of them have a negative score; {unused}"
+    share = f"{r['chunks_kept'] / r['chunks']:.1%}"
+    kept = f"{r['chunks_kept']:,} chunks, {r['tokens_kept']:,} tokens, {share}"
+    yield f"kept: {kept}; values are sums in nats ({SIGN})"
     yield ""
     rows = []
     for d in sorted(r["domains"], key=lambda d: d["kept"] / d["chunks"]):
-        counts = [
-            f"{d['chunks']:,}",
-            f"{d['used']:,}",
-            f"{d['kept']:,}",
-            f"{d['kept'] / d['chunks']:.1%}",
-        ]
-        rows.append([d["domain"], *counts, f"{d['value']:+.4f}", f"{d['value_kept']:+.4f}"])
-    yield from table(
-        ["domain", "chunks", "used", "kept", "share kept", "value", "value kept"], rows
-    )
+        rows.append(
+            [
+                d["domain"],
+                f"{d['chunks']:,}",
+                f"{d['used']:,}",
+                f"{d['kept']:,}",
+                f"{d['kept'] / d['chunks']:.1%}",
+                f"{d['value']:+.4f}",
+                f"{d['value_kept']:+.4f}",
+            ]
+        )
+    head = ["domain", "chunks", "used", "kept", "share kept", "value", "value kept"]
+    yield from table(head, rows)
     yield ""
-    yield f"-> {out}/keep.npy, keep.json, dropped.npy" + f", {cfg['export']}" * bool(cfg["export"])
+    export = f", {cfg['export']}" if cfg["export"] else ""
+    yield f"-> {out}/keep.npy, keep.json, dropped.npy{export}"
     keep = terminal.command(f"--keep={out}/keep.npy")
     yield f"next: python train.py <config file> {keep} --out_dir=out/curated"
 
 
+def chosen_how(cfg):
+    """In words: which chunks or documents curate.py dropped."""
+    if cfg["random"]:
+        words = "at random, "
+    else:
+        end = "largest" if cfg["invert"] else "smallest"
+        words = f"those with the {end} {cfg['score']} for {cfg['target']}, "
+    if cfg["per_domain"]:
+        words += "by domain, "
+    words += f"a {cfg['by']} each"
+    if not cfg["drop_fraction"]:
+        words += ": as many as are negative"
+        if cfg["confidence"]:
+            words += f" beyond {cfg['confidence']:g} standard errors"
+    return words
+
+
 def show_tokens(r):
-    yield f"chunk {r['chunk']}, {r['domain']}: what each token did for {r['target']} at step {r['step']}, in 1e-6 {r['unit']} ({SIGN})"
+    what = f"what each token did for {r['target']} at step {r['step']}"
+    yield f"chunk {r['chunk']}, {r['domain']}: {what}, in 1e-6 {r['unit']} ({SIGN})"
     yield f"sum: {micro(r['sum'])}"
     yield ""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        yield from table(
-            ["position", "value", "token"],
-            [[str(t["position"]), micro(t["value"]), t["token"]] for t in r["tokens"]],
-        )
+        rows = [[str(t["position"]), micro(t["value"]), t["token"]] for t in r["tokens"]]
+        yield from table(["position", "value", "token"], rows)
         return
-    known = [abs(t["value"]) for t in r["tokens"] if not math.isnan(t["value"])]
-    most = (
-        sorted(known)[int(0.98 * (len(known) - 1))] or 1.0
-    )  # a single token far out would leave all others white
-    yield Coloured((t["token"], t["value"] / most) for t in r["tokens"])
-    yield Coloured(
-        [
-            (" hurt ", -1),
-            (" nothing ", 0),
-            (" helped ", 1),
-            (f": the darkest are {micro(most)} and beyond", math.nan),
-        ]
-    )
+    sizes = sorted(abs(t["value"]) for t in r["tokens"] if not math.isnan(t["value"]))
+    # not the largest: a single token far out would leave all others white
+    most = sizes[int(0.98 * (len(sizes) - 1))] or 1.0
+    yield Coloured([(t["token"], t["value"] / most) for t in r["tokens"]])
+    legend = [(" hurt ", -1), (" nothing ", 0), (" helped ", 1)]
+    legend.append((f": the darkest are {micro(most)} and beyond", math.nan))
+    yield Coloured(legend)
+
+
+RED = (255, 105, 92)
+BLUE = (88, 146, 255)
 
 
 def coloured(text, x):
@@ -492,23 +544,24 @@ def coloured(text, x):
     text = visible(text, "\n\t")
     if math.isnan(x):
         return text
-    x = max(-1.0, min(1.0, x))
-    red, green, blue = (
-        round(255 + (end - 255) * abs(x)) for end in ((88, 146, 255) if x > 0 else (255, 105, 92))
-    )
-    lines = (
-        f"\x1b[48;2;{red};{green};{blue};38;2;0;0;0m{line}\x1b[0m" if line else ""
-        for line in text.split("\n")
-    )
-    return "\n".join(lines)  # no colour runs on to the margin
+    strength = min(1.0, abs(x))
+    darkest = BLUE if x > 0 else RED
+    red, green, blue = [round(255 + (shade - 255) * strength) for shade in darkest]
+    begin = f"\x1b[48;2;{red};{green};{blue};38;2;0;0;0m"
+    # line by line: no colour runs on to the margin
+    lines = [f"{begin}{line}\x1b[0m" if line else "" for line in text.split("\n")]
+    return "\n".join(lines)
 
 
-SHOWN = dict(
-    summary=show_summary,
-    top=show_ranked,
-    bottom=show_ranked,
-    query=show_ranked,
-    domains=show_domains,
-    chunk=show_chunk,
-)
-SHOWN |= dict(doc=show_doc, export=show_export, compare=show_compare, tokens=show_tokens)
+SHOWN = {
+    "summary": show_summary,
+    "top": show_ranked,
+    "bottom": show_ranked,
+    "query": show_ranked,
+    "domains": show_domains,
+    "chunk": show_chunk,
+    "doc": show_doc,
+    "export": show_export,
+    "compare": show_compare,
+    "tokens": show_tokens,
+}

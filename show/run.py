@@ -20,18 +20,18 @@ class Run:
     info: dict  # values.json: sign, unit, rule, targets, committed_step
     data: Dataset
     values: np.ndarray  # float32 (n_chunks, K), nats; NaN = never used
-    visits: (
-        np.ndarray
-    )  # the ledger's committed rows, memmapped: step, chunk, loss, value (K,), grad_norm, early
+    visits: np.ndarray  # of ledger.npy, memmapped: step, chunk, loss, value (K,), grad_norm, early
     books: np.ndarray  # one row a step
     audit: np.ndarray  # one row an audited step; of length 0 where there was none
 
     @property
     def names(self):
+        """The targets' names."""
         return [target["name"] for target in self.info["targets"]]
 
     @property
     def domains(self):
+        """The domains' names."""
         return self.data.domains
 
     @property
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def first_step(self):
-        """The step of the first visit: not 0 of a replay or a walk that began later."""
+        """The step of the first visit. It is not 0 where a replay or a walk began later."""
         return self.info["committed_step"] - len(self.visits) // self.info["batch"]
 
     @cached_property
@@ -54,98 +54,127 @@ class Run:
         return tokenizer(self.data.meta["tokenizer"])
 
     def target(self, name=""):
-        """A target's number; of the first without a name. Raises ValueError for a name that is none."""
-        if name and name not in self.names:
-            raise UserError(
-                f"--target={name!r}: {self.path} has {', '.join(map(repr, self.names))}"
-            )
-        return self.names.index(name) if name else 0
+        """A target's number; the first target's without a name. Raises UserError for a name that no
+        target has."""
+        if not name:
+            return 0
+        if name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise UserError(f"--target={name!r}: {self.path} has {known}")
+        return self.names.index(name)
 
     def domain(self, name):
+        """A domain's number. Raises UserError for a name that no domain has."""
         if name not in self.domains:
-            raise UserError(
-                f"--domain={name!r}: {self.data.path} has {', '.join(map(repr, self.domains))}"
-            )
+            known = ", ".join(map(repr, self.domains))
+            raise UserError(f"--domain={name!r}: {self.data.path} has {known}")
         return self.domains.index(name)
 
     def domain_of(self, chunk):
-        """A chunk's domain, by name. Raises ValueError for a number that is no chunk's."""
-        if not 0 <= chunk < len(self.values):
-            raise UserError(
-                f"chunk {chunk}: {self.data.path} has chunks 0 to {len(self.values) - 1}"
-            )
+        """The name of a chunk's domain. Raises UserError for a number that no chunk has."""
+        last = len(self.values) - 1
+        if not 0 <= chunk <= last:
+            raise UserError(f"chunk {chunk}: {self.data.path} has chunks 0 to {last}")
         return self.domains[int(self.data.train.domain[chunk])]
 
     def named(self, values):
         """(K,) -> {target: value}"""
         return dict(zip(self.names, map(float, values)))
 
-    def parts(self):
-        """The visits, some whole steps at a time."""
-        return checked_parts(self.path, self.visits, self.info["batch"], len(self.values))
+    def blocks(self):
+        """Yields the visits, some whole steps at a time."""
+        return checked_blocks(self.path, self.visits, self.info["batch"], len(self.values))
 
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""
-        return np.concatenate(
-            [self.visits[:0], *(part[np.isin(part["chunk"], chunks)] for part in self.parts())]
-        )
+        found = [visits[np.isin(visits["chunk"], chunks)] for visits in self.blocks()]
+        return np.concatenate([self.visits[:0], *found])
 
     def pieces(self, chunk):
-        """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by tokens, its last one has it."""
-        tokens, texts, start = (
-            [*self.data.train.rows[chunk, : self.width + 1].tolist(), eot := self.data.meta["eot"]],
-            [],
-            0,
-        )
-        while start < len(tokens) - 1:
-            ends = range(start + 1, min(start + 4, tokens.index(eot, start)) + 1)
-            tried = [self.tokenizer.decode(tokens[start:end]) for end in ends] or [
-                "\n<|endoftext|>\n"
-            ]
-            n = next(
-                (n for n, text in enumerate(tried, 1) if not text.endswith("\ufffd")), 1
-            )  # 1: the chunk begins within a character
-            texts += [""] * (n - 1) + [tried[n - 1]]
-            start += n
-        return texts
+        """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by
+        tokens, the last of them has it, and the others have nothing."""
+        tokens = self.data.train.rows[chunk, : self.width + 1].tolist()
+        pieces = []
+        while len(pieces) < len(tokens):
+            following = tokens[len(pieces) : len(pieces) + LONGEST_CHARACTER]
+            n, text = self.first_piece(following)
+            pieces += [""] * (n - 1)
+            pieces.append(text)
+        return pieces
+
+    def first_piece(self, tokens):
+        """-> how many of the tokens make the first whole characters, and those characters."""
+        eot = self.data.meta["eot"]
+        if tokens[0] == eot:
+            return 1, END_OF_TEXT
+        if eot in tokens:
+            tokens = tokens[: tokens.index(eot)]
+        for n in range(1, len(tokens) + 1):
+            text = self.tokenizer.decode(tokens[:n])
+            if not text.endswith("\ufffd"):
+                return n, text
+        return 1, self.tokenizer.decode(tokens[:1])  # the chunk begins within a character
 
     def text(self, chunk, limit=None):
-        """A chunk's text, cut to limit characters; documents are parted by <|endoftext|> on a line of its own."""
-        tokens, eot = self.data.train.rows[chunk, : self.width + 1], self.data.meta["eot"]
-        parts = np.split(tokens, np.flatnonzero(tokens == eot))
-        text = "\n<|endoftext|>\n".join(self.tokenizer.decode(part[part != eot]) for part in parts)
-        return text if limit is None or len(text) <= limit else text[:limit] + "\u2026"
+        """A chunk's text, cut to limit characters. Between documents stands <|endoftext|>, on a
+        line of its own."""
+        tokens = self.data.train.rows[chunk, : self.width + 1]
+        eot = self.data.meta["eot"]
+        documents = np.split(tokens, np.flatnonzero(tokens == eot))
+        texts = [self.tokenizer.decode(document[document != eot]) for document in documents]
+        text = END_OF_TEXT.join(texts)
+        return text if limit is None else shorten_to(text, limit)
 
 
-# what readers take from config.json and from values.json
-SETTINGS = {"rule": str, "block_size": int, "data_dir": str, "targets": str, "max_iters": int}
-SETTINGS |= {"checkpoint_interval": int, "n_layer": int, "n_head": int, "n_embd": int}
-SETTINGS |= {"tie_weights": bool, "optimizer": str, "learning_rate": (int, float)}
-SETTINGS |= {"warmup_iters": int, "grad_clip": (int, float), "target_batch": int}
-SETTINGS |= {"book_interval": int, "audit_interval": int}
-ENTRIES = {"rule": str, "unit": str, "sign": str, "batch": int, "data_hash": str}
-ENTRIES |= {"targets": list, "files": dict}
+def shorten_to(text, limit):
+    """The first limit characters of a text, and an ellipsis behind them where that is not all."""
+    return text if len(text) <= limit else text[:limit] + "\u2026"
+
+
+LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most
+END_OF_TEXT = "\n<|endoftext|>\n"
+
+# what readers take from config.json
+SETTINGS = {
+    "rule": str,
+    "block_size": int,
+    "data_dir": str,
+    "targets": str,
+    "max_iters": int,
+    "checkpoint_interval": int,
+    "n_layer": int,
+    "n_head": int,
+    "n_embd": int,
+    "tie_weights": bool,
+    "optimizer": str,
+    "learning_rate": (int, float),
+    "warmup_iters": int,
+    "grad_clip": (int, float),
+    "target_batch": int,
+    "book_interval": int,
+    "audit_interval": int,
+}
+# what they take from values.json
+ENTRIES = {
+    "rule": str,
+    "unit": str,
+    "sign": str,
+    "batch": int,
+    "data_hash": str,
+    "targets": list,
+    "files": dict,
+}
 
 
 def open_run(path, data_dir=""):
     """A run's folder -> Run. data_dir: where the run's data is now, if it moved.
 
     Raises UserError, saying what to type, where there is no run, none of its values are written
-    yet, or a file is not as it was written."""
+    yet, or a file is not as it was written.
+    """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        what = "is no run's folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
-    cfg = read_json(path / "config.json", again(path), {"config": dict}, unsealed=True)["config"]
-    check_entries(cfg, SETTINGS, path / "config.json", again(path))
-    if cfg["rule"] == "off":
-        what = f"{path} was trained with --rule=off"
-        raise UserError(f"{what}: it has no values; train it with another --rule")
-    while True:
-        info = read_info(path, cfg)
-        values, visits, books, audit = read_arrays(path, info)
-        if read_info(path, cfg) == info:  # else the run committed in between
-            break
+    cfg = read_config(path)
+    info, (values, visits, books, audit) = read_commit(path, cfg)
     folder = Path(data_dir or cfg["data_dir"])
     if not folder.is_dir():
         what = f"the data of {path} is not in {folder}"
@@ -162,33 +191,59 @@ def open_run(path, data_dir=""):
     return Run(path, cfg, info, data, values, visits, books, audit)
 
 
+def read_config(path):
+    """The options of a run that was valued, from its config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        what = "is no run's folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
+    cfg = read_json(file, again(path), {"config": dict}, unsealed=True)["config"]
+    check_entries(cfg, SETTINGS, file, again(path))
+    if cfg["rule"] == "off":
+        what = f"{path} was trained with --rule=off"
+        raise UserError(f"{what}: it has no values; train it with another --rule")
+    return cfg
+
+
+def read_commit(path, cfg):
+    """-> values.json and the arrays of one commit, though the run may go on committing."""
+    while True:
+        info = read_info(path, cfg)
+        arrays = read_arrays(path, info)
+        if read_info(path, cfg) == info:  # else the run committed in between
+            return info, arrays
+
+
 def read_info(path, cfg):
     """values.json, of the last commit."""
-    if not (path / "values.json").is_file():
-        info = dict(schema=store.SCHEMA, committed_step=0)
+    file = path / "values.json"
+    cure = again(path)
+    if not file.is_file():
+        info = {"schema": store.SCHEMA, "committed_step": 0}
     else:
-        keys = {"schema": int, "committed_step": int}
-        info = read_json(path / "values.json", again(path), keys)
+        info = read_json(file, cure, {"schema": int, "committed_step": int})
     if info["schema"] != store.SCHEMA:
-        what = f"{path}/values.json has schema {info['schema']}, this code reads {store.SCHEMA}"
+        what = f"{file} has schema {info['schema']}, this code reads {store.SCHEMA}"
         raise UserError(f"{what}: run train.py again")
     if not info["committed_step"]:
         steps = min(cfg["checkpoint_interval"], cfg["max_iters"])
         when = f"train.py writes them with its first checkpoint, after {steps} steps"
         raise UserError(f"{path} has no values yet: {when}")
-    check_entries(info, ENTRIES, path / "values.json", again(path))
+    check_entries(info, ENTRIES, file, cure)
     for target in info["targets"]:
         if not isinstance(target, dict) or not isinstance(target.get("name"), str):
-            raise UserError(f"{path}/values.json is damaged (its targets): {again(path)}")
+            raise UserError(f"{file} is damaged (its targets): {cure}")
     if info["batch"] < 1 or info["committed_step"] < 1 or not info["targets"]:
-        raise UserError(f"{path}/values.json is damaged (its numbers): {again(path)}")
+        raise UserError(f"{file} is damaged (its numbers): {cure}")
     return info
 
 
 def read_arrays(path, info):
-    """-> values (n, K), visits, books and audit as values.json speaks of them, each compared with
-    its checksum."""
-    K, files, cure = len(info["targets"]), info["files"], again(path)
+    """-> values (n_chunks, K), visits, books and audit as values.json speaks of them, each compared
+    with its checksum."""
+    K = len(info["targets"])
+    files = info["files"]
+    cure = again(path)
     check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
     visits = read_records(path, "ledger", store.visit_dtype(K), files)
     books = read_records(path, "books", store.book_dtype(K), files)
@@ -203,16 +258,21 @@ def read_arrays(path, info):
     if values.ndim != (2 if K > 1 else 1) or (K > 1 and values.shape[1] != K):
         raise UserError(f"{path}/values.npy does not fit values.json, {values.shape}: {cure}")
     values = values.reshape(-1, K)
-    if crc32(path / "values.npy") == files["values.npy"]:
-        return values, visits, books, audit
-    if len(store.read(path)) == len(visits):
-        raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")
-    # a commit is under way, or was cut off, and values.npy is ahead of values.json
-    total, used = np.zeros(values.shape), np.zeros(len(values), bool)
-    for part in checked_parts(path, visits, info["batch"], len(values)):
-        store.add_visits(part, total, used)
-    values = np.where(used[:, None], total, np.nan).astype(np.float32)
+    if crc32(path / "values.npy") != files["values.npy"]:
+        if len(store.read(path)) == len(visits):
+            raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")
+        # a commit is under way, or was cut off, and values.npy is ahead of values.json
+        values = sum_up(path, visits, info["batch"], len(values))
     return values, visits, books, audit
+
+
+def sum_up(path, visits, batch, n_chunks):
+    """The chunks' values (n_chunks, K) as sums over their visits; NaN = never used."""
+    total = np.zeros((n_chunks, visits["value"].shape[1]))
+    used = np.zeros(n_chunks, bool)
+    for block in checked_blocks(path, visits, batch, n_chunks):
+        store.add_visits(block, total, used)
+    return np.where(used[:, None], total, np.nan).astype(np.float32)
 
 
 def read_records(path, name, dtype, files):
@@ -228,18 +288,19 @@ def read_records(path, name, dtype, files):
     return records[: counted["rows"]]
 
 
-def checked_parts(path, visits, batch, n_chunks):
+def checked_blocks(path, visits, batch, n_chunks):
     """Yields the visits, some whole steps at a time. Raises UserError where a stranger wrote some
     of chunks that are not there."""
     size = -(-(2**20) // batch) * batch
     for start in range(0, len(visits), size):
-        part = visits[start : start + size]
-        chunks = part["chunk"]
+        block = visits[start : start + size]
+        chunks = block["chunk"]
         if not 0 <= chunks.min() <= chunks.max() < n_chunks:
             raise UserError(f"{path}/ledger.npy speaks of chunks that are not there: {again(path)}")
-        yield part
+        yield block
 
 
 def again(path):
+    """What to type where a file of a run is damaged."""
     resume = terminal.command("python", "train.py", f"{path}/config.json", "--init_from=resume")
     return f"type: {resume}, which writes it again or says what is lost"

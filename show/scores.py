@@ -1,51 +1,83 @@
-"""What a run's visits say of each chunk, or of each document: how many there were, and the sum and the sum of squares of what they brought."""
+"""What a run's visits say of each chunk, or of each document: how many there were, and the sum and
+the sum of squares of what each of them brought."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from show.documents import Documents
+from show.documents import Documents, Pieces
+
+TINY = np.finfo("f4").tiny
+
+
+@dataclass
+class Units:
+    """What is kept or dropped: all chunks, or all documents. Arrays (n,)."""
+
+    numbers: np.ndarray  # int64: the chunks' or the documents' own
+    domains: np.ndarray  # int: which of the run's domains each is of
+    visits: np.ndarray  # float64: how many there were
+    total: np.ndarray  # float64: the sum of what the visits brought
+    squares: np.ndarray  # float64: the sum of its squares
+    pieces: Pieces | None = None  # of documents: the chunks they lie in; their rows are these
 
 
 def chunk_scores(run, k, score):
-    """Over the visits of each chunk: how many, the sum and the sum of squares of what they bring, three float64 (n_chunks,)."""
-    count, total, squares = np.zeros((3, len(run.values)))
-    for visits in run.parts():
-        each = (
-            -visits["loss"].astype(float)
-            if score == "loss"
-            else visits["value"][:, k].astype(float)
-        )
+    """Units of a run's chunks.
+
+    k: a target's number. score: "value", what a visit brings is its value in nats; "share", its
+    value relative to the mean absolute value of its step; "loss", minus its loss.
+    """
+    n_chunks = len(run.values)
+    count, total, squares = np.zeros((3, n_chunks))
+    for visits in run.blocks():
+        if score == "loss":
+            gains = -visits["loss"].astype(float)
+        else:
+            gains = visits["value"][:, k].astype(float)
         if score == "share":
-            steps = each.reshape(-1, run.info["batch"])
-            each = (
-                steps / np.maximum(np.abs(steps).mean(1, keepdims=True), np.finfo("f4").tiny)
-            ).ravel()
-        for of, x in ((count, 1), (total, each), (squares, each**2)):
-            np.add.at(of, visits["chunk"], x)
-    return count, total, squares
+            steps = gains.reshape(-1, run.info["batch"])
+            size = np.abs(steps).mean(1, keepdims=True)
+            gains = (steps / np.maximum(size, TINY)).ravel()
+        np.add.at(count, visits["chunk"], 1)
+        np.add.at(total, visits["chunk"], gains)
+        np.add.at(squares, visits["chunk"], gains**2)
+    domains = np.asarray(run.data.train.domain)
+    return Units(np.arange(n_chunks), domains, count, total, squares)
 
 
-def document_scores(run, moments):
-    """The same of documents (D,), each visit of a chunk by the document's part of its tokens; the documents' numbers and domains (D,); and
-    where they lie: int64 (m,) of document (0 to D - 1), chunk, tokens."""
-    found, about, lie, number = [], [], [], {name: d for d, name in enumerate(run.domains)}
-    for columns, document, chunk, begin, end in Documents(run).pieces():
-        part = (end - begin) / run.data.train.rows.shape[1]
-        found.append(
-            [
-                np.bincount(document, of[chunk] * part**power, len(columns["doc"]))
-                for power, of in enumerate(moments)
-            ]
-        )
-        lie.append([document + sum(len(doc) for doc, _ in about), chunk, end - begin])
-        about.append([columns["doc"], [number[name] for name in columns["domain"]]])
-    return np.concatenate(found, 1), *np.concatenate(about, 1), np.concatenate(lie, 1)
+def document_scores(run, chunks):
+    """Units of a run's documents, of those of its chunks: what a visit of a chunk brings a document
+    is in proportion to the chunk's tokens that are the document's."""
+    width = run.data.train.rows.shape[1]
+    number_of = {name: d for d, name in enumerate(run.domains)}
+    numbers, domains, moments, places = [], [], [], []
+    rows_before = 0
+    for columns, pieces in Documents(run).pieces():
+        n = len(columns["doc"])
+        share = pieces.tokens / width
+        visits = np.bincount(pieces.document, chunks.visits[pieces.chunk], n)
+        total = np.bincount(pieces.document, chunks.total[pieces.chunk] * share, n)
+        squares = np.bincount(pieces.document, chunks.squares[pieces.chunk] * share**2, n)
+        moments.append(np.stack([visits, total, squares]))
+        document = pieces.document + rows_before
+        places.append(np.stack([document, pieces.chunk, pieces.begin, pieces.end]))
+        numbers.append(columns["doc"])
+        domains.append(np.array([number_of[name] for name in columns["domain"]], int))
+        rows_before += n
+    visits, total, squares = np.concatenate(moments, axis=1)
+    pieces = Pieces(*np.concatenate(places, axis=1))
+    return Units(
+        np.concatenate(numbers), np.concatenate(domains), visits, total, squares, pieces=pieces
+    )
 
 
-def score_and_error(count, total, squares, summed):
-    """The sum over the visits, or their mean, and its standard error: NaN of a single visit."""
+def score_and_error(units, summed):
+    """The score of each unit and its standard error, float64 (n,): the sum over its visits, or
+    their mean. NaN: there is no error of a single visit, and no mean of none."""
+    count = units.visits
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = total / count
-        error = np.sqrt(
-            np.maximum(squares / count - mean**2, 0) / np.where(count > 1, count - 1, np.nan)
-        )
-    return (total, error * count) if summed else (mean, error)
+        mean = units.total / count
+        variance = np.maximum(units.squares / count - mean**2, 0)
+        error = np.sqrt(variance / np.where(count > 1, count - 1, np.nan))
+        return (units.total, error * count) if summed else (mean, error)

@@ -14,27 +14,39 @@ from system.terminal import visible
 
 
 def domains(total, used, data, names):
-    """The run as the lines of a table: by domain the chunks used and, per target, their mean and median value and the share of negative
-    ones. The median is what a single step with a gradient far above its history cannot move."""
+    """The lines of a run's table of values. For each domain: the chunks used, and for each target
+    their mean and median value and the share of negative ones.
+
+    The median is what a single step with a gradient far above its history cannot move.
+
+    total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,). names: the targets.
+    """
+    chunks = np.flatnonzero(used)
+    values = total[chunks]
+    domain = data.train.domain[chunks]
+    present = np.unique(domain)
+    present = sorted(present, key=lambda d: -np.median(values[domain == d, 0]))
+    head = "".join("  " + fit(name, 26, right=True) for name in names)
+    columns = f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)
     lines = [
         "",
-        "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), and share of negative ones",
+        "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), "
+        "and share of negative ones",
+        " " * 32 + head,
+        f"{'domain':24}{'chunks':>8}{columns}",
     ]
-    lines += [f"{'':32}" + "".join("  " + fit(name, 26, right=True) for name in names)]
-    lines += [f"{'domain':24}{'chunks':>8}" + f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)]
-    ids = np.flatnonzero(used)
-    total, domain = total[ids], data.train.domain[ids]
-    rows = [(name, domain == d) for d, name in enumerate(data.domains)]
-    rows = sorted(
-        (row for row in rows if row[1].any()), key=lambda row: -np.median(total[row[1], 0])
-    )
-    for name, chosen in [*rows, ("all", domain >= 0)]:
-        cells = "".join(
-            f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}"
-            for v in total[chosen].T
-        )
-        lines.append(f"{fit(name, 23)} {chosen.sum():>8,}{cells}")
+    for d in present:
+        lines.append(domain_line(data.domains[d], values[domain == d]))
+    lines.append(domain_line("all", values))
     return lines
+
+
+def domain_line(name, values):
+    """values: (n, K), nats."""
+    line = f"{fit(name, 23)} {len(values):>8,}"
+    for v in values.T:
+        line += f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}"
+    return line
 
 
 def account(entries, audits, names):
@@ -54,79 +66,92 @@ def account(entries, audits, names):
 
 
 def measured(entries):
+    """The records of books.npy whose step's drop was measured."""
     return entries[np.isfinite(entries["residual"]).all(1)]
 
 
 def booked(entries, k):
-    """The books' entries -> what they say of target k over the measured steps, in nats; accounted: the share of the drop. None without one."""
+    """What the books say of target k's loss over the measured steps, or None where there is none.
+
+    drop, data, momentum, decay and residual are in nats; accounted is a share of the drop.
+    """
     entries = measured(entries)
     if not len(entries):
         return None
     total = {key: float(entries[key][:, k].sum(dtype=np.float64)) for key in BOOK_ENTRIES}
     drop = total.pop("before") - total.pop("after")
-    return dict(
-        measured_steps=len(entries),
-        drop=drop,
-        accounted=ratio(drop - total["residual"], drop),
-        **total,
-    )
+    accounted_for = ratio(drop - total["residual"], drop)
+    return {"measured_steps": len(entries), "drop": drop, "accounted": accounted_for, **total}
 
 
 def accounted(name, total):
+    """The line of booked()."""
     if not total:
         return f"{name}: no step was measured yet"
-    parts = ", ".join(
-        f"{key} {ratio(total[key], total['drop']):.1%}" for key in ("data", "momentum", "decay")
-    )
-    known = f"{total['accounted']:.1%} of the drop of {total['drop']:.4f} nats in {total['measured_steps']} measured steps"
-    return f"{name}: accounted for {known} ({parts})"
+    shares = []
+    for key in ("data", "momentum", "decay"):
+        shares.append(f"{key} {ratio(total[key], total['drop']):.1%}")
+    drop = f"the drop of {total['drop']:.4f} nats in {total['measured_steps']} measured steps"
+    return f"{name}: accounted for {total['accounted']:.1%} of {drop} ({', '.join(shares)})"
 
 
 def audited(audits, k):
-    """The audit's entries -> how close target k's values came to the truth; sum_error is of the truth's sum. None without one."""
+    """How close target k's values came to the truth, by the records of audit.npy, or None where
+    there are none.
+
+    rel_l2: the median over the steps. sum_error: the error of the values' sum, as a share of the
+    truth's. The correlations: means over the steps, and the lowest.
+    """
     if not len(audits):
         return None
-    a = {key: audits[key][:, k].astype(float) for key in AUDIT_ENTRIES}
-    found = dict(
-        steps=len(audits),
-        rel_l2=float(np.median(a["rel_l2"])),
-        sum_error=ratio(a["efficiency_gap"].sum(), a["utility"].sum()),
-    )
-    found |= {
-        name: float(figure)
-        for key in ("pearson", "spearman")
-        for name, figure in ((key, a[key].mean()), (f"{key}_lowest", a[key].min()))
+    column = {key: audits[key][:, k].astype(float) for key in AUDIT_ENTRIES}
+    return {
+        "steps": len(audits),
+        "rel_l2": float(np.median(column["rel_l2"])),
+        "sum_error": ratio(column["efficiency_gap"].sum(), column["utility"].sum()),
+        "pearson": float(column["pearson"].mean()),
+        "pearson_lowest": float(column["pearson"].min()),
+        "spearman": float(column["spearman"].mean()),
+        "spearman_lowest": float(column["spearman"].min()),
+        "loo_pearson": float(column["loo_pearson"].mean()),
     }
-    return found | dict(loo_pearson=float(a["loo_pearson"].mean()))
 
 
-def compared(name, a):
-    spread = ", ".join(
-        f"{key.capitalize()} {a[key]:.4f} (lowest {a[key + '_lowest']:.4f})"
-        for key in ("pearson", "spearman")
+def compared(name, audit):
+    """The line of audited()."""
+    pearson = f"Pearson {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
+    spearman = f"Spearman {audit['spearman']:.4f} (lowest {audit['spearman_lowest']:.4f})"
+    l2 = f"relative L2 {audit['rel_l2']:.1%} (median)"
+    sums = f"sum {audit['sum_error']:+.1%} of the truth"
+    one_out = f"leave-one-out Pearson {audit['loo_pearson']:.4f}"
+    return (
+        f"{name}: audit of {audit['steps']} steps: {pearson}, {spearman}, {l2}, {sums}, {one_out}"
     )
-    sums = f"relative L2 {a['rel_l2']:.1%} (median), sum {a['sum_error']:+.1%} of the truth"
-    return f"{name}: audit of {a['steps']} steps: {spread}, {sums}, leave-one-out Pearson {a['loo_pearson']:.4f}"
 
 
-def ratio(part, whole):
-    return float(part / whole) if whole else math.nan
+def ratio(amount, whole):
+    """NaN where the whole is 0."""
+    return float(amount / whole) if whole else math.nan
 
 
 MOST_DOMAINS = 40  # rows of the table of a prepared data folder
 
 
 def prepared(meta):
-    """A data folder as the lines of a table, from its meta.json, and what became of the rest."""
-    by_domain, total = meta["by_domain"], sum(meta["tokens"].values())
+    """The lines of a data folder's table, from its meta.json: its domains, and what became of the
+    rest."""
+    by_domain = meta["by_domain"]
+    total = sum(meta["tokens"].values())
     tokens = {name: tokens_of(splits) for name, splits in by_domain.items()}
-    largest = sorted(tokens, key=lambda name: -tokens[name])[:MOST_DOMAINS]
-    told = [name for name in by_domain if name in set(largest)]  # in their own order
-    width = min(28, max(map(len, ["domain", *map(visible, told)])))
+    largest = set(sorted(tokens, key=lambda name: -tokens[name])[:MOST_DOMAINS])
+    told = [name for name in by_domain if name in largest]  # in their own order
+    lengths = [len(visible(name)) for name in ["domain", *told]]
+    width = min(28, max(lengths))
     head = f"{'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}"
     lines = [f"{'domain':<{width}} {head}"]
     for name in told:
-        train, val = by_domain[name]["train"], by_domain[name]["val"]
+        train = by_domain[name]["train"]
+        val = by_domain[name]["val"]
         documents = f"{train['documents'] + val['documents']:>10,}"
         chunks = f"{train['chunks']:>13,} {val['chunks']:>11,}"
         share = f"{tokens[name]:>14,} {tokens[name] / total:>6.1%}"
@@ -145,8 +170,9 @@ def tokens_of(splits):
 
 
 def set_aside(meta):
-    """What a data folder's source held that is not in it, or not as it was meant to be."""
-    lines, settings = explain_left_out(meta["left_out"]), meta["config"]
+    """Lines on what a data folder's source held that is not in it, or not as it was meant to be."""
+    settings = meta["config"]
+    lines = explain_left_out(meta["left_out"])
     fallback = "under their file's name"
     if meta["no_domain"]:
         documents = counted(meta["no_domain"], "document")
@@ -158,22 +184,28 @@ def set_aside(meta):
         records = counted(meta["skipped"]["too_long"], "record")
         limit = f"--max_document_mb={settings['max_document_mb']}"
         lines.append(f"{records} longer than {limit}: a larger one reads more, and needs memory")
-    skipped = ", ".join(f"{n} {why}" for why, n in meta["skipped"].items() if n)
-    return [*lines, f"{meta['documents']:,} documents; skipped: {skipped or 'nothing'}"]
+    reasons = [f"{n} {why}" for why, n in meta["skipped"].items() if n]
+    skipped = ", ".join(reasons) or "nothing"
+    return [*lines, f"{meta['documents']:,} documents; skipped: {skipped}"]
 
 
 def counted(n, what):
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
+# --- text in cells ------------------------------------------------------------------
+
+
 def fit(text, cells, right=False):
     """Padded or cut to a width in the cells of a terminal, where a Chinese character takes two."""
     text = visible(text)
-    ends = list(itertools.accumulate(map(cells_of, text))) or [0]
-    if ends[-1] > cells:
-        cut = bisect.bisect_right(ends, cells - 1)
-        text, ends = text[:cut] + "\u2026", [ends[cut - 1] + 1 if cut else 1]
-    blank = " " * (cells - ends[-1])
+    ends = list(itertools.accumulate(map(cells_of, text)))  # where each character ends
+    width = ends[-1] if ends else 0
+    if width > cells:
+        count = bisect.bisect_right(ends, cells - 1)
+        text = text[:count] + "\u2026"
+        width = ends[count - 1] + 1 if count else 1
+    blank = " " * (cells - width)
     return blank + text if right else text + blank
 
 
@@ -187,15 +219,16 @@ def cells_of(character):
 
 
 def spread(v):
-    """Values (n,) -> their mean and its standard error, standard deviation, percentiles, and the share of negative ones."""
-    p5, median, p95 = map(float, np.percentile(v, (5, 50, 95)))
+    """Values (n,) -> their mean and its standard error, standard deviation, percentiles, and the
+    share of negative ones. NaN: of a single value there is no deviation."""
+    p5, median, p95 = np.percentile(v, (5, 50, 95))
     sd = float(v.std(ddof=1)) if len(v) > 1 else math.nan
-    return dict(
-        mean=float(v.mean()),
-        standard_error=sd / len(v) ** 0.5,
-        sd=sd,
-        p5=p5,
-        median=median,
-        p95=p95,
-        negative=float((v < 0).mean()),
-    )
+    return {
+        "mean": float(v.mean()),
+        "standard_error": sd / len(v) ** 0.5,
+        "sd": sd,
+        "p5": float(p5),
+        "median": float(median),
+        "p95": float(p95),
+        "negative": float((v < 0).mean()),
+    }

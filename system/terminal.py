@@ -141,3 +141,20 @@ def show_bug(kind, error, trace):
     """For sys.excepthook: prints a traceback, which may quote what stood in the data."""
     text = "".join(traceback.format_exception(kind, error, trace))
     print(visible(text, "\n"), file=sys.stderr, end="")
+
+
+# --- lists on the command line ---------------------------------------------------
+
+
+def cut_at_comma(text):
+    """ "a\\,b,c" -> "a,b", ",", "c": at the first comma that is none of a name's."""
+    head, comma, rest = text.partition(",")
+    while comma and head.endswith("\\"):
+        more, comma, rest = rest.partition(",")
+        head = f"{head[:-1]},{more}"
+    return head, comma, rest
+
+
+def with_commas(text):
+    """A name or a path as --targets takes it."""
+    return text.replace(",", "\\,")
