@@ -30,13 +30,19 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self):
-        at_least = {"num_samples": 1, "max_new_tokens": 0, "top_k": 0, "seed": 0}
-        at_least |= {"temperature": 1e-4}  # --top_k=1 takes the most likely token
+        at_least = {
+            "num_samples": 1,
+            "max_new_tokens": 0,
+            "top_k": 0,
+            "seed": 0,
+            "temperature": 1e-4,  # --top_k=1 takes the most likely token
+        }
         config.check(self, at_least)
         check_device(self.device)
 
 
 def sample(cfg):
+    """Prints texts that the model of a run writes."""
     path = Path(cfg.out_dir, "ckpt.pt")
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: name a run's folder with --out_dir=...")

@@ -394,8 +394,10 @@ def show_chunk(r):
     yield f"chunk {r['chunk']}, {r['domain']}"
     yield ""
     head = ["document", "begins at token", "tokens", "record", "source"]
-    keys = ("doc", "begins", "n_tokens", "record", "source")
-    rows = [[str(doc[key]) for key in keys] for doc in r["documents"]]
+    rows = []
+    for doc in r["documents"]:
+        place = [str(doc["doc"]), str(doc["begins"]), str(doc["n_tokens"])]
+        rows.append([*place, str(doc["record"]), doc["source"]])
     yield from table(head, rows)
     yield ""
     if r["used"]:
