@@ -407,11 +407,10 @@ def run(cfg, folder, device, data, targets):
         model = parallel.replicate(model, example_loss)
 
     # the run's folder: from here on something is written
-    if master_process:
-        if not checkpoint:
-            folder.set_aside()  # an older run, until the first commit of this one
-            if cfg.keep:  # the file may be gone tomorrow
-                files.write_array(out_dir / "chunks.npy", data.keep)
+    if master_process and not checkpoint:
+        folder.set_aside()  # an older run, until the first commit of this one
+        if cfg.keep:  # the file may be gone tomorrow
+            files.write_array(out_dir / "chunks.npy", data.keep)
     checkpoints = Checkpoints(
         folder, cfg.keep_checkpoints, cfg.background, ckpt_path, state.iter_num
     )

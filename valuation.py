@@ -89,6 +89,9 @@ class Valuation:
         tensor. targets: see shapley/targets.py. writer: a system.writer.Writer, or None. step: the
         number of steps that were valued before, of a run that goes on."""
         self.model, self.loss, self.settings, self.writer = model, loss, settings, writer
+        if writer:
+            assert writer.n_targets == len(targets), "Writer(n_targets=...) has another number"
+            assert "audit" in writer.records or not settings.audit_interval, "Writer(audits=True)"
         self.step_number = step
         self.weights = Weights(model, optimizer)
         self.targets = Targets(targets, self.weights, loss, settings)

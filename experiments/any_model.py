@@ -29,7 +29,8 @@ import config
 from data import global_batch
 from shapley.wrap import Examples, Net
 from show import tables
-from valuation import Valuation
+from system.writer import Writer
+from valuation import Settings, Valuation
 
 
 @dataclass
@@ -93,18 +94,14 @@ def main(cfg):
     def compute_loss(x, y, ledger=None):
         return net(x, y, ledger)[1]
 
-    valuation = Valuation(
-        net,
-        optimizer,
-        compute_loss,
-        [target],
-        cfg.rule,
-        cfg.batch,
-        len(X),
-        out,
+    settings = Settings(
+        rule=cfg.rule,
+        batch=cfg.batch,
         target_batch=50,  # a step's target: 50 of the 200 examples, drawn anew
         grad_clip=1.0,
     )
+    writer = Writer(out, len(X))
+    valuation = Valuation(net, optimizer, compute_loss, [target], settings, writer)
     for step in range(cfg.steps):
         ids = global_batch(step, cfg.batch, len(X), cfg.seed)
         x = torch.from_numpy(X[ids])
@@ -113,15 +110,15 @@ def main(cfg):
         lr = cfg.learning_rate * min(1.0, (step + 1) / 100)
         optimizer.param_groups[0]["lr"] = lr
 
-        valuation.open(step, lr)
-        ledger = valuation.ledger(ids, x, y)
+        valuation.begin_step(step, lr)
+        ledger = valuation.new_ledger(ids, x, y)
         compute_loss(x, y, ledger).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         # what the gradients were multiplied by; a loop without clipping leaves it out
-        valuation.before_step((1.0 / (norm + 1e-6)).clamp(max=1.0))
+        valuation.before_update((1.0 / (norm + 1e-6)).clamp(max=1.0))
         optimizer.step()
         optimizer.zero_grad()
-        valuation.close()
+        valuation.end_step()
     valuation.commit()  # in a long run, now and then
 
     show(np.load(out / "values.npy"), wrong)

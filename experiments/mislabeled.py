@@ -77,7 +77,8 @@ from experiments.common import (
 )
 from shapley.wrap import Examples, Net
 from system.errors import UserError
-from valuation import Valuation
+from system.writer import Writer
+from valuation import NoValuation, Settings, Valuation
 
 PACKAGE = "/usr/share/datasets/fashion-mnist"
 FRACTIONS = (20, 40, 60, 80)
@@ -264,23 +265,21 @@ def build_optimizer(cfg, params):
 
 def build_valuation(cfg, net, optimizer, val, rule, n, folder):
     """Values n images by the loss on all of val. rule "off": none of its calls does anything."""
+    if rule == "off":
+        return NoValuation()
 
     def compute_loss(x, y, ledger=None):
         return net(x, y, ledger)[1]
 
-    return Valuation(
-        net,
-        optimizer,
-        compute_loss,
-        [Examples("validation", *val)],
-        rule,
-        cfg.batch,
-        n,
-        folder,
+    settings = Settings(
+        rule=rule,
+        batch=cfg.batch,
         target_batch=cfg.val,
         target_sampling="fixed",
         book_interval=10,
     )
+    target = Examples("validation", *val)
+    return Valuation(net, optimizer, compute_loss, [target], settings, Writer(folder, n))
 
 
 def train(cfg, X, Y, val, seed, steps=0, rule="off", folder=None):
@@ -298,13 +297,13 @@ def train(cfg, X, Y, val, seed, steps=0, rule="off", folder=None):
         ids = global_batch(step, cfg.batch, len(X), seed)
         x = torch.from_numpy(X[ids])
         y = torch.from_numpy(Y[ids])
-        valuation.open(step, cfg.learning_rate)
-        ledger = valuation.ledger(ids, x, y)
+        valuation.begin_step(step, cfg.learning_rate)
+        ledger = valuation.new_ledger(ids, x, y)
         net(x, y, ledger)[1].backward()
-        valuation.before_step()
+        valuation.before_update()
         optimizer.step()
         optimizer.zero_grad()
-        valuation.close()
+        valuation.end_step()
         if (step + 1) * 10 // steps > step * 10 // steps:
             weights = net.model.state_dict()
             checkpoints.append({name: p.detach().clone() for name, p in weights.items()})

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from valued import settled
 
 from experiments import any_model
-from shapley import exact, ghost, rules
+from shapley import contract, exact, ghost, rules
 from shapley.directions import RULES
 from shapley.wrap import Examples, Net
-from valuation import Valuation, host, settle
+from system.writer import Writer
+from valuation import Settings, Valuation
 
 B, CLASSES = 5, 4
 
@@ -92,7 +94,7 @@ def relative(a, b):
 @pytest.fixture(autouse=True)
 def auto_form():
     yield
-    ghost.FORM = "auto"
+    contract.FORM = "auto"
 
 
 # --- one backward ---------------------------------------------------------------
@@ -115,7 +117,7 @@ def test_values_are_each_examples_gradient_along_the_direction(name, loss, K, bi
     x = exact.chunk_gradients(net, X, Y)
     for p in net.parameters():
         p.grad, p.h = None, torch.randn(K, *p.shape).double()
-    ghost.FORM, ledger = (
+    contract.FORM, ledger = (
         form if form != "tape" else "auto",
         ghost.Tape() if form == "tape" else torch.zeros(B, K).double().requires_grad_(),
     )
@@ -187,22 +189,22 @@ def test_a_net_is_copied_saved_and_left_as_it_was():
 
 
 def take_step(net, optimizer, valuation, step, X, Y, lr, clip=0.0, micro_steps=1):
-    valuation.open(step, lr)
+    valuation.begin_step(step, lr)
     for ids in np.split(np.arange(B), [2] if micro_steps == 2 else []):
-        (net(X[ids], Y[ids], valuation.ledger(ids, X[ids], Y[ids]))[1] * len(ids) / B).backward()
+        (
+            net(X[ids], Y[ids], valuation.new_ledger(ids, X[ids], Y[ids]))[1] * len(ids) / B
+        ).backward()
     kappa = 1.0
     if clip:
         kappa = (clip / (torch.nn.utils.clip_grad_norm_(net.parameters(), clip) + 1e-6)).clamp(
             max=1.0
         )
-    valuation.before_step(kappa)
+    valuation.before_update(kappa)
     optimizer.step()
     optimizer.zero_grad()
-    valuation.close()
-    closed = valuation.pending[-1]
-    return torch.from_numpy(
-        settle(host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa))[0]
-    )
+    valuation.end_step()
+    values, _ = settled(valuation)
+    return values
 
 
 def account(net, loss, name, rule, K=1, run=None, wd=0.1, **options):
@@ -224,12 +226,8 @@ def account(net, loss, name, rule, K=1, run=None, wd=0.1, **options):
             optimizer,
             lambda *batch: net(*batch)[1],
             targets,
-            rule,
-            B,
-            B,
-            run,
-            target_batch=6,
-            **options,
+            Settings(rule=rule, batch=B, target_batch=6, **options),
+            Writer(run, B, len(targets), audits="audit_interval" in options) if run else None,
         ),
     )
 
@@ -238,7 +236,7 @@ def target_loss(target):
     return exact.batch_loss(torch.from_numpy(target.X), torch.from_numpy(target.Y))
 
 
-@pytest.mark.parametrize("rule", RULES[1:])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "name, loss, K",
     [("mlp", F.mse_loss, 3), ("reader", F.cross_entropy, 1), ("cnn", F.cross_entropy, 1)],
@@ -305,9 +303,9 @@ def test_with_dropout_an_examples_gradient_is_that_of_the_steps_own_masks(name, 
     net.model = nn.Sequential(net.model[:3], nn.Dropout(0.5), net.model[3])
     _, _, valuation = account(net, loss, name, "adamw2")
     X, Y = MODELS[name][1](B, 50), labels(B, 60, loss)
-    valuation.open(0, 1e-2)
-    net(X, Y, valuation.ledger(np.arange(B), X, Y))[1].backward()
-    parts = [valuation.gradient_of(np.arange(B) == i) for i in range(B)]
+    valuation.begin_step(0, 1e-2)
+    net(X, Y, valuation.new_ledger(np.arange(B), X, Y))[1].backward()
+    parts = [valuation.audit.gradient_of(valuation.step, np.arange(B) == i) for i in range(B)]
     assert max(relative(sum(part), p.grad) for part, p in zip(zip(*parts), net.parameters())) < 1e-7
 
 
@@ -395,7 +393,7 @@ def test_an_unused_parameter_is_named():
     ).double()
     valuation = account(net, F.cross_entropy, "mlp", "adamw")[2]
     with pytest.raises(ValueError, match=r"model.unused.weight, model.unused.bias: freeze"):
-        valuation.open(0, 1e-3)
+        valuation.begin_step(0, 1e-3)
 
 
 def test_the_example_runs(tmp_path, capsys):
@@ -415,11 +413,11 @@ def test_a_step_of_another_size_than_the_batch_is_refused(tmp_path, size, exampl
     net = Net(nn.Linear(3, 2), F.cross_entropy)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     for rule in ("sgd", "adamw2"):
-        valuation = Valuation(
-            net, optimizer, lambda *b: net(*b)[1], [Examples("t", X, Y)], rule, 4, 9, tmp_path
-        )
+        loss = lambda *batch: net(*batch)[1]  # noqa: E731
+        settings = Settings(rule=rule, batch=4)
+        valuation = Valuation(net, optimizer, loss, [Examples("t", X, Y)], settings)
         x, y = torch.from_numpy(X), torch.from_numpy(Y)
-        valuation.open(0, 1e-2)
-        net(x, y, valuation.ledger(np.arange(size), x, y))[1].backward()
+        valuation.begin_step(0, 1e-2)
+        net(x, y, valuation.new_ledger(np.arange(size), x, y))[1].backward()
         with pytest.raises(ValueError, match=f"a step of {examples}, but batch=4"):
-            valuation.before_step()
+            valuation.before_update()

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from valued import settled
 
 from data import Target
 from model import GPT, GPTConfig
-from shapley import exact, ghost, head, rules
-from valuation import Valuation, host, settle
+from shapley import contract, exact, head, rules
+from shapley.directions import RULES as CLASSES
+from system.writer import Writer
+from valuation import NoValuation, Settings, Valuation
 
 T, B, VOCAB = 12, 4, 61
-RULES = ["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"]
+RULES = list(CLASSES)
 
 
 def relative(a, b):
@@ -60,8 +63,14 @@ class Run:
         self.targets = targets(K)
         options = {"target_batch": 3, "target_sampling": "fixed", **options}
         self.autocast = autocast
+        self.rule = rule
+        if rule == "off":
+            self.valuation = NoValuation()
+            return
+        writer = Writer(tmp_path, 100, K)
+        settings = Settings(rule=rule, batch=B, **options)
         self.valuation = Valuation(
-            self.model, self.optimizer, self.loss, self.targets, rule, B, 100, tmp_path, **options
+            self.model, self.optimizer, self.loss, self.targets, settings, writer
         )
 
     def loss(self, X, Y, ledger=None):
@@ -78,25 +87,25 @@ class Run:
             self.optimizer,
             x,
             target_losses(self),
-            self.valuation.rule,
+            self.rule,
             lr,
             clip,
             known=known,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.valuation.open(step, lr, rows.numpy())
+        self.valuation.begin_step(step, lr, rows.numpy())
         for ids in np.split(np.arange(B), micro_steps):
-            ledger = self.valuation.ledger(ids, X[ids], Y[ids])
+            ledger = self.valuation.new_ledger(ids, X[ids], Y[ids])
             (self.loss(X[ids], Y[ids], ledger) / micro_steps).backward()
         kappa = 1.0
         if clip:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
             kappa = (clip / (norm + 1e-6)).clamp(max=1.0)
-        self.valuation.before_step(kappa)
+        self.valuation.before_update(kappa)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.valuation.close()
+        self.valuation.end_step()
         return *settled(self.valuation), truth
 
 
@@ -110,7 +119,7 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def auto_form():
     yield
-    ghost.FORM = head.FORM = "auto"
+    contract.FORM = head.FORM = "auto"
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
@@ -119,7 +128,7 @@ def auto_form():
 @pytest.mark.parametrize("K", [1, 3])
 def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
     """First step and later, clip off and on, tied and untied, bias on and off, 1, 2 and 4 micro-steps."""
-    ghost.FORM, head.FORM = form.split()
+    contract.FORM, head.FORM = form.split()
     if K == 1:
         kinds = [(True, False)]
     elif dtype == torch.float32:
@@ -156,7 +165,7 @@ def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tie, bias", [*itertools.product([True, False], [True, False])])
 def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias):
-    ghost.FORM, head.FORM = form.split()
+    contract.FORM, head.FORM = form.split()
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(T, VOCAB, n_layer=2, n_head=2, n_embd=16, bias=bias, tie_weights=tie)
@@ -194,12 +203,12 @@ def test_tiles_of_a_large_weight_add_up(monkeypatch):
         torch.randn(3, 5, 11).double(),
         torch.randn(2, 37, 11).double(),
     )
-    monkeypatch.setattr(ghost, "TILE", 50)
-    gw, values = ghost.weight_grad(gy, x, h, "running")
+    monkeypatch.setattr(contract, "TILE", 50)
+    gw, values = contract.weight_grad(gy, x, h, "running")
     truth = torch.einsum("bto,bti->boi", gy, x)
     assert relative(gw, truth.sum(0)) < 1e-14
     assert relative(values, torch.einsum("boi,koi->bk", truth, h)) < 1e-14
-    tokens = torch.stack([ghost.token_values(gy, x, h_k) for h_k in h], 2)
+    tokens = torch.stack([contract.token_values(gy, x, h_k) for h_k in h], 2)
     assert tokens.shape == (3, 5, 2)
     assert relative(tokens.sum(1), values) < 1e-12
 
@@ -238,20 +247,6 @@ def test_second_moment_floor_bounds_rare_rows(tmp_path):
     assert float(wte.h[0, 7].abs().max()) < 1 / (0.5 * floor) ** 0.5
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_target_gradient_serves_for_an_interval(tmp_path, rule):
-    """Between refreshes the direction is the old gradient under the present optimizer state; state_dict carries it over."""
-    run = Run(tmp_path, torch.float64, rule, target_interval=2)
-    rows = [run.step(s) for s in range(4)]
-    for s in (0, 2):
-        assert relative(rows[s][0], rows[s][2]) < 1e-10
-    for s in (1, 3):
-        assert relative(rows[s][0], rows[s][2]) > 1e-6  # not the fresh gradient
-        assert np.corrcoef(rows[s][0].ravel(), rows[s][2].ravel())[0, 1] > 0.8
-    state = run.valuation.state_dict()
-    assert torch.equal(state["grads"][0], run.valuation.grads[0])
-
-
 def test_micro_batched_targets_have_the_gradient_of_the_whole(tmp_path):
     """Slices of a target count by their tokens, padding left out."""
     for name in "ab":
@@ -264,7 +259,7 @@ def test_micro_batched_targets_have_the_gradient_of_the_whole(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_values_stay_close(tmp_path, form):
     """Under autocast the operands have 8 bits; the values keep the float64 truth to a few per cent, in both forms."""
-    ghost.FORM, head.FORM = form.split()
+    contract.FORM, head.FORM = form.split()
     run = Run(tmp_path, torch.float32, autocast=True)
     for step in range(3):
         values, _, truth = run.step(step)
@@ -278,15 +273,6 @@ def test_bfloat16_values_stay_close(tmp_path, form):
 def tokens(run, step):
     rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
-
-
-def settled(valuation):
-    """The last step's values (B, K) and losses (B,), not rounded to what goes on disk."""
-    closed = valuation.pending[-1]
-    values, losses, _ = settle(
-        host(closed.columns), len(valuation.targets), closed.lr, float(closed.kappa)
-    )
-    return torch.from_numpy(values), torch.from_numpy(losses)
 
 
 def target_losses(run):
@@ -437,19 +423,19 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
     for step in range(3):
         X, Y = tokens(run, step)
         with WaitsForNothing():
-            run.valuation.open(step, 1e-2, torch.cat([X, Y[:, -1:]], 1).numpy())
+            run.valuation.begin_step(step, 1e-2, torch.cat([X, Y[:, -1:]], 1).numpy())
             for ids in np.split(np.arange(B), 2 if step == 1 else 1):
                 (
-                    run.loss(X[ids], Y[ids], run.valuation.ledger(ids, X[ids], Y[ids]))
+                    run.loss(X[ids], Y[ids], run.valuation.new_ledger(ids, X[ids], Y[ids]))
                     * len(ids)
                     / B
                 ).backward()
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
-            run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
+            run.valuation.before_update((0.05 / (norm + 1e-6)).clamp(max=1.0))
         run.optimizer.step()
         run.optimizer.zero_grad()
         with WaitsForNothing():
-            run.valuation.close()
+            run.valuation.end_step()
         with pytest.raises(AssertionError, match="_local_scalar_dense"), WaitsForNothing():
             run.valuation.flush()
 
@@ -463,13 +449,13 @@ def test_two_pass_rules_leave_the_backward_alone(tmp_path):
         run = Run(run_dir, torch.float32, rule)
         for step in range(3):
             X, Y = tokens(run, step)
-            run.valuation.open(step, 1e-2)
-            run.loss(X, Y, run.valuation.ledger(np.arange(B), X, Y)).backward()
+            run.valuation.begin_step(step, 1e-2)
+            run.loss(X, Y, run.valuation.new_ledger(np.arange(B), X, Y)).backward()
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
-            run.valuation.before_step((0.05 / (norm + 1e-6)).clamp(max=1.0))
+            run.valuation.before_update((0.05 / (norm + 1e-6)).clamp(max=1.0))
             run.optimizer.step()
             run.optimizer.zero_grad()
-            run.valuation.close()
+            run.valuation.end_step()
         weights.append([p.detach().clone() for p in run.model.parameters()])
     for other in weights[1:]:
         assert all(torch.equal(a, b) for a, b in zip(weights[0], other))
