@@ -1,12 +1,13 @@
 """
-What Triton's compiler and NVIDIA's assembler make of the fused kernel for a GPU that need not be here: registers, spills, shared memory, blocks
-that fit a multiprocessor, tensor-core instructions. Not how long it takes: that is bench/kernels.py, on the GPU.
+What Triton's compiler and NVIDIA's assembler make of the fused kernel for a GPU that need not be
+here: registers, spills, shared memory, blocks that fit a multiprocessor, tensor-core instructions.
+Not how long it takes: that is bench/kernels.py, on the GPU.
 
-    python bench/assemble.py                          Hopper (H100, H200), bfloat16, one target
-    python bench/assemble.py --arch=80 --K=3          A100, which has no copy engine; three targets
+    python bench/assemble.py                     Hopper (H100, H200), bfloat16, one target
+    python bench/assemble.py --arch=80 --K=3     A100, which has no copy engine; three targets
 
-A spilled register costs a trip to memory each time; a tiling that does not fit a multiprocessor (0 blocks) is not chosen there.
-Prints a table and last one JSON line.
+A spilled register costs a trip to memory each time. A tiling that does not fit a multiprocessor
+(0 blocks) is not chosen there. Prints a table and last one JSON line.
 """
 
 import json
@@ -19,16 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: here it compiles
 
 import config
 from shapley import kernel
 from system.errors import UserError
 
-# Registers and bytes of shared memory of a multiprocessor; a block's share of the second is 1 KB more than it asks for.
-PROCESSOR = {"80": (65536, 167936), "90": (65536, 233472)}
+
+@dataclass
+class Processor:
+    """A multiprocessor of a GPU."""
+
+    registers: int
+    shared: int  # bytes
+
+
+PROCESSORS = {"80": Processor(65536, 167936), "90": Processor(65536, 233472)}
+RESERVED = 1024  # bytes of shared memory that a block takes beyond what it asks for
+WARP = 32  # threads
 
 
 @dataclass
@@ -41,93 +51,102 @@ class Config:
         config.check(self, at_least={"K": 1})
 
 
+def describe_arguments(tiling, dtype, K):
+    """The kernel's arguments as a launch would give them: {name: type}, of those fixed while it is
+    compiled "constexpr"; {name: value} of the fixed ones; and the attributes {(i,): ...} of the
+    arguments that 16 divides."""
+    low = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    tensors = {
+        "gy": (low, tiling.TILE_T, tiling.TILE_O),
+        "x": (low, tiling.TILE_T, tiling.TILE_I),
+        "h": ("fp32", tiling.TILE_O, tiling.TILE_I),
+        "gw": ("fp32", tiling.TILE_O, tiling.TILE_I),
+    }
+    types = {}
+    for name, (element, rows, columns) in tensors.items():
+        types[name] = f"tensordesc<{element}[1,{rows},{columns}]>" if tiling.tma else f"*{element}"
+    types["part"] = "*fp32"
+    for name in ("B", "T", "O", "I", "SPLITS"):
+        types[name] = "i32"
+    divisible = {}
+    for i, (name, kind) in enumerate(types.items()):
+        if kind.startswith("*") or name in ("T", "O", "I"):
+            divisible[(i,)] = [["tt.divisibility", 16]]
+    fixed = {
+        "K": K,
+        "K_UP": kernel.triton.next_power_of_2(K),
+        "TILE_O": tiling.TILE_O,
+        "TILE_I": tiling.TILE_I,
+        "TILE_T": tiling.TILE_T,
+        "PRECISION": "tf32",
+        "TMA": tiling.tma,
+        "WIDEN": False,
+        "GROUP": kernel.GROUP,
+    }
+    types.update(dict.fromkeys(fixed, "constexpr"))
+    return types, fixed, divisible
+
+
+def disassemble(binary):
+    """What NVIDIA's tools say of a compiled kernel: its use of resources, and its instructions."""
+    tools = Path(kernel.triton.__path__[0], "backends/nvidia/bin")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary)
+        usage = run_tool(tools / "cuobjdump", "-res-usage", path)
+        return usage, run_tool(tools / "nvdisasm", path)
+
+
+def run_tool(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def assemble(tiling, arch, dtype, K):
-    """What one of kernel.TILINGS becomes: a dict. Raises triton.CompilationError where it cannot be compiled."""
-    import triton
+    """What one of kernel.TILINGS becomes: a dict. Raises triton.CompilationError where it cannot be
+    compiled."""
     from triton.backends.compiler import GPUTarget
 
-    TILE_O, TILE_I, TILE_T, num_warps, num_stages, tma = tiling
-    low = dict(float32="fp32", bfloat16="bf16")[dtype]
-    tiles = dict(
-        gy=(low, TILE_T, TILE_O),
-        x=(low, TILE_T, TILE_I),
-        h=("fp32", TILE_O, TILE_I),
-        gw=("fp32", TILE_O, TILE_I),
+    types, fixed, divisible = describe_arguments(tiling, dtype, K)
+    compiled = kernel.triton.compile(
+        kernel.triton.compiler.ASTSource(kernel._fused, types, fixed, divisible),
+        target=GPUTarget("cuda", int(arch), WARP),
+        options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
     )
-    signature = {
-        name: f"tensordesc<{of}[1,{rows},{columns}]>" if tma else f"*{of}"
-        for name, (of, rows, columns) in tiles.items()
-    }
-    signature |= dict(part="*fp32", **dict.fromkeys(("B", "T", "O", "I", "SPLITS"), "i32"))
-    fixed = dict(
-        K=K,
-        K_UP=triton.next_power_of_2(K),
-        TILE_O=TILE_O,
-        TILE_I=TILE_I,
-        TILE_T=TILE_T,
-        PRECISION="tf32",
-        TMA=tma,
-        WIDEN=False,
-    )
-    fixed |= dict(GROUP=kernel.GROUP)
-    even = [
-        i for i, (name, of) in enumerate(signature.items()) if of[0] == "*" or name in "TOI"
-    ]  # as a launch finds sizes that 16 divides
-    source = triton.compiler.ASTSource(
-        kernel._fused,
-        signature | dict.fromkeys(fixed, "constexpr"),
-        fixed,
-        {(i,): [["tt.divisibility", 16]] for i in even},
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", int(arch), 32),
-        options=dict(num_warps=num_warps, num_stages=num_stages),
-    )
-    tools = Path(triton.__path__[0], "backends/nvidia/bin")
-    with tempfile.TemporaryDirectory() as folder:
-        (cubin := Path(folder, "kernel.cubin")).write_bytes(compiled.asm["cubin"])
-        usage, code = (
-            subprocess.run(
-                [tools / tool, *argv, cubin], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, *argv in (("cuobjdump", "-res-usage"), ("nvdisasm",))
-        )
+    usage, code = disassemble(compiled.asm["cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    all_registers, all_shared = PROCESSOR[arch]
-    blocks = min(
-        all_registers // (-(-registers // 8) * 8 * 32 * num_warps),
-        all_shared // (compiled.metadata.shared + 1024),
-    )
-    products = sorted(set(re.findall(r"\b(HG?MMA\.\w+)", code)))
-    return dict(
+    registers_of_block = -(-registers // 8) * 8 * WARP * tiling.num_warps
+    shared = compiled.metadata.shared
+    processor = PROCESSORS[arch]
+    return {
         **tiling._asdict(),
-        registers=registers,
-        stack=stack,
-        shared=compiled.metadata.shared,
-        blocks=blocks,
-        products=products,
-    )
+        "registers": registers,
+        "stack": stack,
+        "shared": shared,
+        "blocks": min(
+            processor.registers // registers_of_block,
+            processor.shared // (shared + RESERVED),
+        ),
+        "products": sorted(set(re.findall(r"\b(HG?MMA\.\w+)", code))),
+    }
 
 
 def main(cfg):
     if kernel.triton is None:
         raise UserError("triton is not installed: type pip install -r requirements-dev.txt")
     print(f"{'tiling':38}{'registers':>10}{'stack bytes':>12}{'shared':>9}{'blocks':>8}  products")
-    rows = [
-        assemble(tiling, cfg.arch, cfg.dtype, cfg.K)
-        for tiling in kernel.TILINGS
-        if cfg.arch == "90" or not tiling.tma
-    ]
+    rows = []
+    for tiling in kernel.TILINGS:
+        if tiling.tma and cfg.arch != "90":
+            continue
+        rows.append(assemble(tiling, cfg.arch, cfg.dtype, cfg.K))
     for row in rows:
-        what = (
-            "{TILE_O} x {TILE_I} x {TILE_T}, {num_warps} warps, {num_stages} stages".format(**row)
-            + ", tma" * row["tma"]
-        )
-        print(
-            f"{what:38}{row['registers']:10}{row['stack']:12}{row['shared']:9,}{row['blocks']:8}  {', '.join(row['products'])}"
-        )
-    print(json.dumps(dict(triton=kernel.triton.__version__, **vars(cfg), rows=rows)))
+        title = f"{row['TILE_O']} x {row['TILE_I']} x {row['TILE_T']}, {row['num_warps']} warps, "
+        title += f"{row['num_stages']} stages"
+        if row["tma"]:
+            title += ", tma"
+        line = f"{title:38}{row['registers']:10}{row['stack']:12}{row['shared']:9,}"
+        print(f"{line}{row['blocks']:8}  {', '.join(row['products'])}")
+    print(json.dumps({"triton": kernel.triton.__version__, **vars(cfg), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,36 @@
 """
-What valuing costs: plain steps, plain steps and the target's own forward and backward, valued steps; one process, in turn.
+What valuing costs: plain steps, plain steps and the target's own forward and backward, valued
+steps; one process, in turn.
 
-    python bench/overhead.py                                  the three CPU shapes, a few minutes each
+    python bench/overhead.py                                  the three CPU shapes, a few minutes
+                                                              each
     python bench/overhead.py --shapes=byte --rounds=21        one shape, more rounds
     python bench/overhead.py --device=cuda --dtype=bfloat16 --shapes=gpt2-small-1024
-    torchrun --nproc_per_node=2 bench/overhead.py --shapes=byte --target=2          the same global batch by two processes
+    torchrun --nproc_per_node=2 bench/overhead.py --shapes=byte --target=2
+                                                              the same global batch by two processes
 
-A step is forward, backward, clipping and AdamW. Ratios are of throughput, round by round, then their median: above 1 is faster;
-/best compares each arm's fastest step with the fastest step of plain + target, which other users of a shared machine spoil least.
-Peak memory is each arm's own, of a process of its own (not measured under torchrun). Prints a table and last one JSON line.
+A step is forward, backward, clipping and AdamW. Ratios are of throughput, round by round, then
+their median: above 1 is faster. /best compares each arm's fastest step with the fastest step of
+plain + target, which other users of a shared machine spoil least. Peak memory is each arm's own, of
+a process of its own (not measured under torchrun). Prints a table and last one JSON line.
 """
 
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py does
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
 import config
+from bench.common import machine_name, print_json, timed
 from data import Target
 from model import GPT, GPTConfig
 from shapley import ghost
@@ -42,23 +40,31 @@ from system.errors import UserError
 from system.machine import peak_flops
 from valuation import Valuation
 
-SHAPES = {  # n_layer, n_head, n_embd, T, vocab, B
-    "byte": (6, 6, 384, 256, 256, 8),
-    "gpt2": (6, 6, 384, 256, 50304, 8),
-    "gpt2-small": (12, 12, 768, 512, 50304, 2),
-    "gpt2-small-1024": (12, 12, 768, 1024, 50304, 16),
-    "gpt2-medium": (24, 16, 1024, 1024, 50304, 8),
-    "tiny": (2, 2, 64, 32, 256, 4),
-    "thin": (
-        12,
-        2,
-        16,
-        8,
-        256,
-        2,
-    ),  # twelve layers of next to nothing: what is left is the host's own work, which a GPU has to wait for
+
+@dataclass
+class Shape:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    T: int
+    vocab: int
+    B: int
+
+
+SHAPES = {
+    "byte": Shape(6, 6, 384, 256, 256, 8),
+    "gpt2": Shape(6, 6, 384, 256, 50304, 8),
+    "gpt2-small": Shape(12, 12, 768, 512, 50304, 2),
+    "gpt2-small-1024": Shape(12, 12, 768, 1024, 50304, 16),
+    "gpt2-medium": Shape(24, 16, 1024, 1024, 50304, 8),
+    "tiny": Shape(2, 2, 64, 32, 256, 4),
+    # twelve layers of next to nothing: what is left is the host's own work, which a GPU has to
+    # wait for
+    "thin": Shape(12, 2, 16, 8, 256, 2),
 }
-PLAIN, TARGET = "plain", "plain + target"
+PLAIN = "plain"
+TARGET = "plain + target"
+GPU = torch.cuda.is_available()
 
 
 @dataclass
@@ -70,8 +76,8 @@ class Config:
     accumulation: int = 1  # micro-batches of a step, each of the shape's B chunks
     rounds: int = 9  # each arm once a round
     form: Literal["auto", "running", "matmul", "fused"] = "auto"  # of the contraction
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    device: str = "cuda" if GPU else "cpu"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if GPU else "float32"
     compile: bool = False
     memory: bool = True  # measure peak memory too, each arm in a process of its own
     arm: str = ""  # run only this arm, of one shape, and print its peak memory in bytes
@@ -86,72 +92,95 @@ class Config:
         config.check(self, at_least={"target": 1, "K": 1, "accumulation": 1, "rounds": 1})
 
 
+def arms_of(cfg):
+    return [PLAIN, TARGET, *cfg.rules.split(",")]
+
+
 class Bench:
     """One model and, for every arm, a step() that leaves it trained by one step."""
 
     def __init__(self, cfg, shape, arms, folder):
-        n_layer, n_head, n_embd, self.T, vocab, self.B = SHAPES[shape]
+        self.cfg = cfg
+        self.T = shape.T
+        self.B = shape.B
+        self.device_type = cfg.device.split(":")[0]
         torch.manual_seed(0)
         ghost.FORM = cfg.form
-        self.cfg, self.device = cfg, cfg.device
-        self.raw_model = GPT(GPTConfig(self.T, vocab, n_layer, n_head, n_embd, bias=False)).to(
-            cfg.device
-        )
+        self.raw_model = GPT(
+            GPTConfig(shape.T, shape.vocab, shape.n_layer, shape.n_head, shape.n_embd, bias=False)
+        ).to(cfg.device)
         torch._dynamo.config.force_parameter_static_shapes = False  # as train.py does
-        self.model = (
-            torch.compile(self.raw_model, fullgraph=True) if cfg.compile else self.raw_model
-        )
-        self.trained = parallel.replicate(self.model)
+        self.model = self.raw_model
+        if cfg.compile:
+            self.model = torch.compile(self.raw_model, fullgraph=True)
+        self.replica = parallel.replicate(self.model)
         self.optimizer = self.raw_model.configure_optimizers(
-            0.1, 1e-4, (0.9, 0.95), cfg.device.split(":")[0]
+            0.1, 1e-4, (0.9, 0.95), self.device_type
         )
-        bf16 = cfg.dtype == "bfloat16"
-        self.ctx = (
-            torch.amp.autocast(cfg.device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
-        )
+        self.ctx = nullcontext()
+        if cfg.dtype == "bfloat16":
+            self.ctx = torch.amp.autocast(self.device_type, torch.bfloat16)
+
         rng = np.random.default_rng(0)
-        self.tokens = rng.integers(0, vocab, (self.B, self.T + 1))
-        self.own = np.arange(self.B)[
-            parallel.mine(self.B)
-        ]  # this rank's chunks of the global batch, and of a target
-        self.rows = torch.from_numpy(self.tokens[self.own]).to(cfg.device)
-        targets = [
-            Target(str(k), rng.integers(0, vocab, (cfg.target, self.T + 1)), None)
-            for k in range(cfg.K)
-        ]
-        self.target = [
-            torch.from_numpy(t.rows[parallel.mine(cfg.target)]).to(cfg.device) for t in targets
-        ]
+        self.tokens = rng.integers(0, shape.vocab, (self.B, self.T + 1))  # the global batch
+        self.rank_ids = np.arange(self.B)[parallel.mine(self.B)]  # this rank's chunks of it
+        self.X, self.Y = self.to_device(self.tokens[self.rank_ids])
+        targets = []
+        self.target_batches = []
+        for k in range(cfg.K):
+            rows = rng.integers(0, shape.vocab, (cfg.target, self.T + 1))
+            targets.append(Target(str(k), rows, None))
+            self.target_batches.append(self.to_device(rows[parallel.mine(cfg.target)]))
         self.valuations = {}
         for rule in set(arms) - {PLAIN, TARGET}:
-            (run := Path(folder, rule)).mkdir()
-            self.valuations[rule] = Valuation(
-                self.raw_model, self.optimizer, self.valuation_loss, targets, rule, self.B * cfg.accumulation, 1000, run,
-                cfg.target, "fixed", compile=cfg.compile, book_interval=1000,
-            )  # fmt: skip
+            self.valuations[rule] = self.build_valuation(rule, targets, Path(folder, rule))
 
-    def loss(self, X, Y, ledger=None, model=None):
-        with self.ctx:
-            return (self.model if model is None else model)(X, Y, ledger)[1]
-
-    def valuation_loss(self, X, Y, ledger=None):
-        return self.loss(
-            torch.as_tensor(X).to(self.device), torch.as_tensor(Y).to(self.device), ledger
+    def build_valuation(self, rule, targets, folder):
+        folder.mkdir()
+        return Valuation(
+            self.raw_model,
+            self.optimizer,
+            self.target_loss,
+            targets,
+            rule,
+            self.B * self.cfg.accumulation,
+            1000,
+            folder,
+            self.cfg.target,
+            "fixed",
+            compile=self.cfg.compile,
+            book_interval=1000,
         )
 
+    def to_device(self, rows):
+        """Chunks (n, T + 1), an array -> X, Y on the device."""
+        rows = torch.from_numpy(rows).to(self.cfg.device)
+        return rows[:, :-1], rows[:, 1:]
+
+    def compute_loss(self, model, X, Y, ledger=None):
+        with self.ctx:
+            return model(X, Y, ledger)[1]
+
+    def target_loss(self, X, Y, ledger=None):
+        """As a valuation calls it: X and Y may be arrays."""
+        X = torch.as_tensor(X).to(self.cfg.device)
+        Y = torch.as_tensor(Y).to(self.cfg.device)
+        return self.compute_loss(self.model, X, Y, ledger)
+
     def step(self, arm):
-        valuation, X, Y = self.valuations.get(arm), self.rows[:, :-1], self.rows[:, 1:]
         if arm == TARGET:
-            for rows in self.target:
-                self.loss(rows[:, :-1], rows[:, 1:]).backward()
-                parallel.add([p.grad for p in self.raw_model.parameters()])
-                self.optimizer.zero_grad()
+            self.backward_targets()
+        valuation = self.valuations.get(arm)
         if valuation:
             valuation.open(1, 1e-4, self.tokens)  # step 1: not one that the books measure
-        for i in range(1, self.cfg.accumulation + 1):
-            ledger = valuation.ledger(self.own, X, Y) if valuation else None
-            self.trained.require_backward_grad_sync = i == self.cfg.accumulation
-            (self.loss(X, Y, ledger, self.trained) / self.cfg.accumulation).backward()
+        micro_steps = self.cfg.accumulation
+        for micro_step in range(micro_steps):
+            ledger = None
+            if valuation:
+                ledger = valuation.ledger(self.rank_ids, self.X, self.Y)
+            self.replica.require_backward_grad_sync = micro_step == micro_steps - 1
+            loss = self.compute_loss(self.replica, self.X, self.Y, ledger)
+            (loss / micro_steps).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
         if valuation:
             valuation.before_step((1.0 / (norm + 1e-6)).clamp(max=1.0))
@@ -161,151 +190,164 @@ class Bench:
             valuation.close()
             valuation.pending.clear()  # the flush is the disk's business
 
-    def timed(self, arm):
+    def backward_targets(self):
+        """The targets' own forward and backward."""
+        for X, Y in self.target_batches:
+            self.compute_loss(self.model, X, Y).backward()
+            parallel.add([p.grad for p in self.raw_model.parameters()])
+            self.optimizer.zero_grad()
+
+    def timed_step(self, arm):
+        """Seconds."""
         self.wait()
-        began = time.perf_counter()
+        seconds, _ = timed(self.step_and_wait, arm)
+        return seconds
+
+    def step_and_wait(self, arm):
         self.step(arm)
         self.wait()
-        return time.perf_counter() - began
 
     def wait(self):
-        if "cuda" in self.device:
+        if "cuda" in self.cfg.device:
             torch.cuda.synchronize()
         parallel.any_of(False)  # for the slowest rank
+
+    def mfu(self, seconds):
+        """The share of the device's peak that a step of so many seconds makes use of."""
+        peak = parallel.size() * peak_flops(self.cfg.device, getattr(torch, self.cfg.dtype))
+        chunks = self.B * self.cfg.accumulation
+        return self.raw_model.estimate_mfu(chunks, seconds, peak_flops=peak)
+
+    def parameter_bytes(self):
+        return sum(p.numel() * p.element_size() for p in self.raw_model.parameters())
+
+
+# --- memory -----------------------------------------------------------------------
 
 
 def peak_memory(cfg, shape, arm):
     """Bytes, from a process that runs nothing but this arm."""
-    keys = ("target", "K", "accumulation", "form", "device", "dtype", "compile")
-    command = [
-        sys.executable,
-        __file__,
-        f"--shapes={shape}",
-        f"--arm={arm}",
-        *(f"--{key}={getattr(cfg, key)}" for key in keys),
-    ]
-    return int(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+    command = [sys.executable, __file__, f"--shapes={shape}", f"--arm={arm}"]
+    for key in ("target", "K", "accumulation", "form", "device", "dtype", "compile"):
+        command.append(f"--{key}={getattr(cfg, key)}")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
-def run_arm(cfg):
+def print_peak_memory(cfg):
+    """What that process does."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(cfg, cfg.shapes, [cfg.arm], folder)
+        bench = Bench(cfg, SHAPES[cfg.shapes], [cfg.arm], folder)
         for _ in range(3):
             bench.step(cfg.arm)
     if "cuda" in cfg.device:
         print(torch.cuda.max_memory_allocated())
     else:
-        status = Path(
-            "/proc/self/status"
-        ).read_text()  # not ru_maxrss: on Linux a child starts from its parent's
+        # not ru_maxrss: on Linux a child starts from its parent's
+        status = Path("/proc/self/status").read_text()
         print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
-def measure(cfg, shape):
-    arms = [PLAIN, TARGET, *cfg.rules.split(",")]
+# --- time -------------------------------------------------------------------------
+
+
+def time_arms(bench, arms, rounds):
+    """Seconds of each step, {arm: [one a round]}."""
+    for arm in arms:
+        bench.step(arm)
+    seconds = {arm: [] for arm in arms}
+    for i in range(rounds):
+        first = i % len(arms)  # no arm always comes after the same one
+        for arm in arms[first:] + arms[:first]:
+            seconds[arm].append(bench.timed_step(arm))
+    return seconds
+
+
+def speed_up(seconds, arm, base):
+    """The throughput of an arm over a base's: the median over the rounds."""
+    return statistics.median(b / a for a, b in zip(seconds[arm], seconds[base]))
+
+
+def measure(cfg, name):
+    """The rows of a shape."""
+    arms = arms_of(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(cfg, shape, arms, folder)
-        for arm in arms:
-            bench.step(arm)
-        seconds = {arm: [] for arm in arms}
-        for i in range(cfg.rounds):
-            for arm in (
-                arms[i % len(arms) :] + arms[: i % len(arms)]
-            ):  # no arm always comes after the same one
-                seconds[arm].append(bench.timed(arm))
-        B = bench.B * cfg.accumulation
-        tokens, mfu_of = (
-            B * bench.T,
-            partial(
-                bench.raw_model.estimate_mfu,
-                B,
-                peak_flops=parallel.size() * peak_flops(cfg.device, getattr(torch, cfg.dtype)),
-            ),
-        )
-        params = sum(p.numel() * p.element_size() for p in bench.raw_model.parameters())
+        bench = Bench(cfg, SHAPES[name], arms, folder)
+        seconds = time_arms(bench, arms, cfg.rounds)
+        medians = {arm: statistics.median(times) for arm, times in seconds.items()}
+        mfu = {arm: bench.mfu(median) for arm, median in medians.items()}
+        parameter_bytes = bench.parameter_bytes()
         del bench
-    memory = {arm: peak_memory(cfg, shape, arm) for arm in arms} if cfg.memory else {}
-    limit = B / (B + cfg.target * cfg.K)
+    memory = {}
+    if cfg.memory:
+        memory = {arm: peak_memory(cfg, name, arm) for arm in arms}
+    chunks = SHAPES[name].B * cfg.accumulation
+    limit = chunks / (chunks + cfg.target * cfg.K)
     rows = []
     for arm in arms:
-        ratio = {
-            base: statistics.median(b / a for a, b in zip(seconds[arm], seconds[base]))
-            for base in (PLAIN, TARGET)
-        }
+        to_plain = speed_up(seconds, arm, PLAIN)
         row = {
-            "shape": shape,
+            "shape": name,
             "arm": arm,
-            "ms": 1e3 * statistics.median(seconds[arm]),
-            "tokens_per_s": tokens / statistics.median(seconds[arm]),
-        }
-        row |= {
-            "to_plain": ratio[PLAIN],
-            "to_plain_target": ratio[TARGET],
-            "to_limit": ratio[PLAIN] / limit,
-        }
-        row |= {
+            "ms": 1e3 * medians[arm],
+            "tokens_per_s": chunks * SHAPES[name].T / medians[arm],
+            "to_plain": to_plain,
+            "to_plain_target": speed_up(seconds, arm, TARGET),
+            "to_limit": to_plain / limit,
             "best_to_plain_target": min(seconds[TARGET]) / min(seconds[arm]),
-            "mfu": mfu_of(statistics.median(seconds[arm])),
+            "mfu": mfu[arm],
         }
         if memory:
-            row |= {
-                "peak_mb": memory[arm] / 1e6,
-                "above_plain_in_params": (memory[arm] - memory[PLAIN]) / params,
-            }
+            row["peak_mb"] = memory[arm] / 1e6
+            row["above_plain_in_params"] = (memory[arm] - memory[PLAIN]) / parameter_bytes
         rows.append(row)
     return rows
 
 
 def show(rows):
-    print(
-        f"{'shape':16}{'arm':16}{'ms':>9}{'tok/s':>10}{'mfu':>7}{'/plain':>9}{'/+target':>10}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}"
-    )
+    head = f"{'shape':16}{'arm':16}{'ms':>9}{'tok/s':>10}{'mfu':>7}{'/plain':>9}{'/+target':>10}"
+    print(f"{head}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}")
     for r in rows:
-        memory = f"{r['peak_mb']:9.0f}{r['above_plain_in_params']:9.2f}" if "peak_mb" in r else ""
-        ratios = f"{r['to_plain']:9.3f}{r['to_plain_target']:10.3f}{r['best_to_plain_target']:8.3f}{r['to_limit']:8.3f}"
-        times = f"{r['ms']:9.1f}{r['tokens_per_s']:10,.0f}{r['mfu']:7.1%}{ratios}"
-        print(f"{r['shape']:16}{r['arm']:16}{times}{memory}", flush=True)
+        line = f"{r['shape']:16}{r['arm']:16}{r['ms']:9.1f}{r['tokens_per_s']:10,.0f}"
+        line += f"{r['mfu']:7.1%}{r['to_plain']:9.3f}{r['to_plain_target']:10.3f}"
+        line += f"{r['best_to_plain_target']:8.3f}{r['to_limit']:8.3f}"
+        if "peak_mb" in r:
+            line += f"{r['peak_mb']:9.0f}{r['above_plain_in_params']:9.2f}"
+        print(line, flush=True)
+
+
+def check_processes(cfg):
+    """Raises UserError where the processes cannot share a batch evenly."""
+    processes = parallel.size()
+    batches = [SHAPES[name].B for name in cfg.shapes.split(",")]
+    if any(n % processes for n in (cfg.target, *batches)):
+        raise UserError(
+            f"{processes} processes cannot share --target={cfg.target} or a shape's B evenly: "
+            f"write --target={processes}"
+        )
 
 
 def main(cfg):
     if cfg.arm:
-        return run_arm(cfg)
-    cfg.device, rows = parallel.start(cfg.device), []
-    if cfg.target % parallel.size() or any(
-        SHAPES[shape][-1] % parallel.size() for shape in cfg.shapes.split(",")
-    ):
-        raise UserError(
-            f"{parallel.size()} processes cannot share --target={cfg.target} or a shape's B evenly: write --target={parallel.size()}"
-        )
-    cfg.memory = cfg.memory and parallel.size() == 1
-    for shape in cfg.shapes.split(","):
-        rows += measure(cfg, shape)
-        if parallel.rank() == 0:
-            show(rows[-2 - len(cfg.rules.split(",")) :])
-    if parallel.rank():
+        print_peak_memory(cfg)
         return
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    device = (
-        torch.cuda.get_device_name()
-        if "cuda" in cfg.device
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        json.dumps(
-            {
-                "device": device,
-                "processes": parallel.size(),
-                "torch": torch.__version__,
-                "commit": commit,
-                **vars(cfg),
-                "rows": rows,
-            }
+    cfg.device = parallel.start(cfg.device)
+    check_processes(cfg)
+    cfg.memory = cfg.memory and parallel.size() == 1
+    rows = []
+    for name in cfg.shapes.split(","):
+        of_shape = measure(cfg, name)
+        rows += of_shape
+        if parallel.rank() == 0:
+            show(of_shape)
+    if parallel.rank() == 0:
+        print_json(
+            cfg,
+            rows,
+            machine=machine_name(cfg.device),
+            processes=parallel.size(),
+            torch=torch.__version__,
         )
-    )
 
 
 if __name__ == "__main__":

@@ -1,30 +1,29 @@
 """
-Data at the Pile's size: what opening 300 million chunks and drawing a batch of them costs, and what each stage of preparing costs.
+Data at the Pile's size: what opening 300 million chunks and drawing a batch of them costs, and what
+each stage of preparing costs.
 
-    python bench/scale.py                                           the first: about 615 GB of holes in a temporary folder
-    python bench/scale.py --source=data/minipile.jsonl.zst          and the second, on one core; --tokenizer=byte for bytes
+    python bench/scale.py                                     the first: about 615 GB of holes in a
+                                                              temporary folder
+    python bench/scale.py --source=data/minipile.jsonl.zst    and the second, on one core;
+                                                              --tokenizer=byte for bytes
 
-The arrays are sparse files: they have their full size and no contents, so the time of a read is that of numpy and the file system's
-index, not of a disk. Memory is anonymous memory and that of the files' pages (RssAnon and RssFile) above what Python had before.
-Stages: read (decompress, cut into lines), parse (JSON, UTF-8, split by hash), tokenize, write (a part), pack (a part -> chunks).
-Prints a table and last one JSON line.
+The arrays are sparse files: they have their full size and no contents, so the time of a read is
+that of numpy and the file system's index, not of a disk. Memory is anonymous memory and that of the
+files' pages (RssAnon and RssFile) above what Python had before.
+Stages: read (decompress, cut into lines), parse (JSON, UTF-8, split by hash), tokenize, write (a
+part), pack (a part -> chunks). Prints a table and last one JSON line.
 """
 
 import hashlib
-import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pyarrow.parquet
@@ -32,6 +31,7 @@ import pyarrow.parquet
 import config
 import data
 import prepare_pile
+from bench.common import print_json, timed
 from pile.documents import find_source, size_of
 from pile.encode import Encoder
 from pile.files import stated
@@ -51,23 +51,34 @@ class Config:
     folder: str = ""  # where the temporary folder goes; empty: the system's
 
 
+# --- a data folder of holes -------------------------------------------------------
+
+
 def sparse_set(folder, chunks, block_size):
-    """A data folder of that many chunks of holes, with a meta.json that fits; one val chunk, and
-    no documents."""
+    """Writes a data folder of that many chunks of holes, with a meta.json that fits; one val chunk,
+    and no documents."""
     folder = Path(folder)
     counts = {"train": chunks, "val": 1}
-    meta = {"schema": data.SCHEMA, "tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256}
-    meta |= {"block_size": block_size, "domains": ["none"], "chunks": counts, "config": {}}
-    meta["tokens"] = {name: n * (block_size + 1) for name, n in counts.items()}
-    meta |= {"sha256": {}, "footers": {}}
+    footers = {}
     for name, n in counts.items():
         table = folder / f"{name}_docs.parquet"
         pyarrow.parquet.write_table(DOCUMENTS.empty_table(), table)
-        meta["footers"][table.name] = footer_crc32(table)
+        footers[table.name] = footer_crc32(table)
         write_holes(folder / f"{name}.npy", (n, block_size + 1))
         write_holes(folder / f"{name}_domain.npy", (n,))
-    for path in folder.iterdir():
-        meta["sha256"][path.name] = sha256(path)
+    meta = {
+        "schema": data.SCHEMA,
+        "tokenizer": "gpt2",
+        "vocab_size": 50257,
+        "eot": 50256,
+        "block_size": block_size,
+        "domains": ["none"],
+        "chunks": counts,
+        "config": {},
+        "tokens": {name: n * (block_size + 1) for name, n in counts.items()},
+        "sha256": {path.name: sha256(path) for path in folder.iterdir()},
+        "footers": footers,
+    }
     write_json(folder / "meta.json", meta)
 
 
@@ -88,49 +99,70 @@ def write_holes(path, shape):
 
 
 def memory():
-    """Bytes: (this process's own, of files' pages)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    """Bytes: [this process's own, of files' pages]."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
     return [1024 * int(status[key].split()[0]) for key in ("RssAnon", "RssFile")]
 
 
-def timed(function, *arguments):
-    """-> (seconds, what it returned)"""
-    began = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - began, result
+class Table:
+    """Rows of time and memory, printed as they come. before: memory() as it was."""
+
+    def __init__(self, before):
+        self.before = before
+        self.rows = []
+        print(f"{'what':24}{'ms':>10}{'own MB':>10}{'file MB':>10}")
+
+    def add(self, what, seconds):
+        own, files = np.subtract(memory(), self.before) / 1e6
+        row = {
+            "what": what,
+            "ms": 1e3 * seconds,
+            "own_mb": float(own),
+            "file_mb": float(files),
+        }
+        self.rows.append(row)
+        print(f"{what:24}{row['ms']:10.2f}{own:10.1f}{files:10.1f}", flush=True)
 
 
 def measure_chunks(cfg):
-    rows, before = [], memory()
+    before = memory()
     with tempfile.TemporaryDirectory(dir=cfg.folder or None) as folder:
         sparse_set(folder, cfg.chunks, cfg.block_size)
-        gigabytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e9
-        on_disk = sum(512 * path.stat().st_blocks for path in Path(folder).iterdir())
+        sizes = [path.stat() for path in Path(folder).iterdir()]
+        gigabytes = sum(size.st_size for size in sizes) / 1e9
+        on_disk = sum(512 * size.st_blocks for size in sizes)
         print(f"{cfg.chunks:,} chunks: {gigabytes:,.1f} GB, {on_disk:,} bytes of them on disk")
-        print(f"{'what':24}{'ms':>10}{'own MB':>10}{'file MB':>10}")
-
-        def show(what, seconds):
-            own, files = (now - then for now, then in zip(memory(), before))
-            rows.append(dict(what=what, ms=1e3 * seconds, own_mb=own / 1e6, file_mb=files / 1e6))
-            print(f"{what:24}{1e3 * seconds:10.2f}{own / 1e6:10.1f}{files / 1e6:10.1f}", flush=True)
-
+        table = Table(before)
         seconds, dataset = timed(data.open_dataset, folder)
-        show("open", seconds)
+        table.add("open", seconds)
         for step in map(int, cfg.steps.split(",")):
             seconds, ids = timed(data.global_batch, step, cfg.batch, cfg.chunks, 1337)
             assert len(np.unique(ids)) >= cfg.batch - 1
             assert 0 <= ids.min()
             assert ids.max() < cfg.chunks
-            show(f"order, step {step}", seconds)
+            table.add(f"order, step {step}", seconds)
             seconds, (X, _) = timed(dataset.train.batch, ids, cfg.block_size)
             assert X.shape == (cfg.batch, cfg.block_size)
             assert not X.any()
-            show(f"rows, step {step}", seconds)
-    return rows
+            table.add(f"rows, step {step}", seconds)
+    return table.rows
 
 
-def stages(cfg, folder):
-    """One round, in this process, one stage after another -> {stage: seconds}, MB of text, tokens."""
+# --- the stages of preparing --------------------------------------------------------
+
+
+@dataclass
+class Round:
+    """Every stage once."""
+
+    seconds: dict  # {stage: seconds}
+    megabytes: float  # of text
+    tokens: int
+
+
+def prepare_once(cfg, folder):
+    """A Round, in this process, one stage after another."""
     folder = Path(folder)
     options = prepare_pile.Config(
         source=cfg.source,
@@ -139,28 +171,35 @@ def stages(cfg, folder):
         workers=1,
     )
     source = find_source(options)
-    seconds = {}
-    seconds["read"], documents = timed(read_all, source)
-    parse = Encoder(options, NoTokenizer)
-    seconds["parse"], _ = timed(apply, parse, documents)
-    total, encoded = timed(apply, Encoder(options, data.tokenizer(cfg.tokenizer)), documents)
-    seconds["tokenize"] = total - seconds["parse"]
+    read, documents = timed(read_all, source)
+    parse, _ = timed(encode, Encoder(options, NoTokenizer), documents)
+    tokenize, encoded = timed(encode, Encoder(options, data.tokenizer(cfg.tokenizer)), documents)
     part = folder / "part.arrow"
-    seconds["write"], _ = timed(write_part, part, encoded, float("inf"))
+    write, _ = timed(write_part, part, encoded, float("inf"))
     held = read_held(part)
     meta = prepare_pile.describe(options, held, source, stated(source.names))
-    seconds["pack"], _ = timed(pack, [part], folder, meta)
-    text = sum(size_of(document.text) for document in documents)
+    packing, _ = timed(pack, [part], folder, meta)
     for path in folder.glob("*.*"):
         path.unlink()
-    return seconds, text / 1e6, held["tokens"]
+    seconds = {
+        "read": read,
+        "parse": parse,
+        "tokenize": tokenize - parse,
+        "write": write,
+        "pack": packing,
+    }
+    text = sum(size_of(document.text) for document in documents)
+    return Round(seconds, text / 1e6, held["tokens"])
 
 
 def read_all(source):
-    return list(chain.from_iterable(map(source.read, source.names)))
+    documents = []
+    for name in source.names:
+        documents += source.read(name)
+    return documents
 
 
-def apply(encoder, documents):
+def encode(encoder, documents):
     return [encoder([document]) for document in documents]
 
 
@@ -174,26 +213,27 @@ class NoTokenizer:
 
 def measure_stages(cfg):
     with tempfile.TemporaryDirectory(dir=cfg.folder or None) as folder:
-        found = [stages(cfg, folder) for _ in range(cfg.rounds)]
-    rows, (_, megabytes, tokens) = [], found[0]
+        rounds = [prepare_once(cfg, folder) for _ in range(cfg.rounds)]
+    megabytes = rounds[0].megabytes
     print(
-        f"{cfg.source}: {megabytes:.1f} MB, {tokens:,} tokens ({cfg.tokenizer}), one core, {cfg.rounds} rounds"
+        f"{cfg.source}: {megabytes:.1f} MB, {rounds[0].tokens:,} tokens ({cfg.tokenizer}), "
+        f"one core, {cfg.rounds} rounds"
     )
     print(f"{'stage':12}{'best MB/s':>12}{'median MB/s':>14}{'share of the best':>20}")
-    best = {stage: min(seconds[stage] for seconds, *_ in found) for stage in found[0][0]}
+    best = {}
+    for stage in rounds[0].seconds:
+        best[stage] = min(r.seconds[stage] for r in rounds)
+    rows = []
     for stage in best:
-        median = float(np.median([seconds[stage] for seconds, *_ in found]))
-        rows.append(
-            dict(
-                stage=stage,
-                best_mb_s=megabytes / best[stage],
-                median_mb_s=megabytes / median,
-                share=best[stage] / sum(best.values()),
-            )
-        )
-        print(
-            f"{stage:12}{rows[-1]['best_mb_s']:12.1f}{rows[-1]['median_mb_s']:14.1f}{rows[-1]['share']:20.1%}"
-        )
+        median = float(np.median([r.seconds[stage] for r in rounds]))
+        row = {
+            "stage": stage,
+            "best_mb_s": megabytes / best[stage],
+            "median_mb_s": megabytes / median,
+            "share": best[stage] / sum(best.values()),
+        }
+        rows.append(row)
+        print(f"{stage:12}{row['best_mb_s']:12.1f}{row['median_mb_s']:14.1f}{row['share']:20.1%}")
     return rows
 
 
@@ -201,20 +241,8 @@ def main(cfg):
     rows = measure_chunks(cfg)
     if cfg.source:
         rows += measure_stages(cfg)
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    print(
-        json.dumps(
-            {
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "numpy": np.__version__,
-                "commit": commit,
-                **vars(cfg),
-                "rows": rows,
-            }
-        )
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    print_json(cfg, rows, machine=machine, numpy=np.__version__)
 
 
 if __name__ == "__main__":
