@@ -1,13 +1,18 @@
 """The weight gradient of a Linear with each chunk's inner products, in one Triton kernel.
 
-Reference: ghost.weight_grad(gy_BTO, x_BTI, h_KOI, "matmul"). gw_OI = sum_b gy_b^T x_b in float32; where a chunk's tokens end, the accumulator
-meets the K directions, and what that reading has grown by is the chunk's part. tests/test_kernel.py compares with float64.
+Reference: ghost.weight_grad(gy_BTO, x_BTI, h_KOI, "matmul"); tests/test_kernel.py compares both
+with float64. gw_OI = sum_b gy_b^T x_b is added up in float32, chunk after chunk. Where a chunk's
+tokens end, its inner products with the K directions are taken; what they have grown
+by since the chunk before are the values of the chunk.
 
-A block takes one tile of the weight and one of SPLITS ranges of all tokens, so that small weights fill a GPU too; the ranges' sums are added
-afterwards, in a fixed order. bench/assemble.py shows what the compiler makes of it, also where there is no GPU.
+A block takes one tile of the weight and one of SPLITS ranges of all tokens, so that small weights
+fill a GPU too. The ranges' sums are added afterwards, in a fixed order. bench/assemble.py shows
+what the compiler makes of it, also where there is no GPU.
+
+Suffixes: B chunks, T tokens of a chunk, O outputs, I inputs, K targets.
 """
 
-from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,85 +23,133 @@ try:
 except ImportError:  # a machine without a GPU
     triton = None
 
-# O and I of a block's tile, tokens of a step. tma: tiles come and go by Hopper's copy engine and cost no registers for addresses. One block of
-# 128 x 256 fills a multiprocessor; of 128 x 128 two fit, and one multiplies while the other meets the directions.
-Tiling = namedtuple("Tiling", "TILE_O TILE_I TILE_T num_warps num_stages tma")
+
+class Tiling(NamedTuple):
+    TILE_O: int  # rows and columns of a block's tile of the weight
+    TILE_I: int
+    TILE_T: int  # tokens of a step
+    num_warps: int
+    num_stages: int
+    # whether Hopper's copy engine moves the tiles, which costs no registers for addresses
+    tma: bool
+
+
+# One block of 128 x 256 fills a multiprocessor. Of 128 x 128 two fit: one multiplies while the
+# other meets the directions.
 TILINGS = (
-    Tiling(128, 128, 64, 8, 3, True), Tiling(128, 128, 64, 4, 3, True), Tiling(128, 256, 64, 8, 4, True), Tiling(256, 128, 64, 8, 4, True),
-    Tiling(128, 128, 32, 8, 3, True), Tiling(128, 128, 64, 8, 3, False), Tiling(128, 128, 32, 8, 4, False), Tiling(64, 64, 32, 4, 3, False),
-)  # fmt: skip
+    Tiling(128, 128, 64, 8, 3, True),
+    Tiling(128, 128, 64, 4, 3, True),
+    Tiling(128, 256, 64, 8, 4, True),
+    Tiling(256, 128, 64, 8, 4, True),
+    Tiling(128, 128, 32, 8, 3, True),
+    Tiling(128, 128, 64, 8, 3, False),
+    Tiling(128, 128, 32, 8, 4, False),
+    Tiling(64, 64, 32, 4, 3, False),
+)
 GROUP = 8  # rows of tiles that share their inputs in L2
+MAX_SPLITS = 8
 
 
 def interpreted():
+    """Whether Triton's interpreter runs the kernel, on the CPU."""
     return triton is not None and triton.knobs.runtime.interpret
 
 
 def tilings(gy_BTO, x_BTI, h_KOI):
-    """Those of TILINGS that such operands can have. The copy engine is Hopper's, and wants rows of a multiple of 16 bytes."""
-    tensors, old = (
-        (gy_BTO, x_BTI, h_KOI),
-        x_BTI.is_cuda and torch.cuda.get_device_capability(x_BTI.device) < (9, 0),
-    )
-    odd = any(
-        t.shape[-1] * t.element_size() % 16 or t.data_ptr() % 16 or not t.is_contiguous()
-        for t in tensors
-    )
-    return [tiling for tiling in TILINGS if not (tiling.tma and (old or odd))]
+    """Those of TILINGS that such operands can have. The copy engine is Hopper's, and wants rows
+    that begin at, and are long, a multiple of 16 bytes."""
+    copy_engine = True
+    if x_BTI.is_cuda:
+        copy_engine = torch.cuda.get_device_capability(x_BTI.device) >= (9, 0)
+    for tensor in (gy_BTO, x_BTI, h_KOI):
+        row_bytes = tensor.shape[-1] * tensor.element_size()
+        if row_bytes % 16 or tensor.data_ptr() % 16 or not tensor.is_contiguous():
+            copy_engine = False
+    return [tiling for tiling in TILINGS if copy_engine or not tiling.tma]
+
+
+def count_processors(device):
+    """A GPU's multiprocessors; for the interpreter a few."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_cost(tiles, splits, tokens, processors):
+    """The time of a split kernel, relative: 1 where all processors work all the time.
+
+    Blocks run in waves of one a processor. And each split and weight is 8 bytes written and read
+    again, which cost an H100 what its tensor cores do in 900 tokens.
+    """
+    blocks = tiles * splits
+    waves = -(-blocks // processors)
+    adding_up = splits * 900 / tokens if splits > 1 else 0
+    return waves * processors / blocks + adding_up
 
 
 def best_splits(tiles, tokens, processors):
-    """Blocks run in waves of one a processor: the fewest idle ones, against 8 bytes for each split and weight written and read again, which cost
-    an H100 what its tensor cores do in 900 tokens."""
-    return min(
-        range(1, 9),
-        key=lambda n: (
-            -(-tiles * n // processors) * processors / (tiles * n) + (n > 1) * n * 900 / tokens
-        ),
-    )
+    """The cheapest number of ranges that all tokens are cut into, for a weight of so many tiles."""
+    costs = {}
+    for splits in range(1, MAX_SPLITS + 1):
+        costs[splits] = split_cost(tiles, splits, tokens, processors)
+    return min(costs, key=costs.get)
 
 
 def fused(gy_BTO, x_BTI, h_KOI, tiling=None, splits=None):
-    """ghost.weight_grad by the kernel below, with this tiling if such operands can have it, else the first they can. Raises ValueError on a CPU."""
+    """ghost.weight_grad by the kernel below: gw_OI and v_BK, float32.
+
+    tiling: used if such operands can have it, else the first that they can. splits: the number of
+    ranges of tokens; default: best_splits. Raises ValueError on a CPU without the interpreter,
+    without triton, and where h_KOI is not float32.
+    """
     if triton is None or not (x_BTI.is_cuda or interpreted()) or h_KOI.dtype != torch.float32:
         raise ValueError(
-            f'ghost.FORM = "fused" needs triton, a GPU and float32 weights, not {h_KOI.dtype} on {x_BTI.device}: write "auto"'
+            'ghost.FORM = "fused" needs triton, a GPU and float32 weights, '
+            f'not {h_KOI.dtype} on {x_BTI.device}: write "auto"'
         )
-    gy_BTO, x_BTI, h_KOI = gy_BTO.contiguous(), x_BTI.contiguous(), h_KOI.contiguous()
-    (K, O, I), (B, T, _) = h_KOI.shape, x_BTI.shape
+    gy_BTO = gy_BTO.contiguous()
+    x_BTI = x_BTI.contiguous()
+    h_KOI = h_KOI.contiguous()
+    K, O, I = h_KOI.shape
+    B, T, _ = x_BTI.shape
     able = tilings(gy_BTO, x_BTI, h_KOI)
-    TILE_O, TILE_I, TILE_T, num_warps, num_stages, tma = tiling if tiling in able else able[0]
-    tiles = (-(-O // TILE_O)) * (-(-I // TILE_I))
+    if tiling not in able:
+        tiling = able[0]
+    tiles = triton.cdiv(O, tiling.TILE_O) * triton.cdiv(I, tiling.TILE_I)
     if splits is None:
-        splits = best_splits(
-            tiles,
-            B * T,
-            torch.cuda.get_device_properties(x_BTI.device).multi_processor_count
-            if x_BTI.is_cuda
-            else 4,
-        )
-    gw, part = h_KOI.new_empty(splits, O, I), h_KOI.new_zeros(tiles, splits, B, K)
+        splits = best_splits(tiles, B * T, count_processors(x_BTI.device))
+    gw = h_KOI.new_empty(splits, O, I)
+    part = h_KOI.new_zeros(tiles, splits, B, K)
     operands = [gy_BTO, x_BTI, h_KOI, gw]
-    if tma:
-        tile = ([1, TILE_T, TILE_O], [1, TILE_T, TILE_I], [1, TILE_O, TILE_I], [1, TILE_O, TILE_I])
-        operands = [TensorDescriptor.from_tensor(x, of) for x, of in zip(operands, tile)]
-    options = dict(
-        TILE_O=TILE_O,
-        TILE_I=TILE_I,
-        TILE_T=TILE_T,
-        TMA=tma,
-        WIDEN=interpreted(),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
-    options |= dict(
+    if tiling.tma:
+        operands = [
+            TensorDescriptor.from_tensor(gy_BTO, [1, tiling.TILE_T, tiling.TILE_O]),
+            TensorDescriptor.from_tensor(x_BTI, [1, tiling.TILE_T, tiling.TILE_I]),
+            TensorDescriptor.from_tensor(h_KOI, [1, tiling.TILE_O, tiling.TILE_I]),
+            TensorDescriptor.from_tensor(gw, [1, tiling.TILE_O, tiling.TILE_I]),
+        ]
+    _fused[tiles, splits](
+        *operands,
+        part,
+        B,
+        T,
+        O,
+        I,
+        splits,
+        K,
         K_UP=triton.next_power_of_2(K),
+        TILE_O=tiling.TILE_O,
+        TILE_I=tiling.TILE_I,
+        TILE_T=tiling.TILE_T,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        TMA=tiling.tma,
+        WIDEN=interpreted(),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
     )
-    _fused[tiles, splits](*operands, part, B, T, O, I, splits, K, **options)
-    return gw[0] if splits == 1 else gw.sum(0), part.sum(
-        (0, 1)
-    )  # sums in a fixed order: no atomics
+    # sums in a fixed order: no atomics
+    gw_OI = gw[0] if splits == 1 else gw.sum(0)
+    return gw_OI, part.sum((0, 1))
 
 
 if triton is not None:
@@ -143,10 +196,12 @@ if triton is not None:
 
     @triton.jit
     def _fused(
-        gy, x, h, gw, part, B, T, O, I, SPLITS, K: tl.constexpr, K_UP: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
-        TILE_T: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr, GROUP: tl.constexpr = GROUP,
+        gy, x, h, gw, part, B, T, O, I, SPLITS, K: tl.constexpr, K_UP: tl.constexpr,
+        TILE_O: tl.constexpr, TILE_I: tl.constexpr, TILE_T: tl.constexpr, PRECISION: tl.constexpr,
+        TMA: tl.constexpr, WIDEN: tl.constexpr, GROUP: tl.constexpr = GROUP,
     ):  # fmt: skip
-        """gw (SPLITS, O, I), part (tiles, SPLITS, B, K), zero before: of this tile and range the weight gradient, and of each chunk <gradient, h>."""
+        """gw (SPLITS, O, I), part (tiles, SPLITS, B, K), zero before: of this tile and range the
+        weight gradient, and of each chunk <gradient, h>."""
         tile, split, across = tl.program_id(0), tl.program_id(1), tl.cdiv(I, TILE_I)
         group = tile // (GROUP * across) * GROUP
         high = min(tl.cdiv(O, TILE_O) - group, GROUP)
