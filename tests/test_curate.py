@@ -1,4 +1,5 @@
-"""curate.py and train.py --keep for real: choices held against loops over the ledger, and runs on what was kept."""
+"""curate.py and train.py --keep for real: choices held against loops over the ledger, and runs on
+what was kept."""
 
 import io
 import json
@@ -28,274 +29,306 @@ from system import store
 from system.files import write_json
 
 ROOT = Path(config.__file__).parent
-SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --block_size=32 --warmup_iters=5 --learning_rate=5e-3 --device=cpu --dtype=float32"
+SMALL = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--batch_size=4",
+    "--block_size=32",
+    "--warmup_iters=5",
+    "--learning_rate=5e-3",
+    "--device=cpu",
+    "--dtype=float32",
+]
+WORDS = {"prose": ("to", "be", "or"), "code": ("{}", "1+1", ";;")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run over two and a half passes of documents that are known, some longer than a chunk, some much shorter."""
-    path, rng = tmp_path_factory.mktemp("curate"), random.Random(0)
-    words = dict(prose=("to", "be", "or"), code=("{}", "1+1", ";;"))
-    texts = [
-        (name, f"{i} " + " ".join(rng.choices(words[name], k=rng.choice((2, 9, 60)))))
-        for i, name in enumerate(rng.choices(list(words), k=60))
-    ]
-    (path / "texts.jsonl").write_text(
-        "".join(
-            json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n"
-            for domain, text in texts
-        )
-    )
-    options = dict(
-        source=str(path / "texts.jsonl"),
-        tokenizer="byte",
-        block_size=32,
-        val_fraction=0.2,
-        workers=1,
-        data_dir=str(path / "data"),
-    )
-    prepare_pile.prepare(prepare_pile.Config(**options))
+    """A run over two and a half passes of documents that are known, some longer than a chunk, some
+    much shorter."""
+    path = tmp_path_factory.mktemp("curate")
+    rng = random.Random(0)
+    records = []
+    for i, domain in enumerate(rng.choices(list(WORDS), k=60)):
+        words = rng.choices(WORDS[domain], k=rng.choice((2, 9, 60)))
+        records.append({"text": f"{i} " + " ".join(words), "meta": {"pile_set_name": domain}})
+    write_records(path / "texts.jsonl", records)
+    prepare(path / "texts.jsonl", path / "data", val_fraction=0.2)
     n = len(data.open_dataset(path / "data").train.rows)
-    run(
-        path,
-        "run",
-        "--targets=val:code,val:prose",
-        f"--max_iters={5 * n // 8}",
-        "--eval_interval=0",
-    )
+    steps = f"--max_iters={5 * n // 8}"
+    run(path, "run", "--targets=val:code,val:prose", steps, "--eval_interval=0")
     return path
 
 
-def run(folder, name, *more):
-    train.train(
-        config.load(
-            train.Config,
-            [*SMALL.split(), f"--data_dir={folder / 'data'}", f"--out_dir={folder / name}", *more],
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def prepare(source, data_dir, tokenizer="byte", block_size=32, **options):
+    prepare_pile.prepare(
+        prepare_pile.Config(
+            source=str(source),
+            data_dir=str(data_dir),
+            tokenizer=tokenizer,
+            block_size=block_size,
+            workers=1,
+            **options,
         )
     )
+
+
+def run(folder, name, *more):
+    """Trains on a folder's data -> the run's folder."""
+    argv = [*SMALL, f"--data_dir={folder / 'data'}", f"--out_dir={folder / name}", *more]
+    train.train(config.load(train.Config, argv))
     return folder / name
 
 
 def curated(folder, out, **options):
+    """-> keep.npy, keep.json and dropped.npy."""
     curate.curate(curate.Config(run=str(folder / "run"), out=str(out), **options))
-    return (
-        np.load(out / "keep.npy"),
-        json.loads((out / "keep.json").read_text()),
-        np.load(out / "dropped.npy"),
-    )
+    about = json.loads((out / "keep.json").read_text())
+    return np.load(out / "keep.npy"), about, np.load(out / "dropped.npy")
 
 
-def contributions(folder, k, score="value"):
+def gains_by_loops(folder, k, score="value"):
     """{chunk: [what each visit brings]}, by a loop over ledger.npy."""
-    found = {}
+    gains = {}
     for step in np.load(folder / "run" / "ledger.npy").reshape(-1, 4):
-        scale = np.mean([abs(float(v["value"][k])) for v in step])
-        for v in step:
-            each = {
-                "value": float(v["value"][k]),
-                "share": float(v["value"][k]) / scale,
-                "loss": -float(v["loss"]),
-            }
-            found.setdefault(int(v["chunk"]), []).append(each[score])
-    return found
+        scale = np.mean([abs(float(visit["value"][k])) for visit in step])
+        for visit in step:
+            value = float(visit["value"][k])
+            by_score = {"value": value, "share": value / scale, "loss": -float(visit["loss"])}
+            gains.setdefault(int(visit["chunk"]), []).append(by_score[score])
+    return gains
 
 
-def test_negative_chunks_go_and_keep_json_counts_them(folder, tmp_path):
-    keep, about, dropped = curated(folder, tmp_path, target="code")
-    values = np.load(folder / "run" / "values.npy")
-    np.testing.assert_array_equal(keep, np.flatnonzero(~(values[:, 0] < 0)))
-    assert (
-        0
-        < len(dropped)
-        == np.sum(values[:, 0] < 0)
-        == about["units_dropped"]
-        == about["units_negative"]
-        < len(values)
-    )
+def values_of(folder, k):
+    return np.load(folder / "run" / "values.npy")[:, k]
+
+
+# --- the choice -------------------------------------------------------------------
+
+
+def test_curate_drops_negative_chunks(folder, tmp_path):
+    keep, _, dropped = curated(folder, tmp_path, target="code")
+    values = values_of(folder, 0)
+    np.testing.assert_array_equal(keep, np.flatnonzero(~(values < 0)))
+    assert set(dropped["chunk"]) == set(np.flatnonzero(values < 0))
+    assert 0 < len(dropped) < len(values)
+
+
+def test_dropped_npy_has_the_smallest_score_first(folder, tmp_path):
+    _, _, dropped = curated(folder, tmp_path, target="code")
+    values = values_of(folder, 0)
     assert (np.diff(dropped["score"]) >= 0).all()
-    assert (dropped["score"] < 0).all()
-    np.testing.assert_allclose(dropped["score"], values[dropped["chunk"], 0], rtol=1e-5)
-    assert sum(d["kept"] for d in about["domains"]) == len(keep) == about["chunks_kept"]
+    np.testing.assert_allclose(dropped["score"], values[dropped["chunk"]], rtol=1e-5)
+
+
+def test_keep_json_counts_what_is_kept(folder, tmp_path):
+    keep, about, dropped = curated(folder, tmp_path, target="code")
+    assert about["units_dropped"] == len(dropped)
+    assert about["units_negative"] == len(dropped)
+    assert about["chunks_kept"] == len(keep)
+    assert sum(d["kept"] for d in about["domains"]) == len(keep)
     assert about["tokens_kept"] == 32 * len(keep)
     assert about["config"]["target"] == "code"
 
 
 @pytest.mark.parametrize("score", ["value", "share", "loss"])
-def test_a_fraction_goes_by_each_score(folder, tmp_path, score):
+def test_drop_fraction_drops_the_smallest_by_each_score(folder, tmp_path, score):
     keep, _, dropped = curated(folder, tmp_path, drop_fraction=0.25, score=score)
-    by_loop = {
-        chunk: (sum if score == "value" else np.mean)(each)
-        for chunk, each in contributions(folder, 0, score).items()
-    }
-    worst = sorted(by_loop, key=by_loop.get)[: round(0.25 * len(by_loop))]
+    total = np.sum if score == "value" else np.mean
+    scores = {chunk: total(gains) for chunk, gains in gains_by_loops(folder, 0, score).items()}
+    worst = sorted(scores, key=scores.get)[: round(0.25 * len(scores))]
     assert dropped["chunk"].tolist() == worst
     assert not set(worst) & set(keep.tolist())
-    np.testing.assert_allclose(dropped["score"], [by_loop[chunk] for chunk in worst], rtol=1e-6)
+    np.testing.assert_allclose(dropped["score"], [scores[chunk] for chunk in worst], rtol=1e-6)
 
 
-def test_of_each_domain_its_own_fraction(folder, tmp_path):
+def test_per_domain_drops_the_fraction_of_each_domain(folder, tmp_path):
     _, about, dropped = curated(folder, tmp_path, drop_fraction=0.25, per_domain=True)
-    domain, values = (
-        open_run(folder / "run").data.train.domain,
-        np.load(folder / "run" / "values.npy")[:, 0],
-    )
+    domain = open_run(folder / "run").data.train.domain
+    values = values_of(folder, 0)
+    assert len(about["domains"]) == 2
     for d in about["domains"]:
         assert d["chunks"] - d["kept"] == round(0.25 * d["used"])
     for d in np.unique(domain):
         gone = dropped["chunk"][domain[dropped["chunk"]] == d]
-        assert values[gone].max() <= np.delete(values, gone)[np.delete(domain, gone) == d].min()
+        stayed = np.setdiff1d(np.flatnonzero(domain == d), gone)
+        assert values[gone].max() <= values[stayed].min()
 
 
-def test_controls_drop_as_many(folder, tmp_path):
-    values, n = (
-        np.load(folder / "run" / "values.npy")[:, 0],
-        len(curated(folder, tmp_path / "a")[2]),
-    )
-    assert set(curated(folder, tmp_path / "b", invert=True)[2]["chunk"]) == set(
-        np.argsort(-values)[:n]
-    )
-    one, two, again = (
-        curated(folder, tmp_path / name, random=True, seed=seed)[2]["chunk"]
-        for name, seed in (("c", 1), ("d", 2), ("e", 1))
-    )
-    assert len(one) == len(two) == n
-    assert set(one) == set(again) != set(two)
+def test_controls_drop_as_many_as_are_negative(folder, tmp_path):
+    n = len(curated(folder, tmp_path / "negative")[2])
+    largest = np.argsort(-values_of(folder, 0))[:n]
+    inverted = curated(folder, tmp_path / "inverted", invert=True)[2]["chunk"]
+    assert set(inverted) == set(largest)
+    for seed in (1, 2):
+        assert len(dropped_at_random(folder, tmp_path / f"{seed}", seed)) == n
 
 
-def test_only_what_is_negative_beyond_its_spread(folder, tmp_path):
+def test_random_drops_by_its_seed(folder, tmp_path):
+    one = dropped_at_random(folder, tmp_path / "one", seed=1)
+    again = dropped_at_random(folder, tmp_path / "again", seed=1)
+    other = dropped_at_random(folder, tmp_path / "other", seed=2)
+    assert one == again
+    assert one != other
+
+
+def dropped_at_random(folder, out, seed):
+    return set(curated(folder, out, random=True, seed=seed)[2]["chunk"])
+
+
+def test_confidence_drops_only_what_is_negative_beyond_its_standard_error(folder, tmp_path):
     _, _, dropped = curated(folder, tmp_path, confidence=1.0)
     expected = set()
-    for chunk, each in contributions(folder, 0).items():
-        if len(each) > 1 and sum(each) + np.std(each, ddof=1) * len(each) ** 0.5 < 0:
+    for chunk, gains in gains_by_loops(folder, 0).items():
+        if len(gains) > 1 and sum(gains) + np.std(gains, ddof=1) * len(gains) ** 0.5 < 0:
             expected.add(chunk)
     assert set(dropped["chunk"].tolist()) == expected
-    assert 0 < len(expected) < (np.load(folder / "run" / "values.npy")[:, 0] < 0).sum()
+    assert 0 < len(expected) < (values_of(folder, 0) < 0).sum()
     assert np.isfinite(dropped["standard_error"]).all()
 
 
 def documents_of(folder):
     """{doc: {chunk: tokens}} by walking each domain's stream of tokens."""
-    opened, found = data.open_dataset(folder / "data"), {}
+    opened = data.open_dataset(folder / "data")
+    documents = {}
     for row in pq.read_table(folder / "data" / "train_docs.parquet").to_pylist():
         stream = np.flatnonzero(opened.train.domain == opened.domains.index(row["domain"])).tolist()
-        place = stream.index(row["first_chunk"]) * 33 + row["first_token"]
-        for p in range(place, min(place + row["n_tokens"] + 1, len(stream) * 33)):
-            lies = found.setdefault(row["doc"], {})
-            lies[stream[p // 33]] = lies.get(stream[p // 33], 0) + 1
-    return found
+        start = stream.index(row["first_chunk"]) * 33 + row["first_token"]
+        end = min(start + row["n_tokens"] + 1, len(stream) * 33)
+        tokens = documents.setdefault(row["doc"], {})
+        for place in range(start, end):
+            chunk = stream[place // 33]
+            tokens[chunk] = tokens.get(chunk, 0) + 1
+    return documents
 
 
 @pytest.mark.parametrize("score", ["value", "share"])
-def test_whole_documents(folder, tmp_path, score):
-    keep, about, dropped = curated(
-        folder, tmp_path, by="document", drop_fraction=0.3, score=score, target="code"
-    )
-    visits, scores, lies = contributions(folder, 0, score), {}, documents_of(folder)
-    for doc, chunks in lies.items():
-        each = [x * tokens / 33 for chunk, tokens in chunks.items() for x in visits.get(chunk, [])]
-        if each:
-            scores[doc] = sum(each) if score == "value" else np.mean(each)
-    gone = set(sorted(scores, key=scores.get)[: round(0.3 * len(scores))])
-    assert set(dropped["document"].tolist()) == gone
-    for chunk in range(about["chunks"]):
-        held = {doc: chunks[chunk] for doc, chunks in lies.items() if chunk in chunks}
-        assert (chunk in keep) == (
-            sum(n for doc, n in held.items() if doc not in gone)
-            >= sum(n for doc, n in held.items() if doc in gone)
-        )
+def test_by_document_drops_whole_documents(folder, tmp_path, score):
+    options = {"by": "document", "drop_fraction": 0.3, "score": score, "target": "code"}
+    _, _, dropped = curated(folder, tmp_path, **options)
+    gains = gains_by_loops(folder, 0, score)
+    scores = {}
+    for doc, chunks in documents_of(folder).items():
+        brought = []
+        for chunk, tokens in chunks.items():
+            brought += [gain * tokens / 33 for gain in gains.get(chunk, [])]
+        if brought:
+            scores[doc] = sum(brought) if score == "value" else np.mean(brought)
+    worst = sorted(scores, key=scores.get)[: round(0.3 * len(scores))]
+    assert set(dropped["document"].tolist()) == set(worst)
+
+
+def test_a_chunk_goes_with_the_documents_that_hold_most_of_it(folder, tmp_path):
+    options = {"by": "document", "drop_fraction": 0.3, "target": "code"}
+    keep, about, dropped = curated(folder, tmp_path, **options)
+    gone = set(dropped["document"].tolist())
+    balance = np.zeros(about["chunks"])
+    for doc, chunks in documents_of(folder).items():
+        for chunk, tokens in chunks.items():
+            balance[chunk] += -tokens if doc in gone else tokens
+    assert keep.tolist() == np.flatnonzero(balance >= 0).tolist()
+    assert len(keep) < about["chunks"]
+
+
+# --- texts for other trainers -------------------------------------------------------
+
+
+def source_texts(folder):
+    lines = (folder / "texts.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
 
 
 @pytest.mark.parametrize("name", ["kept.jsonl.zst", "kept.jsonl", "kept.parquet"])
-def test_the_documents_kept_are_written_whole(folder, tmp_path, name):
-    _, _, dropped = curated(
-        folder, tmp_path / "out", by="document", drop_fraction=0.3, export=str(tmp_path / name)
-    )
-    source = [json.loads(line)["text"] for line in open(folder / "texts.jsonl")]
-    table, found = (
-        pq.read_table(folder / "data" / "train_docs.parquet").to_pylist(),
-        read_texts(tmp_path / name),
-    )
+def test_export_by_document_writes_the_kept_documents_whole(folder, tmp_path, name):
+    options = {"by": "document", "drop_fraction": 0.3, "export": str(tmp_path / name)}
+    _, _, dropped = curated(folder, tmp_path / "out", **options)
     gone = set(dropped["document"].tolist())
-    assert [r["meta"]["doc"] for r in found] == [
-        row["doc"] for row in table if row["doc"] not in gone
-    ]
-    ends = 0
-    for r in found:
-        assert source[r["meta"]["record"]].startswith(r["text"])
-        assert r["meta"]["part"] == 0
-        ends += source[r["meta"]["record"]] != r["text"]
-    assert ends <= 2  # of each domain the last one, whose end fills no chunk
+    table = pq.read_table(folder / "data" / "train_docs.parquet").to_pylist()
+    stayed = [row["doc"] for row in table if row["doc"] not in gone]
+    records = read_texts(tmp_path / name)
+    assert [record["meta"]["doc"] for record in records] == stayed
+    source = source_texts(folder)
+    n_cut = 0
+    for record in records:
+        text = source[record["meta"]["record"]]
+        assert text.startswith(record["text"])
+        assert record["meta"]["part"] == 0
+        n_cut += text != record["text"]
+    assert n_cut <= 2  # of each domain the last one, whose end fills no chunk
 
 
 def read_texts(path):
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     content = path.read_bytes()
-    content = (
-        zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)).read()
-        if path.suffix == ".zst"
-        else content
-    )
+    if path.suffix == ".zst":
+        content = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)).read()
     return [json.loads(line) for line in content.decode().splitlines()]
 
 
-def test_the_stretches_kept_of_documents(folder, tmp_path):
+def test_export_by_chunk_writes_the_kept_stretches_of_documents(folder, tmp_path):
     keep, _, _ = curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"))
-    opened, found, lies = (
-        data.open_dataset(folder / "data"),
-        read_texts(tmp_path / "kept.jsonl"),
-        documents_of(folder),
-    )
-    total = sum(len(r["text"]) for r in found)
-    assert total == np.sum(opened.train.rows[keep] != opened.meta["eot"])
-    source = [json.loads(line)["text"] for line in open(folder / "texts.jsonl")]
-    for r in found:
-        assert r["text"] in source[r["meta"]["record"]]
-        assert set(lies[r["meta"]["doc"]]) & set(keep.tolist())
-    assert max(r["meta"]["part"] for r in found) > 0
-    again = dict(
-        source=str(tmp_path / "kept.jsonl"),
-        tokenizer="byte",
-        block_size=32,
-        workers=1,
-        data_dir=str(tmp_path / "again"),
-    )
-    prepare_pile.prepare(prepare_pile.Config(**again))  # which reads what it wrote
+    opened = data.open_dataset(folder / "data")
+    records = read_texts(tmp_path / "kept.jsonl")
+    n_characters = sum(len(record["text"]) for record in records)
+    assert n_characters == np.sum(opened.train.rows[keep] != opened.meta["eot"])
+    source = source_texts(folder)
+    documents = documents_of(folder)
+    for record in records:
+        assert record["text"] in source[record["meta"]["record"]]
+        assert set(documents[record["meta"]["doc"]]) & set(keep.tolist())
+    assert max(record["meta"]["part"] for record in records) > 0
+
+
+def test_prepare_pile_reads_an_export(folder, tmp_path):
+    curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"))
+    prepare(tmp_path / "kept.jsonl", tmp_path / "again")
+    assert len(data.open_dataset(tmp_path / "again").train.rows) > 0
 
 
 @pytest.mark.parametrize("tokenizer, block_size", [("byte", 7), ("gpt2", 5)])
-def test_an_export_cuts_no_character(tmp_path, tokenizer, block_size):
+def test_export_cuts_no_character(tmp_path, tokenizer, block_size):
     """Of text whose characters lie across the ends of chunks."""
-    texts = ["漢字かな混じり文 🎉 é à la carte, ünïcödé " * 3 + str(i) for i in range(30)]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = dict(
-        source=str(tmp_path / "t.jsonl"),
-        tokenizer=tokenizer,
-        block_size=block_size,
-        val_fraction=0.2,
-        workers=1,
-    )
-    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
-    out = run(tmp_path, "run", f"--block_size={block_size}", "--max_iters=20", "--eval_interval=0")
-    export = tmp_path / "kept.jsonl"
-    curate.curate(
-        curate.Config(run=str(out), out=str(tmp_path), drop_fraction=0.4, export=str(export))
-    )
-    found = read_texts(export)
-    assert len(found) > 20
-    for row in found:
-        assert "\ufffd" not in row["text"]
-        assert row["text"] in texts[row["meta"]["record"]]
+    out, texts = run_on_characters(tmp_path, tokenizer, block_size)
+    export = str(tmp_path / "kept.jsonl")
+    curate.curate(curate.Config(str(out), out=str(tmp_path), drop_fraction=0.4, export=export))
+    records = read_texts(tmp_path / "kept.jsonl")
+    assert len(records) > 20
+    for record in records:
+        assert "\ufffd" not in record["text"]
+        assert record["text"] in texts[record["meta"]["record"]]
+
+
+@pytest.mark.parametrize("tokenizer, block_size", [("byte", 7), ("gpt2", 5)])
+def test_a_document_is_shown_without_the_character_that_is_cut_at_its_end(
+    tmp_path, tokenizer, block_size
+):
+    out, texts = run_on_characters(tmp_path, tokenizer, block_size)
     opened = open_run(out)
-    for number in range(10):
-        try:
-            text = values.doc(opened, number)["text"]
-        except ValueError:  # it is of the validation set
-            continue
-        assert texts[number].startswith(text)
+    rows = pq.read_table(tmp_path / "data" / "train_docs.parquet").to_pylist()
+    assert len(rows) > 20
+    for row in rows:
+        assert texts[row["record"]].startswith(values.doc(opened, row["doc"])["text"])
 
 
-def test_unused_chunks(folder, tmp_path):
+def run_on_characters(folder, tokenizer, block_size):
+    """-> the run's folder and its source's texts."""
+    texts = [f"{'漢字かな混じり文 🎉 é à la carte, ünïcödé ' * 3}{i}" for i in range(30)]
+    write_records(folder / "t.jsonl", [{"text": text} for text in texts])
+    prepare(folder / "t.jsonl", folder / "data", tokenizer, block_size, val_fraction=0.2)
+    argv = [f"--block_size={block_size}", "--max_iters=20", "--eval_interval=0"]
+    return run(folder, "run", *argv), texts
+
+
+# --- training on what is kept ----------------------------------------------------------
+
+
+def test_unused_chunks_stay_unless_unused_is_drop(folder, tmp_path):
     short = run(folder, "short", "--max_iters=5", "--eval_interval=0")
     kept = {}
     for unused in ("keep", "drop"):
@@ -306,143 +339,163 @@ def test_unused_chunks(folder, tmp_path):
     assert kept["keep"] - kept["drop"] == set(np.flatnonzero(np.isnan(values)))
 
 
-def test_a_run_on_what_is_kept(folder, tmp_path):
-    keep, _, _ = curated(folder, tmp_path / "cut")
+@pytest.fixture(scope="module")
+def kept_run(folder, tmp_path_factory):
+    """-> a run of two passes over kept chunks, and their numbers. Its keep.npy is gone since."""
+    cut = tmp_path_factory.mktemp("kept") / "cut"
+    keep, _, _ = curated(folder, cut)
+    argv = [f"--keep={cut}/keep.npy", f"--max_iters={two_passes(keep)}", "--eval_interval=9"]
+    out = run(folder, "kept", *argv, "--eval_chunks=2", "--checkpoint_interval=7")
+    os.remove(cut / "keep.npy")
+    return out, keep
+
+
+def two_passes(keep):
+    """Steps of four chunks."""
+    return -(-2 * len(keep) // 4)
+
+
+def test_a_run_on_kept_chunks_meets_each_of_them_once_a_pass(kept_run):
+    out, keep = kept_run
+    visits = store.read(out)
     n = len(keep)
-    argv = [
-        f"--keep={tmp_path}/cut/keep.npy",
-        f"--max_iters={n // 2}",
-        "--eval_interval=9",
-        "--eval_chunks=2",
-        "--checkpoint_interval=7",
-    ]
-    out = run(folder, "kept", *argv)
-    visits, values = store.read(out), np.load(out / "values.npy")
-    for passed in range(len(visits) // n):
-        assert sorted(visits["chunk"][passed * n : (passed + 1) * n]) == keep.tolist()
-    assert set(np.flatnonzero(np.isfinite(values))) == set(keep)
+    for start in (0, n):
+        assert sorted(visits["chunk"][start : start + n]) == keep.tolist()
+    assert set(np.flatnonzero(np.isfinite(np.load(out / "values.npy")))) == set(keep)
     assert np.array_equal(np.load(out / "chunks.npy"), keep)
-    lines = [json.loads(line) for line in open(out / "evaluations.jsonl")]
-    assert [e["step"] for e in lines] == [*range(0, n // 2, 9), n // 2]
-    assert {
-        "prose",
-        "code",
-    } == set(lines[-1]["loss"])
 
-    os.remove(tmp_path / "cut" / "keep.npy")  # the run has its own
-    config.main(
-        lambda: revalue.main(
-            config.load(revalue.Config, [str(out), "--targets=val:prose", "--replay", "--end=7"])
-        )
-    )
-    assert np.array_equal(store.read(out / "revalued" / "prose")["chunk"], visits["chunk"][:28])
+
+def test_a_run_on_kept_chunks_is_evaluated_on_every_domain(kept_run):
+    out, keep = kept_run
+    steps = two_passes(keep)
+    lines = (out / "evaluations.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in evaluations] == [*range(0, steps, 9), steps]
+    assert set(evaluations[-1]["loss"]) == {"prose", "code"}
+
+
+def test_a_run_on_kept_chunks_is_revalued_on_the_same_chunks(kept_run, tmp_path):
+    out = shutil.copytree(kept_run[0], tmp_path / "run")
+    first_chunks = store.read(out)["chunk"][:28]
+    revalue.revalue(revalue.Config(str(out), targets="val:prose", replay=True, end=7, name="again"))
+    assert np.array_equal(store.read(out / "revalued" / "again")["chunk"], first_chunks)
     revalue.revalue(revalue.Config(str(out), targets="val:code", end=7, name="walk"))
-    assert np.array_equal(store.read(out / "revalued" / "walk")["chunk"], visits["chunk"][:28])
+    assert np.array_equal(store.read(out / "revalued" / "walk")["chunk"], first_chunks)
 
-    curate.curate(curate.Config(run=str(out)))  # and can be curated again, into its own folder
-    again = config.load(
-        train.Config,
-        [
-            str(out / "config.json"),
-            "--init_from=resume",
-            f"--max_iters={n // 2 + 3}",
-            "--eval_interval=0",
-        ],
-    )
-    train.train(again)
-    assert set(store.read(out)["chunk"]) == set(keep.tolist())
+
+def test_a_run_on_kept_chunks_is_curated_again_and_goes_on(kept_run, tmp_path):
+    out = shutil.copytree(kept_run[0], tmp_path / "run")
+    curate.curate(curate.Config(run=str(out)))  # into its own folder
+    resume = [str(out / "config.json"), "--init_from=resume"]
+    steps = two_passes(kept_run[1]) + 3
+    argv = [*resume, f"--max_iters={steps}", "--eval_interval=0"]
+    train.train(config.load(train.Config, argv))
+    visits = store.read(out)
+    assert visits["step"][-1] == steps - 1
+    assert set(visits["chunk"]) == set(kept_run[1].tolist())
     with pytest.raises(ValueError, match="does not name the chunks"):
-        train.train(
-            config.load(
-                train.Config,
-                [str(out / "config.json"), "--init_from=resume", f"--keep={out}/keep.npy"],
-            )
-        )
+        train.train(config.load(train.Config, [*resume, f"--keep={out}/keep.npy"]))
 
 
-def test_a_chunk_that_stands_twice_is_met_twice(folder, tmp_path):
+def test_a_chunk_that_keep_npy_names_three_times_is_met_three_times_a_pass(folder, tmp_path):
     np.save(tmp_path / "keep.npy", [3, 3, 3, 5])
-    out = run(folder, "twice", f"--keep={tmp_path}/keep.npy", "--max_iters=4", "--eval_interval=0")
-    assert np.bincount(store.read(out)["chunk"])[[3, 5]].tolist() == [12, 4]
-    visits, values = store.read(out), np.load(out / "values.npy")
-    np.testing.assert_allclose(
-        values[3], visits["value"][visits["chunk"] == 3].sum(dtype=float), rtol=1e-5
-    )
+    argv = [f"--keep={tmp_path}/keep.npy", "--max_iters=4", "--eval_interval=0"]
+    out = run(folder, "thrice", *argv)
+    visits = store.read(out)
+    assert np.bincount(visits["chunk"])[[3, 5]].tolist() == [12, 4]
+    total = visits["value"][visits["chunk"] == 3].sum(dtype=float)
+    np.testing.assert_allclose(np.load(out / "values.npy")[3], total, rtol=1e-5)
 
 
-def refusals(tmp_path, folder):
+# --- what goes wrong -------------------------------------------------------------------
+
+
+WRONG_KEEP = {
+    "nowhere": "missing",
+    "far": "numbers of chunks",
+    "mask": "numbers of chunks",
+    "none": "numbers of chunks",
+    "text": "damaged",
+    "other": "other data",
+}
+
+
+@pytest.fixture
+def wrong_keeps(tmp_path):
+    """A folder of the files of WRONG_KEEP, all but nowhere.npy."""
     np.save(tmp_path / "far.npy", [1, 10**6])
     np.save(tmp_path / "mask.npy", [True, False])
     np.save(tmp_path / "none.npy", np.zeros(0, int))
     (tmp_path / "text.npy").write_text("1 2 3")
     np.save(tmp_path / "other.npy", [1, 2])
-    write_json(tmp_path / "other.json", dict(data_hash="abc", files={}))
-    for name, answer in dict(
-        nowhere="missing",
-        far="numbers of chunks",
-        mask="numbers of chunks",
-        none="numbers of chunks",
-        text="damaged",
-        other="other data",
-    ).items():
-        yield "train", [f"--keep={tmp_path}/{name}.npy"], answer
-    yield "curate", [], "no run given"
-    yield "curate", [str(tmp_path)], "no run's folder"
-    yield "curate", [str(folder / "run"), "--drop=positive"], "choose one of negative"
-    yield "curate", [str(folder / "run"), "--drop_fraction=16"], "it must be below 1"
-    yield (
-        "curate",
-        [str(folder / "run"), "--drop_fraction=.1", "--confidence=2"],
-        "write one of them",
-    )
-    yield "curate", [str(folder / "run"), "--per_domain"], "write --drop_fraction=.16"
-    yield "curate", [str(folder / "run"), "--score=loss"], "write --drop_fraction=.16"
-    yield "curate", [str(folder / "run"), "--invert", "--random"], "write one of them"
-    yield "curate", [str(folder / "run"), "--target=Prose"], "'code', 'prose'"
-    yield "curate", [str(folder / "run"), "--export=kept.txt"], ".jsonl.zst"
-    yield (
-        "curate",
-        [str(folder / "run"), f"--export={tmp_path}/no/kept.jsonl"],
-        "a folder that exists",
-    )
+    write_json(tmp_path / "other.json", {"data_hash": "abc", "files": {}})
+    return tmp_path
 
 
-def test_wrong_input_is_one_line(folder, tmp_path, capsys):
-    for script, argv, answer in refusals(tmp_path, folder):
-        with pytest.raises(SystemExit) as stop:
-            if script == "train":
-                config.main(lambda argv=argv: run(folder, "refused", *argv))
-            else:
-                config.main(lambda argv=argv: curate.curate(config.load(curate.Config, argv)))
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and answer in err and err.count("\n") == 1, (argv, err)
+@pytest.mark.parametrize("name", WRONG_KEEP)
+def test_train_refuses_a_wrong_keep_in_one_line(folder, wrong_keeps, capsys, name):
+    line = refused(capsys, lambda: run(folder, "refused", f"--keep={wrong_keeps}/{name}.npy"))
+    assert WRONG_KEEP[name] in line
     assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, answer",
+    [
+        (["RUN", "--drop=positive"], "choose one of negative"),
+        (["RUN", "--drop_fraction=16"], "it must be below 1"),
+        (["RUN", "--drop_fraction=.1", "--confidence=2"], "write one of them"),
+        (["RUN", "--per_domain"], "write --drop_fraction=.16"),
+        (["RUN", "--score=loss"], "write --drop_fraction=.16"),
+        (["RUN", "--invert", "--random"], "write one of them"),
+        (["RUN", "--target=Prose"], "'code', 'prose'"),
+        (["RUN", "--export=kept.txt"], ".jsonl.zst"),
+        (["RUN", "--export=no/folder/kept.jsonl"], "a folder that exists"),
+        ([], "no run given"),
+        (["."], "no run's folder"),
+    ],
+)
+def test_curate_refuses_wrong_arguments_in_one_line(folder, capsys, argv, answer):
+    argv = [str(folder / "run") if word == "RUN" else word for word in argv]
+    line = refused(capsys, lambda: curate.curate(config.load(curate.Config, argv)))
+    assert answer in line
     assert not (folder / "run" / "keep.npy").exists()
 
 
-def test_nothing_is_replaced_unasked(folder, tmp_path):
+def refused(capsys, command):
+    """The one line that a command leaves on stderr when it ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        config.main(command)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert line.count("\n") == 1, line
+    return line
+
+
+def test_curate_replaces_keep_npy_only_with_overwrite(folder, tmp_path):
     curated(folder, tmp_path)
+    before = (tmp_path / "keep.npy").read_bytes()
     with pytest.raises(ValueError, match="--overwrite replaces it"):
         curated(folder, tmp_path, random=True)
+    assert (tmp_path / "keep.npy").read_bytes() == before
     curated(folder, tmp_path, random=True, overwrite=True)
+    assert (tmp_path / "keep.npy").read_bytes() != before
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_an_export_that_is_killed_leaves_nothing_half_written(folder, tmp_path):
+def test_a_killed_export_leaves_nothing_half_written(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
-    command = [
-        sys.executable,
-        ROOT / "curate.py",
-        tmp_path / "run",
-        f"--export={tmp_path}/kept.jsonl",
-        "--by=document",
-    ]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE)
-    while not (tmp_path / "kept.jsonl.tmp").exists() and process.poll() is None:
+    export = tmp_path / "kept.jsonl"
+    begun = tmp_path / "kept.jsonl.tmp"
+    command = [sys.executable, str(ROOT / "curate.py"), str(tmp_path / "run")]
+    command += [f"--export={export}", "--by=document"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not begun.exists() and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    process.wait()
-    assert (tmp_path / "kept.jsonl").exists() == (process.returncode == 0)
-    assert not (tmp_path / "kept.jsonl.tmp").exists()
-    subprocess.run(list(map(str, [*command, "--overwrite"])), check=True, capture_output=True)
-    assert len(read_texts(tmp_path / "kept.jsonl")) > 10
+    process.communicate()
+    assert export.exists() == (process.returncode == 0)
+    assert not begun.exists()
+    subprocess.run([*command, "--overwrite"], check=True, capture_output=True)
+    assert len(read_texts(export)) > 10

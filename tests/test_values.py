@@ -1,4 +1,5 @@
-"""values.py for real: a small run on documents that are known, read by every command and held against plain loops over its ledger."""
+"""values.py for real: a small run on documents that are known, read by every command and held
+against plain loops over its ledger."""
 
 import csv
 import hashlib
@@ -31,97 +32,77 @@ from system import store, terminal
 
 ROOT = Path(config.__file__).parent
 SCHEMA = json.loads((ROOT / "show" / "values.schema.json").read_text())
-EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\r\u202eback\x7f"  # sets a title, colours, clears, overwrites, turns the text round
-SMALL = "--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --warmup_iters=5 --learning_rate=5e-3 --eval_interval=0 --device=cpu --dtype=float32"
+# sets a title, colours, clears, overwrites, turns the text round
+EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\r\u202eback\x7f"
+DOMAINS = ("prose", "code", "漢字", "bad\x1b[31mname")
+SMALL = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--batch_size=4",
+    "--warmup_iters=5",
+    "--learning_rate=5e-3",
+    "--eval_interval=0",
+    "--device=cpu",
+    "--dtype=float32",
+]
 
 
 def texts():
-    """[(domain, text)]: short and long ones, of ASCII, of two cells a character, and with what a terminal would obey."""
-    rng, found = random.Random(0), []
+    """[(domain, text)]: short and long ones, of ASCII, of two cells a character, and with what a
+    terminal would obey."""
+    rng = random.Random(0)
+    pairs = []
     for i in range(120):
-        domain = rng.choice(("prose", "code", "漢字", "bad\x1b[31mname"))
-        words = (
-            ("漢字", "かな")
-            if domain == "漢字"
-            else ("to", "be", "or", EVIL if i % 9 == 0 else "not")
+        domain = rng.choice(DOMAINS)
+        words = ["to", "be", "or", EVIL if i % 9 == 0 else "not"]
+        if domain == "漢字":
+            words = ["漢字", "かな"]
+        n = rng.randrange(1, 90 if i % 7 == 0 else 25)
+        chosen = [rng.choice(words) for _ in range(n)]
+        pairs.append((domain, f"{i} " + " ".join(chosen)))
+    return pairs
+
+
+def prepare(folder, data_dir, block_size=64):
+    prepare_pile.prepare(
+        prepare_pile.Config(
+            source=str(folder / "texts.jsonl"),
+            tokenizer="byte",
+            block_size=block_size,
+            val_fraction=0.2,
+            workers=1,
+            data_dir=str(data_dir),
         )
-        found.append(
-            (
-                domain,
-                f"{i} "
-                + " ".join(
-                    rng.choice(words) for _ in range(rng.randrange(1, 90 if i % 7 == 0 else 25))
-                ),
-            )
-        )
-    return found
+    )
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("values")
-    lines = [
-        json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n"
-        for domain, text in texts()
-    ]
+    records = [{"text": text, "meta": {"pile_set_name": domain}} for domain, text in texts()]
+    lines = [json.dumps(record) + "\n" for record in records]
     (folder / "texts.jsonl").write_text("".join(lines))
-    prepare_pile.prepare(
-        prepare_pile.Config(
-            source=str(folder / "texts.jsonl"),
-            tokenizer="byte",
-            block_size=64,
-            val_fraction=0.2,
-            workers=1,
-            data_dir=str(folder / "data"),
-        )
-    )
+    prepare(folder, folder / "data")
     return folder
 
 
 def trained(prepared, name, *more):
-    argv = [
-        *SMALL.split(),
-        f"--data_dir={prepared / 'data'}",
-        f"--out_dir={prepared / name}",
-        "--max_iters=60",
-        *more,
-    ]
-    train.train(config.load(train.Config, argv))
+    argv = [*SMALL, f"--data_dir={prepared / 'data'}", f"--out_dir={prepared / name}"]
+    train.train(config.load(train.Config, [*argv, "--max_iters=60", *more]))
     return prepared / name
 
 
 @pytest.fixture(scope="module")
 def folder(prepared):
-    return trained(
-        prepared,
-        "run",
-        "--targets=val:prose,val:code",
-        "--book_interval=7",
-        "--audit_interval=20",
-        "--checkpoint_interval=20",
-    )
+    argv = ["--targets=val:prose,val:code", "--book_interval=7", "--audit_interval=20"]
+    return trained(prepared, "run", *argv, "--checkpoint_interval=20")
 
 
 @pytest.fixture(scope="module")
 def other(prepared):
-    return trained(
-        prepared, "other", "--targets=val:code,val", "--rule=sgd", "--seed=2", "--max_iters=15"
-    )
-
-
-def test_preparing_and_training_print_no_escape_code(prepared, tmp_path, capsys):
-    options = dict(
-        source=str(prepared / "texts.jsonl"),
-        tokenizer="byte",
-        block_size=64,
-        val_fraction=0.2,
-        workers=1,
-    )
-    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
-    trained(prepared, tmp_path / "run", "--max_iters=5", "--targets=val:bad\x1b[31mname")
-    out = capsys.readouterr().out
-    assert out.count("bad\\x1b[31mname") >= 3
-    assert "\x1b" not in out
+    argv = ["--targets=val:code,val", "--rule=sgd", "--seed=2", "--max_iters=15"]
+    return trained(prepared, "other", *argv)
 
 
 @pytest.fixture
@@ -145,9 +126,10 @@ def refused(typed, capsys):
         with pytest.raises(SystemExit) as stop:
             typed(*argv)
         out, err = capsys.readouterr()
-        assert (
-            stop.value.code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1
-        ), err
+        assert stop.value.code == 2, err
+        assert not out
+        assert err.startswith("error: "), err
+        assert err.count("\n") == 1, err
         return err
 
     return call
@@ -155,282 +137,412 @@ def refused(typed, capsys):
 
 def by_loops(folder):
     """{chunk: [(step, loss, value (K,))]}, out of ledger.npy."""
-    found = {}
+    visits = {}
     for visit in np.load(folder / "ledger.npy"):
-        found.setdefault(int(visit["chunk"]), []).append(
-            (int(visit["step"]), float(visit["loss"]), visit["value"].astype(float))
-        )
-    return found
+        entry = (int(visit["step"]), float(visit["loss"]), visit["value"].astype(float))
+        visits.setdefault(int(visit["chunk"]), []).append(entry)
+    return visits
+
+
+def totals(visits):
+    """by_loops() -> {chunk: its value (K,), float32}"""
+    total = {}
+    for chunk, entries in visits.items():
+        total[chunk] = np.float32(sum(value for _, _, value in entries))
+    return total
 
 
 def documents_by_eot(prepared):
-    """{chunk: [doc]}: the domain's stream of tokens, cut at every <eot>, against the documents in their order."""
-    dataset, table, found = (
-        data.open_dataset(prepared / "data"),
-        pq.read_table(prepared / "data" / "train_docs.parquet").to_pylist(),
-        {},
-    )
+    """{chunk: [doc]}: the domain's stream of tokens, cut at every <eot>, against the documents in
+    their order."""
+    dataset = data.open_dataset(prepared / "data")
+    table = document_table(prepared)
+    documents = {}
     for d, domain in enumerate(dataset.domains):
         docs = iter([row["doc"] for row in table if row["domain"] == domain])
         doc = next(docs, None)
         for chunk in np.flatnonzero(dataset.train.domain == d).tolist():
-            found[chunk] = []
+            documents[chunk] = []
             for token in dataset.train.rows[chunk]:
-                found[chunk] += [doc] * (doc not in found[chunk])
+                if doc not in documents[chunk]:
+                    documents[chunk].append(doc)
                 if token == dataset.meta["eot"]:
                     doc = next(docs, None)
-    return found
+    return documents
+
+
+def document_table(prepared):
+    return pq.read_table(prepared / "data" / "train_docs.parquet").to_pylist()
 
 
 # --- the numbers ----------------------------------------------------------------
 
 
-def test_ranking_and_chunk_are_what_the_ledger_says(prepared, folder):
-    run, visits, documents = values.open_run(folder), by_loops(folder), documents_by_eot(prepared)
-    assert max(map(len, visits.values())) > 1
-    total = {chunk: sum(value for *_, value in of) for chunk, of in visits.items()}
+@pytest.mark.parametrize("order", ["top", "bottom"])
+def test_top_and_bottom_rank_chunks_by_the_sums_of_the_ledger(folder, order):
+    run = values.open_run(folder)
+    total = totals(by_loops(folder))
+    sign = -1 if order == "top" else 1
+    assert len(run.names) == 2
     for k, target in enumerate(run.names):
-        best = sorted(total, key=lambda chunk: (-np.float32(total[chunk][k]), chunk))
-        for name, found, expected in (
-            ("top", values.top, best),
-            ("bottom", values.bottom, sorted(total, key=lambda c: (np.float32(total[c][k]), c))),
-        ):
-            found = found(run, n=9, target=target)
-            assert found["order"] == name
-            assert [row["chunk"] for row in found["chunks"]] == expected[:9]
-            for row in found["chunks"]:
-                of = visits[row["chunk"]]
-                assert row["value"] == np.float32(total[row["chunk"]][k])
-                assert row["visits"] == len(of)
-                assert row["first_step"] == min(of)[0]
-                assert row["loss"] == pytest.approx(np.mean([loss for _, loss, _ in of]))
-                assert [doc["doc"] for doc in row["documents"]] == documents[row["chunk"]]
-    mine = values.top(run, n=10**6, domain="code")["chunks"]
-    assert [row["chunk"] for row in mine] == [
-        chunk
-        for chunk in sorted(total, key=lambda c: (-np.float32(total[c][0]), c))
-        if run.domain_of(chunk) == "code"
+        expected = sorted(total, key=lambda chunk: (sign * total[chunk][k], chunk))
+        result = getattr(values, order)(run, n=9, target=target)
+        assert result["order"] == order
+        assert [row["chunk"] for row in result["chunks"]] == expected[:9]
+        for row in result["chunks"]:
+            assert row["value"] == total[row["chunk"]][k]
+
+
+def test_top_says_of_each_chunk_what_the_ledger_says(prepared, folder):
+    run = values.open_run(folder)
+    visits = by_loops(folder)
+    documents = documents_by_eot(prepared)
+    rows = values.top(run, n=10**6)["chunks"]
+    assert len(rows) == len(visits)
+    assert max(row["visits"] for row in rows) > 1
+    for row in rows:
+        entries = visits[row["chunk"]]
+        losses = [loss for _, loss, _ in entries]
+        assert row["visits"] == len(entries)
+        assert row["first_step"] == min(step for step, _, _ in entries)
+        assert row["loss"] == pytest.approx(np.mean(losses))
+        assert [doc["doc"] for doc in row["documents"]] == documents[row["chunk"]]
+
+
+def test_top_of_a_domain_has_all_its_chunks_and_no_other(folder):
+    run = values.open_run(folder)
+    rows = values.top(run, n=10**6)["chunks"]
+    inside = values.top(run, n=10**6, domain="code")["chunks"]
+    assert [row["chunk"] for row in inside] == [
+        row["chunk"] for row in rows if row["domain"] == "code"
     ]
-    for chunk in list(total)[:10]:
-        found = values.chunk(run, chunk)
-        assert [(v["step"], v["loss"], list(v["value"].values())) for v in found["visits"]] == [
-            (s, x, list(v)) for s, x, v in visits[chunk]
-        ]
-        assert list(found["value"].values()) == pytest.approx(list(total[chunk]), rel=1e-6)
-        assert found["used"]
-        assert found["text"].replace("\n<|endoftext|>\n", "") == "".join(run.pieces(chunk)).replace(
-            "\n<|endoftext|>\n", ""
-        )
+    assert 0 < len(inside) < len(rows)
 
 
-def test_summary_and_domains_are_what_the_ledger_says(folder):
-    run, visits = values.open_run(folder), by_loops(folder)
-    found, books = values.summary(run), np.load(folder / "books.npy")
-    assert (
-        found["steps"],
-        found["max_iters"],
-        found["finished"],
-        found["visits"],
-        found["chunks_used"],
-    ) == (60, 60, True, 240, len(visits))
-    assert (found["early_steps"], found["chunks"]) == (3, len(run.data.train.rows))
-    for k, target in enumerate(found["targets"]):
-        v = np.array(
-            [np.float32(sum(value[k] for *_, value in of)) for of in visits.values()], float
-        )
+def test_chunk_shows_every_visit_and_the_text(folder):
+    run = values.open_run(folder)
+    visits = by_loops(folder)
+    for chunk in list(visits)[:10]:
+        result = values.chunk(run, chunk)
+        assert result["used"]
+        assert len(result["visits"]) == len(visits[chunk])
+        for shown, (step, loss, value) in zip(result["visits"], visits[chunk]):
+            assert shown["step"] == step
+            assert shown["loss"] == loss
+            assert list(shown["value"].values()) == list(value)
+        total = sum(value for _, _, value in visits[chunk])
+        assert list(result["value"].values()) == pytest.approx(list(total), rel=1e-6)
+        pieces = "".join(run.pieces(chunk))
+        separator = "\n<|endoftext|>\n"
+        assert result["text"].replace(separator, "") == pieces.replace(separator, "")
+
+
+def test_summary_counts_the_visits_of_the_ledger(folder):
+    run = values.open_run(folder)
+    result = values.summary(run)
+    assert result["steps"] == 60
+    assert result["max_iters"] == 60
+    assert result["finished"]
+    assert result["visits"] == 240
+    assert result["chunks_used"] == len(by_loops(folder))
+    assert result["early_steps"] == 3
+    assert result["chunks"] == len(run.data.train.rows)
+
+
+def test_summary_has_the_spread_of_the_sums_of_the_ledger(folder):
+    total = totals(by_loops(folder))
+    targets = values.summary(values.open_run(folder))["targets"]
+    assert len(targets) == 2
+    for k, target in enumerate(targets):
+        v = np.array([value[k] for value in total.values()], float)
         assert target["mean"] == pytest.approx(v.mean())
         assert target["sd"] == pytest.approx(v.std(ddof=1))
         assert target["sum"] == pytest.approx(v.sum())
-        assert (target["median"], target["p95"]) == pytest.approx(
-            (np.median(v), np.quantile(v, 0.95))
-        )
+        assert target["median"] == pytest.approx(np.median(v))
+        assert target["p95"] == pytest.approx(np.quantile(v, 0.95))
         assert target["negative"] == (v < 0).mean()
-        drop = sum(float(b["before"][k]) - float(b["after"][k]) for b in books[::7])
-        assert target["books"]["measured_steps"] == 9
-        assert target["books"]["drop"] == pytest.approx(drop)
-        rest = sum(target["books"][key] for key in ("data", "momentum", "decay"))
-        assert target["books"]["accounted"] == pytest.approx(rest / drop, abs=1e-4)
-        assert target["audit"]["steps"] == len(run.audit) == 3
+
+
+def test_summary_closes_the_books_and_repeats_the_audit(folder):
+    run = values.open_run(folder)
+    measured = np.load(folder / "books.npy")[::7]
+    assert len(run.audit) == 3
+    for k, target in enumerate(values.summary(run)["targets"]):
+        books = target["books"]
+        drop = (measured["before"] - measured["after"])[:, k].sum(dtype=float)
+        explained = books["data"] + books["momentum"] + books["decay"]
+        assert books["measured_steps"] == len(measured) == 9
+        assert books["drop"] == pytest.approx(drop)
+        assert books["accounted"] == pytest.approx(explained / drop, abs=1e-4)
+        assert target["audit"]["steps"] == 3
         assert target["audit"]["pearson_lowest"] == run.audit["pearson"][:, k].min()
+
+
+def test_domains_have_the_spread_of_values_per_token(folder):
+    run = values.open_run(folder)
+    total = totals(by_loops(folder))
     rows = values.domains(run)["domains"]
+    assert len(rows) == len(run.names) * len(DOMAINS)
     for row in rows:
         k = run.names.index(row["target"])
-        v = np.array(
-            [
-                sum(value[k] for *_, value in of)
-                for chunk, of in visits.items()
-                if run.domain_of(chunk) == row["domain"]
-            ]
-        )
-        assert (row["chunks"], row["tokens"]) == (len(v), 64 * len(v))
-        assert row["share"] == len(v) / len(visits)
+        inside = [chunk for chunk in total if run.domain_of(chunk) == row["domain"]]
+        v = np.array([total[chunk][k] for chunk in inside], float)
+        assert row["chunks"] == len(v)
+        assert row["tokens"] == 64 * len(v)
+        assert row["share"] == len(v) / len(total)
         assert row["mean"] == pytest.approx(v.mean() / 64, rel=1e-5)
         assert row["sum"] == pytest.approx(v.sum(), rel=1e-5)
         assert row["standard_error"] == pytest.approx(v.std(ddof=1) / len(v) ** 0.5 / 64, rel=1e-5)
         assert row["p5"] == pytest.approx(np.quantile(v, 0.05) / 64, rel=1e-5)
     for name in run.names:
-        assert sum(row["share_of_sum"] for row in rows if row["target"] == name) == pytest.approx(1)
+        shares = [row["share_of_sum"] for row in rows if row["target"] == name]
+        assert sum(shares) == pytest.approx(1)
 
 
-def test_every_document_is_found_again_in_its_chunks(prepared, folder):
-    run, by_chunk, source = values.open_run(folder), documents_by_eot(prepared), texts()
-    shares, total = dict.fromkeys(by_chunk, 0.0), 0.0
-    for row in pq.read_table(prepared / "data" / "train_docs.parquet").to_pylist():
-        found = values.doc(run, row["doc"])
-        assert [c["chunk"] for c in found["chunks"]] == [
-            chunk for chunk, docs in by_chunk.items() if row["doc"] in docs
-        ]
-        domain, text = source[found["record"]]
-        assert found["domain"] == domain
-        if found["whole"]:
-            assert found["text"] == text
+def test_doc_has_the_text_of_its_record_and_the_chunks_that_it_lies_in(prepared, folder):
+    run = values.open_run(folder)
+    by_chunk = documents_by_eot(prepared)
+    source = texts()
+    whole = 0
+    for row in document_table(prepared):
+        result = values.doc(run, row["doc"])
+        expected = [chunk for chunk, docs in by_chunk.items() if row["doc"] in docs]
+        assert [entry["chunk"] for entry in result["chunks"]] == expected
+        domain, text = source[result["record"]]
+        assert result["domain"] == domain
+        assert text.startswith(result["text"])
+        if result["whole"]:
+            assert result["text"] == text
+            whole += 1
+    assert whole > 40
+
+
+def test_values_of_documents_are_their_shares_of_the_values_of_their_chunks(prepared, folder):
+    run = values.open_run(folder)
+    shares = dict.fromkeys(documents_by_eot(prepared), 0.0)
+    total = 0.0
+    for row in document_table(prepared):
+        result = values.doc(run, row["doc"])
+        for entry in result["chunks"]:
+            shares[entry["chunk"]] += entry["share"]
+        used = [e for e in result["chunks"] if not np.isnan(e["value"]["code"])]
+        assert result["chunks_used"] == len(used)
+        if used:
+            value = sum(entry["share"] * entry["value"]["code"] for entry in used)
+            assert result["value"]["code"] == pytest.approx(value)
+            total += value
         else:
-            assert text.startswith(found["text"].rstrip("\ufffd"))
-        for c in found["chunks"]:
-            shares[c["chunk"]] += c["share"]
-        known = [c for c in found["chunks"] if not np.isnan(c["value"]["code"])]
-        assert found["chunks_used"] == len(known)
-        assert known or np.isnan(found["value"]["code"])
-        total += sum(c["share"] * c["value"]["code"] for c in known)
-        assert not known or found["value"]["code"] == pytest.approx(
-            sum(c["share"] * c["value"]["code"] for c in known)
-        )
+            assert np.isnan(result["value"]["code"])
     assert list(shares.values()) == pytest.approx([1.0] * len(shares))
     assert total == pytest.approx(np.nansum(run.values[:, 1], dtype=float))
-    for chunk, docs in by_chunk.items():
-        found = values.Documents(run).of_chunk(chunk)
-        assert [doc["doc"] for doc in found] == docs
-        for doc in found:
-            text = source[doc["record"]][1].encode()
-            assert doc["begins"] < 0 or bytes(run.data.train.rows[chunk].astype(np.uint8))[
-                doc["begins"] :
-            ].startswith(text[: 65 - doc["begins"]])
 
 
-def test_export_is_the_same_by_one_row_group_of_documents_or_by_many(
-    prepared, folder, typed, tmp_path
-):
-    run, visits, documents = values.open_run(folder), by_loops(folder), documents_by_eot(prepared)
-    (tmp_path / "data").mkdir()
-    for path in (prepared / "data").iterdir():
-        shutil.copy(path, tmp_path / "data")
-    docs = pq.read_table(prepared / "data" / "train_docs.parquet")
+def test_documents_of_a_chunk_begin_where_their_texts_begin(prepared, folder):
+    run = values.open_run(folder)
+    source = texts()
+    documents = values.Documents(run)
+    for chunk, docs in documents_by_eot(prepared).items():
+        listed = documents.of_chunk(chunk)
+        assert [doc["doc"] for doc in listed] == docs
+        content = bytes(run.data.train.rows[chunk].astype(np.uint8))
+        for doc in listed:
+            if doc["begins"] >= 0:
+                text = source[doc["record"]][1].encode()
+                begin = content[doc["begins"] :]
+                assert begin.startswith(text[: len(begin)])
+
+
+@pytest.fixture(scope="module")
+def data_in_many_groups(prepared, tmp_path_factory):
+    """The data, with a row group of documents for each chunk, as prepare_pile.py never parts it."""
+    copy = shutil.copytree(prepared / "data", tmp_path_factory.mktemp("groups") / "data")
+    path = copy / "train_docs.parquet"
+    docs = pq.read_table(path)
     first = docs["first_chunk"].to_numpy()
-    with pq.ParquetWriter(
-        tmp_path / "data" / "train_docs.parquet", docs.schema
-    ) as file:  # a group a chunk, as prepare_pile.py never parts them
+    with pq.ParquetWriter(path, docs.schema) as file:
         for chunk in np.unique(first):
             file.write_table(docs.filter(pa.array(first == chunk)))
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
-    digest = hashlib.sha256((tmp_path / "data" / "train_docs.parquet").read_bytes()).hexdigest()
-    change(tmp_path / "data" / "meta.json", sha256=meta["sha256"] | {"train_docs.parquet": digest})
-    for name, where in (("one", ()), ("many", (f"--data_dir={tmp_path / 'data'}",))):
-        typed("export", folder, tmp_path / f"{name}.parquet", *where)
-        table = pq.read_table(tmp_path / f"{name}.parquet")
-        assert table.schema.metadata[b"sign"] == run.info["sign"].encode()
-        assert table.schema.metadata[b"unit"] == b"nats"
-        assert table.schema.metadata[b"rule"] == b"adamw"
-        assert table.schema.field("docs").type == pa.list_(pa.int64())
-        rows = table.to_pylist()
-        assert [row["chunk"] for row in rows] == sorted(visits)
-        for row in rows:
-            of = visits[row["chunk"]]
-            assert (row["domain"], row["docs"]) == (
-                run.domain_of(row["chunk"]),
-                documents[row["chunk"]],
-            )
-            assert (row["visits"], row["first_step"]) == (len(of), of[0][0])
-            assert row["loss"] == pytest.approx(np.mean([loss for _, loss, _ in of]))
-            assert [row["value:prose"], row["value:code"]] == run.values[row["chunk"]].tolist()
-    many = values.open_run(folder, tmp_path / "data")
-    assert all(
-        [doc["doc"] for doc in values.Documents(many).of_chunk(chunk)] == documents[chunk]
-        for chunk in documents
-    )
+    assert pq.ParquetFile(path).num_row_groups > 8
+    digests = json.loads((copy / "meta.json").read_text())["sha256"]
+    digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    change(copy / "meta.json", sha256=digests)
+    return copy
 
 
-def test_compare(folder, other, typed):
+@pytest.mark.parametrize("groups", ["one", "many"])
+def test_export_has_a_row_for_every_chunk_used(
+    prepared, folder, data_in_many_groups, typed, tmp_path, groups
+):
+    run = values.open_run(folder)
+    visits = by_loops(folder)
+    documents = documents_by_eot(prepared)
+    data_dir = {"one": prepared / "data", "many": data_in_many_groups}[groups]
+    typed("export", folder, tmp_path / "v.parquet", f"--data_dir={data_dir}")
+    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
+    assert [row["chunk"] for row in rows] == sorted(visits)
+    for row in rows:
+        entries = visits[row["chunk"]]
+        assert row["domain"] == run.domain_of(row["chunk"])
+        assert row["docs"] == documents[row["chunk"]]
+        assert row["visits"] == len(entries)
+        assert row["first_step"] == entries[0][0]
+        assert row["loss"] == pytest.approx(np.mean([loss for _, loss, _ in entries]))
+        assert [row["value:prose"], row["value:code"]] == run.values[row["chunk"]].tolist()
+
+
+def test_export_says_what_its_values_are(folder, typed, tmp_path):
+    run = values.open_run(folder)
+    typed("export", folder, tmp_path / "v.parquet")
+    schema = pq.read_schema(tmp_path / "v.parquet")
+    assert schema.metadata[b"sign"] == run.info["sign"].encode()
+    assert schema.metadata[b"unit"] == b"nats"
+    assert schema.metadata[b"rule"] == b"adamw"
+    assert schema.field("docs").type == pa.list_(pa.int64())
+
+
+def test_documents_of_a_chunk_are_found_in_many_row_groups(prepared, folder, data_in_many_groups):
+    documents = values.Documents(values.open_run(folder, data_in_many_groups))
+    for chunk, docs in documents_by_eot(prepared).items():
+        assert [doc["doc"] for doc in documents.of_chunk(chunk)] == docs
+
+
+@pytest.fixture
+def common(folder, other):
+    """The values of "code" of two runs on the chunks that both used, and those chunks."""
+    a = values.open_run(folder)
+    b = values.open_run(other)
+    chunks = sorted(set(by_loops(folder)) & set(by_loops(other)))
+    return a.values[chunks, 1].astype(float), b.values[chunks, 0].astype(float), chunks
+
+
+def test_compare_correlates_the_values_of_common_targets(folder, other, common):
     from scipy import stats
 
-    a, b = values.open_run(folder), values.open_run(other)
-    found = values.compare(a, b, n=4)
-    ids = sorted(set(by_loops(folder)) & set(by_loops(other)))
-    x, y = a.values[ids, 1].astype(float), b.values[ids, 0].astype(float)  # "code" in both
-    (target,) = found["targets"]
-    assert found["chunks"] == len(ids)
+    x, y, chunks = common
+    result = values.compare(values.open_run(folder), values.open_run(other))
+    (target,) = result["targets"]
+    assert result["chunks"] == len(chunks)
     assert target["target"] == "code"
     assert target["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     assert target["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
     assert target["equal_signs"] == np.mean((x > 0) == (y > 0))
-    apart = abs(stats.rankdata(-x) - stats.rankdata(-y))
-    assert [abs(m["rank_a"] - m["rank_b"]) for m in found["moved"]] == sorted(apart, reverse=True)[
-        :4
-    ]
-    for row in found["domains"]:
-        inside = [i for i, chunk in enumerate(ids) if a.domain_of(chunk) == row["domain"]]
-        assert (row["mean_a"], row["mean_b"], row["chunks"]) == pytest.approx(
-            (x[inside].mean(), y[inside].mean(), len(inside))
-        )
-    assert values.compare(a, a)["targets"][0]["spearman"] == pytest.approx(1)
+
+
+def test_compare_names_the_chunks_that_moved_most_in_rank(folder, other, common):
+    from scipy import stats
+
+    x, y, _ = common
+    result = values.compare(values.open_run(folder), values.open_run(other), n=4)
+    expected = sorted(abs(stats.rankdata(-x) - stats.rankdata(-y)), reverse=True)
+    assert [abs(m["rank_a"] - m["rank_b"]) for m in result["moved"]] == expected[:4]
+
+
+def test_compare_has_the_means_of_each_domain(folder, other, common):
+    x, y, chunks = common
+    a = values.open_run(folder)
+    rows = values.compare(a, values.open_run(other))["domains"]
+    assert len(rows) == len(DOMAINS)
+    for row in rows:
+        inside = [i for i, chunk in enumerate(chunks) if a.domain_of(chunk) == row["domain"]]
+        assert row["mean_a"] == pytest.approx(x[inside].mean())
+        assert row["mean_b"] == pytest.approx(y[inside].mean())
+        assert row["chunks"] == len(inside)
+
+
+def test_compare_finds_a_run_equal_to_itself(folder):
+    run = values.open_run(folder)
+    for target in values.compare(run, run)["targets"]:
+        assert target["spearman"] == pytest.approx(1)
 
 
 # --- tokens and query: revalue.py computes, values.py shows -------------------------
 
 
-def test_tokens_and_query_show_what_revalue_computes(folder, typed, refused, tmp_path):
+def test_tokens_shows_what_revalue_computes(folder, typed, refused):
     run = values.open_run(folder)
-    found = json.loads(typed("tokens", folder, "--chunk", "7", "--target=code", "--json"))
-    jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/tokens"})
+    result = json.loads(typed("tokens", folder, "--chunk", "7", "--target=code", "--json"))
+    jsonschema.validate(result, SCHEMA | {"$ref": "#/$defs/tokens"})
     step, computed = revalue.tokens(run, [7])
-    assert [t["token"] for t in found["tokens"]] == run.pieces(7)
-    assert len(found["tokens"]) == 65
-    assert [t["value"] for t in found["tokens"]] == [*computed[0, :, 1], None]
-    assert found["step"] == step == 60
-    assert found["sum"] == pytest.approx(computed[0, :, 1].sum())
-    assert len(typed("tokens", folder, "--chunk=7").splitlines()) == 65 + 4  # no terminal: numbers
+    assert [t["token"] for t in result["tokens"]] == run.pieces(7)
+    assert len(result["tokens"]) == 65
+    assert [t["value"] for t in result["tokens"]] == [*computed[0, :, 1], None]
+    assert result["step"] == step == 60
+    assert result["sum"] == pytest.approx(computed[0, :, 1].sum())
     assert "chunks 0 to" in refused("tokens", folder, "--chunk=123456")
     assert "--chunk" in refused("tokens", folder)
+
+
+def test_query_shows_what_revalue_computes(folder, typed, tmp_path):
+    run = values.open_run(folder)
     (tmp_path / "q.txt").write_text("to be or not to be")
+    valued = values.open_run(revalue.query(run, "to be or not to be"))
+    best = [row["chunk"] for row in values.top(valued, n=3)["chunks"]]
     for text in ("--text=to be or not to be", f"--file={tmp_path / 'q.txt'}"):
-        found = json.loads(typed("query", folder, text, "--n=3", "--json"))
-        jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/query"})
-        of = values.open_run(revalue.query(run, "to be or not to be"))
-        best = [c["chunk"] for c in values.top(of, n=3)["chunks"]]
-        assert [row["chunk"] for row in found["chunks"]] == best
-        assert found["target"] == "query"
-        assert "nearest checkpoint" in found["approximate"]
-    for wrong in ((), ("--text=a", "--file=b"), ("--file=nowhere.txt",)):
-        refused("query", folder, *wrong)
+        result = json.loads(typed("query", folder, text, "--n=3", "--json"))
+        jsonschema.validate(result, SCHEMA | {"$ref": "#/$defs/query"})
+        assert [row["chunk"] for row in result["chunks"]] == best
+        assert result["target"] == "query"
+        assert "nearest checkpoint" in result["approximate"]
 
 
-def test_a_query_finds_the_prose_for_prose(folder):
+@pytest.mark.parametrize("argv", [(), ("--text=a", "--file=b"), ("--file=nowhere.txt",)])
+def test_query_without_one_text_is_refused(folder, refused, argv):
+    refused("query", folder, *argv)
+
+
+def test_query_finds_a_domain_by_its_words(folder):
     """Text made of the words of one domain is helped most by that domain's chunks, by mean."""
     run = values.open_run(folder)
-    of = values.open_run(revalue.query(run, "\u6f22\u5b57 \u304b\u306a " * 20))
-    mean = {row["domain"]: row["mean"] for row in values.domains(of)["domains"]}
-    assert max(mean, key=mean.get) == "\u6f22\u5b57", mean
+    valued = values.open_run(revalue.query(run, "漢字 かな " * 20))
+    mean = {row["domain"]: row["mean"] for row in values.domains(valued)["domains"]}
+    assert max(mean, key=mean.get) == "漢字", mean
 
 
-def test_tokens_are_coloured_on_a_terminal_only(folder, monkeypatch, typed):
+@pytest.fixture
+def evil_chunk(folder):
+    """The number of a chunk used whose text a terminal would obey."""
+    run = values.open_run(folder)
+    return next(chunk for chunk in run.used.tolist() if "\x1b" in run.text(chunk))
+
+
+def test_tokens_are_coloured_on_a_terminal(folder, evil_chunk, monkeypatch, typed):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    chunk = next(
-        c
-        for c, text in ((c, values.open_run(folder).text(c)) for c in range(200))
-        if "\x1b" in text
-    )
-    coloured = typed("tokens", folder, f"--chunk={chunk}")
-    assert "\x1b[48;2;" in coloured
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = typed("tokens", folder, f"--chunk={evil_chunk}")
     assert "\\x1b" in coloured
-    rest = coloured.replace("\x1b[0m", "")
-    assert all(part.startswith("[48;2;") for part in rest.split("\x1b")[1:])  # no other escape
+    escapes = coloured.replace("\x1b[0m", "").split("\x1b")[1:]
+    assert len(escapes) > 10
+    for escape in escapes:
+        assert escape.startswith("[48;2;")
+
+
+def test_tokens_are_a_table_with_no_color_or_without_a_terminal(
+    folder, evil_chunk, monkeypatch, typed
+):
+    assert len(typed("tokens", folder, f"--chunk={evil_chunk}").splitlines()) == 65 + 4
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in typed("tokens", folder, f"--chunk={chunk}")
+    assert "\x1b" not in typed("tokens", folder, f"--chunk={evil_chunk}")
 
 
 # --- what is printed ---------------------------------------------------------------
 
+READING = ("summary", "top", "bottom", "domains", "chunk", "doc", "compare", "export")
+ROWS = {
+    "summary": "targets",
+    "top": "chunks",
+    "bottom": "chunks",
+    "domains": "domains",
+    "chunk": "visits",
+    "doc": "chunks",
+    "compare": "moved",
+}
 
-def commands(run, folder, other, tmp_path):
+
+@pytest.fixture
+def arguments(folder, other, tmp_path):
+    """{command: its arguments}, of all that need no model."""
+    run = values.open_run(folder)
     used = int(run.used[0])
     return {
         "summary": (folder,),
@@ -444,127 +556,156 @@ def commands(run, folder, other, tmp_path):
     }
 
 
-def test_json_csv_and_text(folder, other, typed, tmp_path):
-    run = values.open_run(folder)
-    for command, argv in commands(run, folder, other, tmp_path).items():
-        found = json.loads(
-            typed(command, *argv, "--json"), parse_constant=pytest.fail
-        )  # NaN, Infinity
-        jsonschema.Draft202012Validator(SCHEMA | {"$ref": f"#/$defs/{command}"}).validate(found)
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(found | {"more": 1}, SCHEMA | {"$ref": f"#/$defs/{command}"})
-        text = typed(command, *argv)
-        assert text.strip()
-        assert not set(text) & (set(map(chr, range(32))) - {"\n", "\t"})
-        if command == "export":
-            continue
-        rows = list(csv.DictReader(io.StringIO(typed(command, *argv, "--csv"))))
-        listed = found[
-            {
-                "top": "chunks",
-                "bottom": "chunks",
-                "summary": "targets",
-                "chunk": "visits",
-                "doc": "chunks",
-                "compare": "moved",
-            }.get(command, command)
-        ]
-        assert len(rows) == len(listed) > 0
-        for row, expected in zip(rows, listed):
-            for key, x in expected.items():
-                if isinstance(x, int | float) and not isinstance(x, bool):
-                    assert float(row[key]) == x
-                elif key == "value" and isinstance(x, dict):
-                    assert [row[f"value:{name}"] for name in x] == [
-                        "" if v is None else repr(v) for v in x.values()
-                    ]
-                elif key == "documents":
-                    assert row[key].split() == [str(doc["doc"]) for doc in x]
+@pytest.mark.parametrize("command", READING)
+def test_json_fits_the_schema_and_nothing_more_does(arguments, typed, command):
+    printed = typed(command, *arguments[command], "--json")
+    result = json.loads(printed, parse_constant=pytest.fail)  # NaN, Infinity
+    schema = SCHEMA | {"$ref": f"#/$defs/{command}"}
+    jsonschema.Draft202012Validator(schema).validate(result)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(result | {"more": 1}, schema)
 
 
-def test_schema_is_a_schema_and_names_every_command(typed, capsys):
+@pytest.mark.parametrize("command", READING)
+def test_text_has_no_control_character(arguments, typed, command):
+    text = typed(command, *arguments[command])
+    assert text.strip()
+    assert not set(text) & (set(map(chr, range(32))) - {"\n", "\t"})
+
+
+@pytest.mark.parametrize("command", ROWS)
+def test_csv_has_the_rows_of_the_json(arguments, typed, command):
+    result = json.loads(typed(command, *arguments[command], "--json"))
+    rows = list(csv.DictReader(io.StringIO(typed(command, *arguments[command], "--csv"))))
+    expected_rows = result[ROWS[command]]
+    assert len(rows) == len(expected_rows) > 0
+    for row, expected in zip(rows, expected_rows):
+        for key, x in expected.items():
+            if key == "value" and isinstance(x, dict):
+                for name, value in x.items():
+                    assert row[f"value:{name}"] == ("" if value is None else repr(value))
+            elif key == "documents":
+                assert row[key].split() == [str(doc["doc"]) for doc in x]
+            elif isinstance(x, int | float) and not isinstance(x, bool):
+                assert float(row[key]) == x
+
+
+def test_schema_names_every_command():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert len(values.COMMANDS) == 10
+    for command in values.COMMANDS:
+        assert command.__name__ in SCHEMA["$defs"]
+
+
+def test_help_lists_every_command(typed, capsys):
     with pytest.raises(SystemExit):
         typed("--help")
     listed = capsys.readouterr().out
-    for command in "summary top bottom domains chunk doc export compare tokens query".split():
-        assert command in SCHEMA["$defs"]
-        assert f"    {command} " in listed
-        with pytest.raises(SystemExit) as stop:
-            typed(command, "--help")
-        out = capsys.readouterr().out
-        assert stop.value.code == 0
-        assert "--data_dir" in out
-        assert command == "bottom" or f"python values.py {command} " in out  # an example
+    for command in values.COMMANDS:
+        assert f"    {command.__name__} " in listed
 
 
-def test_a_chunk_never_used_is_no_error(prepared, typed):
-    short = trained(prepared, "short", "--max_iters=2", "--targets=val:code")
+@pytest.mark.parametrize("command", [command.__name__ for command in values.COMMANDS])
+def test_help_of_a_command_has_its_options_and_an_example(typed, capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        typed(command, "--help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--data_dir" in out
+    if command != "bottom":  # it is named in the example of top
+        assert f"python values.py {command} " in out
+
+
+@pytest.fixture(scope="module")
+def short(prepared):
+    """A run of two steps, which used few chunks."""
+    return trained(prepared, "short", "--max_iters=2", "--targets=val:code")
+
+
+def test_a_chunk_never_used_has_a_text_and_no_value(short, typed):
     run = values.open_run(short)
-    chunk = next(c for c in range(len(run.values)) if c not in by_loops(short))
+    chunk = int(np.setdiff1d(np.arange(len(run.values)), run.used)[0])
     out = typed("chunk", short, chunk)
     assert "never used" in out
     assert terminal.visible(run.text(chunk), "\n\t") in out
-    found = json.loads(typed("chunk", short, chunk, "--json"))
-    jsonschema.validate(found, SCHEMA | {"$ref": "#/$defs/chunk"})
-    assert found["value"] == {"code": None}
-    assert not found["used"]
-    assert found["visits"] == []
-    for doc in values.Documents(run).of_chunk(chunk):
-        jsonschema.validate(
-            json.loads(typed("doc", short, doc["doc"], "--json")), SCHEMA | {"$ref": "#/$defs/doc"}
-        )
-    assert not json.loads(typed("summary", prepared / "short", "--json"))["targets"][0]["audit"]
+    result = json.loads(typed("chunk", short, chunk, "--json"))
+    jsonschema.validate(result, SCHEMA | {"$ref": "#/$defs/chunk"})
+    assert result["value"] == {"code": None}
+    assert not result["used"]
+    assert result["visits"] == []
 
 
-def test_nothing_in_the_data_reaches_a_terminal_raw(folder, other, tmp_path, refused):
-    """A real one: a pseudo-terminal, 80 cells wide. Tables stay in line and in its width."""
-    run = values.open_run(folder)
-    chunk = next(c for c in run.used.tolist() if "\x1b" in run.text(c))
-    typed = {
-        **commands(run, folder, other, tmp_path),
-        "chunk": (folder, chunk),
-        "doc": (folder, values.Documents(run).of_chunk(chunk)[-1]["doc"]),
-    }
-    typed["top"] = (folder, "--n=999")
-    for command, argv in (
-        (command, typed[command]) for command in ("top", "chunk", "doc")
-    ):  # of the others the test above knows
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "values.py", command, *map(str, argv)],
-            stdout=theirs,
-            env={**os.environ, "COLUMNS": "110", "LINES": "24"},
-        )
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                seen += os.read(ours, 1 << 16)
-            except OSError:  # the other end is closed
-                break
-        os.close(ours)
-        assert process.wait() == 0
-        text = seen.decode().replace("\r\n", "\n")
-        assert not set(text) & {
-            *map(chr, [*range(9), *range(11, 32), *range(127, 160)]),
-            "\u202e",
-        }, command
-        if command == "top":
-            assert "\\x1b" in text
-            assert "bad\\x1b[31mname" in text
-            rows = text.splitlines()[2:]
-            cells = [sum(1 + (ord(c) > 0x2E7F) for c in row) for row in rows]
-            assert max(cells) <= 110
-            assert any("漢字" in row for row in rows)
-            for row in rows[1:]:
-                assert (
-                    row[: rows[0].index("domain")].rstrip()[-1].isdigit()
-                )  # the columns of numbers end before that of words begins
+def test_a_document_never_used_fits_the_schema(short, typed):
+    run = values.open_run(short)
+    chunk = int(np.setdiff1d(np.arange(len(run.values)), run.used)[0])
+    documents = values.Documents(run).of_chunk(chunk)
+    assert documents
+    for doc in documents:
+        result = json.loads(typed("doc", short, doc["doc"], "--json"))
+        jsonschema.validate(result, SCHEMA | {"$ref": "#/$defs/doc"})
+
+
+def test_summary_of_a_run_without_an_audit_has_none(short, typed):
+    assert json.loads(typed("summary", short, "--json"))["targets"][0]["audit"] is None
+
+
+# --- on a terminal --------------------------------------------------------------------
+
+
+def test_preparing_and_training_print_no_escape_code(prepared, tmp_path, capsys):
+    prepare(prepared, tmp_path / "data")
+    trained(prepared, tmp_path / "run", "--max_iters=5", "--targets=val:bad\x1b[31mname")
+    out = capsys.readouterr().out
+    assert out.count("bad\\x1b[31mname") >= 3
+    assert "\x1b" not in out
+
+
+def on_terminal(*argv):
+    """What a command prints on a pseudo-terminal, 110 cells wide."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, ROOT / "values.py", *map(str, argv)]
+    size = {"COLUMNS": "110", "LINES": "24"}
+    process = subprocess.Popen(command, stdout=theirs, env=os.environ | size)
+    os.close(theirs)
+    content = b""
+    while True:
+        try:
+            content += os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    return content.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("command", ["top", "chunk", "doc"])
+def test_texts_reach_a_terminal_without_control_characters(folder, evil_chunk, command):
+    documents = values.Documents(values.open_run(folder)).of_chunk(evil_chunk)
+    argument = {"top": "--n=999", "chunk": evil_chunk, "doc": documents[-1]["doc"]}[command]
+    text = on_terminal(command, folder, argument)
+    obeyed = {*map(chr, [*range(9), *range(11, 32), *range(127, 160)]), "\u202e"}
+    assert text.strip()
+    assert not set(text) & obeyed
+
+
+def test_a_table_keeps_its_columns_and_the_width_of_the_terminal(folder):
+    text = on_terminal("top", folder, "--n=999")
+    assert "\\x1b" in text
+    assert "bad\\x1b[31mname" in text
+    head, *rows = text.splitlines()[2:]
+    assert any("漢字" in row for row in rows)
+    begin_of_words = head.index("domain")
+    for row in rows:
+        cells = [1 + (ord(character) > 0x2E7F) for character in row]
+        assert sum(cells) <= 110
+        assert row[:begin_of_words].rstrip()[-1].isdigit()
+
+
+def test_an_error_has_no_escape_code(folder, refused):
     assert "\x1b" not in refused("top", folder, "--domain=nowhere")
 
 
-def test_documents_are_read_without_threads_of_arrows(folder):
+def test_documents_are_read_without_threads_of_arrow(folder):
     """They sometimes abort the process as it ends, after all is printed (apache/arrow#34314)."""
     code = """
 import os, sys, values
@@ -576,43 +717,55 @@ assert documents.of_chunk(int(run.used[0]))
 assert len(list(documents.pieces()))
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True
-    )
+    done = in_a_process(code, folder)
     assert done.stdout == "0\n", done.stderr
+
+
+def in_a_process(code, *argv):
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 # --- what goes wrong -------------------------------------------------------------------
 
 
-def test_wrong_arguments_say_what_to_type(folder, other, prepared, refused, tmp_path):
-    n = len(values.open_run(folder).values)
-    for argv, answer in (
+@pytest.mark.parametrize(
+    "argv, answer",
+    [
         ((), "command"),
-        (("tops", folder), "invalid choice: 'tops'"),
+        (("tops", "RUN"), "invalid choice: 'tops'"),
         (("top",), "required: run"),
-        (("top", folder, "--n=0"), "--n: 0 is not 1 or more"),
-        (("compare", folder, other, "--n=-3"), "--n: -3 is not 1 or more"),
-        (("top", folder, "--n=x"), "'x'"),
-        (("top", folder, "--tar=code"), "unrecognized arguments: --tar=code"),
-        (("top", folder, "--target=nix"), "has 'prose', 'code'"),
-        (("top", folder, "--domain=nix"), "'漢字'"),
-        (("top", folder, "--json", "--csv"), "not allowed with"),
-        (("export", folder, tmp_path / "v.parquet", "--csv"), "unrecognized"),
-        (("chunk", folder, n), f"chunks 0 to {n - 1}"),
-        (("chunk", folder, "-1"), f"chunks 0 to {n - 1}"),
-        (("chunk", folder, "x"), "invalid int value: 'x'"),
-        (("doc", folder, 10**6), "document 1000000"),
-        (("doc", folder, 10**30), "document 1"),
-        (("export", folder, tmp_path / "nowhere" / "v.parquet"), "in a folder that exists"),
-        (("export", folder, folder / "values.npy"), "a .parquet file"),
-        (("summary", prepared / "nowhere"), "does not exist"),
-        (("summary", prepared), "is no run's folder"),
-        (("summary", folder, f"--data_dir={tmp_path}"), "no prepared data in"),
-        (("summary", folder, "--data_dir=nowhere"), "name the folder it is in with --data_dir"),
-    ):
-        assert answer in refused(*argv), argv
+        (("top", "RUN", "--n=0"), "--n: 0 is not 1 or more"),
+        (("compare", "RUN", "RUN", "--n=-3"), "--n: -3 is not 1 or more"),
+        (("top", "RUN", "--n=x"), "'x'"),
+        (("top", "RUN", "--tar=code"), "unrecognized arguments: --tar=code"),
+        (("top", "RUN", "--target=nix"), "has 'prose', 'code'"),
+        (("top", "RUN", "--domain=nix"), "'漢字'"),
+        (("top", "RUN", "--json", "--csv"), "not allowed with"),
+        (("export", "RUN", "v.parquet", "--csv"), "unrecognized"),
+        (("chunk", "RUN", "999999"), "chunks 0 to "),
+        (("chunk", "RUN", "-1"), "chunks 0 to "),
+        (("chunk", "RUN", "x"), "invalid int value: 'x'"),
+        (("doc", "RUN", 10**6), "document 1000000"),
+        (("doc", "RUN", 10**30), "document 1"),
+        (("export", "RUN", "nowhere/v.parquet"), "in a folder that exists"),
+        (("export", "RUN", "values.npy"), "a .parquet file"),
+        (("summary", "nowhere"), "does not exist"),
+        (("summary", "."), "is no run's folder"),
+        (("summary", "RUN", "--data_dir=."), "no prepared data in"),
+        (("summary", "RUN", "--data_dir=nowhere"), "name the folder it is in with --data_dir"),
+    ],
+)
+def test_wrong_arguments_say_what_to_type(folder, refused, tmp_path, monkeypatch, argv, answer):
+    monkeypatch.chdir(tmp_path)
+    argv = [folder if word == "RUN" else word for word in argv]
+    assert answer in refused(*argv)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chunk_beyond_the_last_one_is_refused(folder, refused):
+    n = len(values.open_run(folder).values)
+    assert f"chunks 0 to {n - 1}" in refused("chunk", folder, n)
 
 
 @pytest.fixture
@@ -620,36 +773,36 @@ def copied(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "run")
 
 
-def test_damaged_runs_are_refused_with_what_to_type(copied, folder, refused):
-    for name in (
-        "values.npy",
-        "ledger.npy",
-        "books.npy",
-        "audit.npy",
-        "values.json",
-        "config.json",
-    ):
-        whole = (copied / name).read_bytes()
-        for broken in (whole[: len(whole) // 2], b"", whole[:50]):
-            (copied / name).write_bytes(broken)
-            assert f"{copied / name} is " in refused("summary", copied)
-            assert not refused("summary", copied).count("Traceback")
-        (copied / name).write_bytes(whole)
-    for name in ("values.npy", "ledger.npy", "books.npy"):
-        (copied / name).rename(copied / "away")
-        assert f"{copied / name} is missing" in refused("summary", copied)
-        (copied / "away").rename(copied / name)
+FILES = ("values.npy", "ledger.npy", "books.npy", "audit.npy", "values.json", "config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_is_refused(copied, refused, name):
+    whole = (copied / name).read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", whole[:50]):
+        (copied / name).write_bytes(broken)
+        assert f"{copied / name} is " in refused("summary", copied)
+
+
+@pytest.mark.parametrize("name", ["values.npy", "ledger.npy", "books.npy"])
+def test_a_missing_file_is_refused(copied, refused, name):
+    (copied / name).unlink()
+    assert f"{copied / name} is missing" in refused("summary", copied)
+
+
+@pytest.mark.parametrize("name", ["values.json", "config.json"])
+def test_json_of_another_kind_is_refused(copied, refused, name):
     for content in ("[]", "{}", "null", "3"):
-        for name in ("values.json", "config.json"):
-            whole = (copied / name).read_bytes()
-            (copied / name).write_text(content)
-            assert "damaged" in refused("summary", copied)
-            (copied / name).write_bytes(whole)
-    info = (copied / "values.json").read_bytes()
+        (copied / name).write_text(content)
+        assert "damaged" in refused("summary", copied)
+
+
+def test_values_of_another_length_are_refused(copied, folder, refused):
     replace_array(copied, "values.npy", np.load(folder / "values.npy")[:-1])
     assert "values.npy is damaged, it has" in refused("top", copied)
-    shutil.copy(folder / "values.npy", copied)
-    (copied / "values.json").write_bytes(info)
+
+
+def test_another_schema_is_refused(copied, refused):
     change(copied / "values.json", schema=99)
     assert "schema 99" in refused("top", copied)
 
@@ -663,52 +816,45 @@ def test_runs_without_values_are_refused(copied, prepared, refused):
     assert "--rule=off" in refused("summary", off)
 
 
-def test_other_data_is_refused(copied, folder, prepared, refused, tmp_path):
-    options = dict(
-        source=str(prepared / "texts.jsonl"),
-        tokenizer="byte",
-        block_size=32,
-        val_fraction=0.2,
-        workers=1,
-    )
-    prepare_pile.prepare(prepare_pile.Config(**options, data_dir=str(tmp_path / "data")))
-    assert "its hash differs" in refused("summary", folder, f"--data_dir={tmp_path / 'data'}")
-    train.train(
-        config.load(
-            train.Config,
-            [
-                *SMALL.split(),
-                f"--data_dir={tmp_path / 'data'}",
-                f"--out_dir={tmp_path / 'b'}",
-                "--max_iters=1",
-            ],
-        )
-    )
-    assert "different data" in refused("compare", folder, tmp_path / "b")
-    assert "no target in common" in refused(
-        "compare", folder, trained(prepared, "third", "--targets=val", "--max_iters=1")
-    )
-    whole = (tmp_path / "data" / "train_docs.parquet").read_bytes()
+@pytest.fixture
+def on_other_data(prepared, tmp_path):
+    """A run on the same texts in shorter chunks; its data lies beside it."""
+    prepare(prepared, tmp_path / "data", block_size=32)
+    argv = [f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}", "--max_iters=1"]
+    train.train(config.load(train.Config, [*SMALL, *argv]))
+    return tmp_path / "run"
+
+
+def test_other_data_is_refused(folder, on_other_data, refused):
+    data_dir = on_other_data.parent / "data"
+    assert "its hash differs" in refused("summary", folder, f"--data_dir={data_dir}")
+    assert "different data" in refused("compare", folder, on_other_data)
+
+
+def test_compare_refuses_runs_without_a_common_target(folder, prepared, refused):
+    third = trained(prepared, "third", "--targets=val", "--max_iters=1")
+    assert "no target in common" in refused("compare", folder, third)
+
+
+def test_a_table_of_documents_cut_short_is_refused(on_other_data, refused):
+    path = on_other_data.parent / "data" / "train_docs.parquet"
+    whole = path.read_bytes()
     for broken in (b"", whole[:-9]):
-        (tmp_path / "data" / "train_docs.parquet").write_bytes(broken)
-        assert "train_docs.parquet is damaged" in refused("chunk", tmp_path / "b", 0)
+        path.write_bytes(broken)
+        assert "train_docs.parquet is damaged" in refused("chunk", on_other_data, 0)
 
 
-def test_a_moved_run_and_moved_data(folder, prepared, tmp_path, typed):
-    shutil.copytree(folder, tmp_path / "moved")
+def test_a_moved_run_reads_the_same_from_moved_data(copied, folder, prepared, tmp_path, typed):
     shutil.copytree(prepared / "data", tmp_path / "data")
-    change(
-        tmp_path / "moved" / "config.json",
-        config=json.loads((folder / "config.json").read_text())["config"]
-        | dict(data_dir="nowhere"),
-    )
-    assert typed("top", tmp_path / "moved", f"--data_dir={tmp_path / 'data'}") == typed(
-        "top", folder
-    )
+    cfg = json.loads((folder / "config.json").read_text())["config"]
+    change(copied / "config.json", config=cfg | {"data_dir": "nowhere"})
+    moved = typed("top", copied, f"--data_dir={tmp_path / 'data'}")
+    assert moved == typed("top", folder)
 
 
-def test_a_commit_cut_off_after_values_npy(copied, folder):
-    """Ledger, books and values.npy are of step 60, values.json still speaks of step 40: so must the values."""
+def test_a_commit_cut_off_after_values_npy_reads_as_the_one_before(copied, folder):
+    """Ledger, books and values.npy are of step 60, values.json still speaks of step 40: so must the
+    values."""
     as_of_step(copied, 40)
     run = values.open_run(copied)
     total = np.zeros(run.values.shape)
@@ -725,29 +871,19 @@ def test_a_commit_cut_off_after_values_npy(copied, folder):
 # --- processes -----------------------------------------------------------------------
 
 
-def script(*argv, **options):
-    return subprocess.run(
-        [sys.executable, ROOT / "values.py", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        **options,
-    )
-
-
-def test_reading_values_needs_no_torch(folder):
-    code = "import sys, values; values.main(); sys.exit(any(m in sys.modules for m in ('torch', 'revalue')))"
-    for command in (("summary", folder), ("top", folder)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, command)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 and done.stdout, done.stderr
+@pytest.mark.parametrize("command", ["summary", "top"])
+def test_reading_values_needs_no_torch(folder, command):
+    code = "import sys, values; values.main(); sys.exit('torch' in sys.modules)"
+    done = in_a_process(code, command, folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_a_closed_pipe_ends_it_quietly(folder):
-    command = f"set -o pipefail; {sys.executable} {ROOT / 'values.py'} top {folder} --n=100000 --chars=100000 --json | head -n 1"
+    printing = (
+        f"{sys.executable} {ROOT / 'values.py'} top {folder} --n=100000 --chars=100000 --json"
+    )
+    command = f"set -o pipefail; {printing} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout == "{\n"
     assert not done.stderr
@@ -767,66 +903,61 @@ class Slow(pq.ParquetWriter):
 pq.ParquetWriter = Slow
 runpy.run_path("values.py", run_name="__main__")
 """
-    (tmp_path / "v.parquet").write_text("an older one")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "export", folder, tmp_path / "v.parquet"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    path = tmp_path / "v.parquet"
+    path.write_text("an older one")
+    command = [sys.executable, "-c", code, "export", folder, path]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "half\n"
     process.send_signal(number)
     process.wait(30)
     process.stdout.close()
-    assert (tmp_path / "v.parquet").read_text() == "an older one"
-    assert number == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["v.parquet"]
-    assert (
-        script("export", folder, tmp_path / "v.parquet").returncode == 0
-    )  # what a kill left is no hindrance
-    assert pq.read_table(tmp_path / "v.parquet").num_rows == len(by_loops(folder))
-    assert len(list(tmp_path.iterdir())) == 1
+    assert path.read_text() == "an older one"
+    if number != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == [path]
+    # what a kill left is no hindrance
+    subprocess.run([sys.executable, ROOT / "values.py", "export", folder, path], check=True)
+    assert pq.read_table(path).num_rows == len(by_loops(folder))
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_live_run(prepared, typed):
-    """Read again and again while it trains and commits every step: always of one commit."""
+NOT_YET = ("no values yet", "does not exist", "is no run's folder")
+
+
+def test_a_live_run_is_always_read_as_of_one_commit(prepared, typed):
+    """It trains and commits every step while it is read, again and again."""
     out = prepared / "live"
-    argv = [
-        *SMALL.split(),
-        f"--data_dir={prepared / 'data'}",
-        f"--out_dir={out}",
-        "--max_iters=100000",
-        "--checkpoint_interval=1",
-    ]
-    command, alone = (
-        [sys.executable, ROOT / "train.py", *argv, "--targets=val:code,val:prose"],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    argv = [f"--data_dir={prepared / 'data'}", f"--out_dir={out}", "--max_iters=100000"]
+    argv += ["--checkpoint_interval=1", "--targets=val:code,val:prose"]
+    command = [sys.executable, ROOT / "train.py", *SMALL, *argv]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
+    steps = [0]
     try:
-        seen, until, last = set(), time.time() + 60, -1
-        while len(seen) < 10 and time.time() < until:
+        while len(set(steps)) <= 10:
+            assert process.poll() is None
             try:
                 run = values.open_run(out)
             except ValueError as e:
-                assert (
-                    "no values yet" in str(e)
-                    or "does not exist" in str(e)
-                    or "is no run's folder" in str(e)
-                )
-                time.sleep(0.2)
+                assert any(reason in str(e) for reason in NOT_YET), e
+                time.sleep(0.05)
                 continue
-            total, used = np.zeros(run.values.shape), np.zeros(len(run.values), bool)
-            store.add_visits(run.visits, total, used)
-            assert (np.nan_to_num(run.values) == total.astype(np.float32)).all()
-            assert (np.flatnonzero(used) == run.used).all()
-            step = run.info["committed_step"]
-            assert len(run.visits) == 4 * step
-            assert len(run.books) == step >= last
-            seen.add(step)
-            last = step
-        assert len(seen) == 10
+            check_commit(run)
+            assert run.info["committed_step"] >= steps[-1]
+            steps.append(run.info["committed_step"])
         assert "not finished" in typed("summary", out)
     finally:
         process.terminate()
         process.wait()
-    assert values.open_run(out).info["committed_step"] >= last
+    assert values.open_run(out).info["committed_step"] >= steps[-1]
+
+
+def check_commit(run):
+    """All of a run's arrays are of the step that values.json names."""
+    total = np.zeros(run.values.shape)
+    used = np.zeros(len(run.values), bool)
+    store.add_visits(run.visits, total, used)
+    assert (np.nan_to_num(run.values) == total.astype(np.float32)).all()
+    assert (np.flatnonzero(used) == run.used).all()
+    step = run.info["committed_step"]
+    assert len(run.visits) == 4 * step
+    assert len(run.books) == step
