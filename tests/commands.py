@@ -5,6 +5,7 @@ command added later is tested too: test_every_command_is_here fails until it sta
 """
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -26,15 +27,24 @@ import train
 import values
 
 ROOT = Path(config.__file__).parent
-ENTRIES = {
-    "prepare_pile.py": lambda: prepare_pile.prepare(config.load(prepare_pile.Config)),
-    "train.py": lambda: train.train(config.load(train.Config)),
-    "values.py": values.main,
-    "report.py": lambda: report.report(config.load(report.Config)),
-    "curate.py": lambda: curate.main(config.load(curate.Config)),
-    "revalue.py": lambda: revalue.main(config.load(revalue.Config)),
-    "sample.py": lambda: sample.sample(config.load(sample.Config)),
+ENTRIES = {  # what each script runs, and the class of its options
+    "prepare_pile.py": (prepare_pile.prepare, prepare_pile.Config),
+    "train.py": (train.train, train.Config),
+    "values.py": (values.main, None),
+    "report.py": (report.report, report.Config),
+    "curate.py": (curate.main, curate.Config),
+    "revalue.py": (revalue.main, revalue.Config),
+    "sample.py": (sample.sample, sample.Config),
 }
+
+
+def start(script):
+    """Runs a script by sys.argv."""
+    function, options = ENTRIES[script]
+    if options is None:
+        function()
+    else:
+        function(config.load(options))
 
 
 def readers(run, other, data_dir, folder):
@@ -52,9 +62,9 @@ def readers(run, other, data_dir, folder):
         "tokens": [run, "--chunk=5"],
         "query": [run, "--text=to be", "--n=3"],
     }
-    found = [("train.py", [f"--out_dir={run}", "--verify"])]  # before there are revaluations
-    found += [("values.py", [name, *argv]) for name, argv in of_values.items()]
-    found += [
+    chosen = [("train.py", [f"--out_dir={run}", "--verify"])]  # before there are revaluations
+    chosen += [("values.py", [name, *argv]) for name, argv in of_values.items()]
+    chosen += [
         ("report.py", [run, f"--out={folder / 'report.html'}", "--tokens=2"]),
         ("curate.py", [run, f"--out={folder / 'kept'}", "--drop_fraction=.2", "--overwrite"]),
         ("sample.py", [f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=5"]),
@@ -62,7 +72,7 @@ def readers(run, other, data_dir, folder):
         ("train.py", [run / "config.json", "--init_from=resume"]),
         ("prepare_pile.py", [f"--data_dir={data_dir}", "--verify"]),
     ]
-    return [(script, list(map(str, argv))) for script, argv in found]
+    return [(script, list(map(str, argv))) for script, argv in chosen]
 
 
 @dataclass
@@ -80,7 +90,8 @@ class Outcome:
 def run(script, argv):
     """A command in this process, whose output knows only ASCII, as old terminals do. An exception
     that it does not expect is raised here."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    err = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     code = 0
     with (
         mock.patch.object(sys, "argv", [script, *argv]),
@@ -88,14 +99,15 @@ def run(script, argv):
         contextlib.redirect_stderr(err),
     ):
         try:
-            config.main(ENTRIES[script])
+            config.main(functools.partial(start, script))
         except SystemExit as e:
             code = e.code or 0
-    texts = []
-    for stream in (out, err):
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode())
-    return Outcome(code, *texts)
+    return Outcome(code, written_to(out), written_to(err))
+
+
+def written_to(stream):
+    stream.flush()
+    return stream.buffer.getvalue().decode()
 
 
 # --- on a terminal ----------------------------------------------------------------
@@ -110,22 +122,25 @@ def on_terminal(script, argv):
     process = context.Process(target=run_there, args=(name, script, argv))
     process.start()
     os.set_blocking(ours, False)
-    seen = b""
+    printed = b""
     while process.is_alive():
-        seen += read_all(ours)
+        printed += read_all(ours)
         process.join(0.01)
-    seen += read_all(ours)
+    printed += read_all(ours)
     os.close(ours)
     os.close(theirs)
-    return process.exitcode, seen
+    return process.exitcode, printed
 
 
 def read_all(fd):
-    seen = b""
+    """What can be read without waiting."""
+    content = b""
     with contextlib.suppress(BlockingIOError):
-        while block := os.read(fd, 1 << 16):
-            seen += block
-    return seen
+        block = os.read(fd, 1 << 16)
+        while block:
+            content += block
+            block = os.read(fd, 1 << 16)
+    return content
 
 
 def run_there(terminal, script, argv):
@@ -133,7 +148,8 @@ def run_there(terminal, script, argv):
     fd = os.open(terminal, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(fd, number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False)
     os.environ.update(COLUMNS="110", LINES="24")
     sys.argv = [script, *argv]
-    config.main(ENTRIES[script])
+    config.main(functools.partial(start, script))

@@ -27,10 +27,11 @@ def as_of_step(run, step):
     about = json.loads((run / "values.json").read_text())
     files = about["files"] | {"values.npy": 0}  # that commit's is gone
     for name in {"ledger.npy", "books.npy", "audit.npy"} & files.keys():
-        records, sums = np.load(run / name), []
+        records = np.load(run / name)
         records = records[records["step"] < step]
+        sums = []
         store.add_sums(sums, 0, records.tobytes(), store.BLOCK * records.dtype.itemsize)
-        files[name] |= dict(rows=len(records), sums=sums)
+        files[name] = files[name] | {"rows": len(records), "sums": sums}
     change(run / "values.json", committed_step=step, files=files)
 
 
