@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import config
 from bench.common import machine_name, print_json, timed
-from shapley import ghost, head
+from shapley import contract, ghost, head
 from system.errors import UserError
 
 GPU = torch.cuda.is_available()
@@ -119,7 +119,7 @@ def check(gy, x, h):
     plain_value_error = relative_error(plain_values, values)
     worst = 0.0
     for form in FORMS:
-        gw, v = ghost.weight_grad(gy, x, h, form)
+        gw, v = contract.weight_grad(gy, x, h, form)
         ratio = max(
             relative_error(gw, truth) / plain_error,
             relative_error(v, values) / plain_value_error,
@@ -143,10 +143,10 @@ def measure_layer(cfg, inputs, outputs, B, T):
     worst = check(gy[..., :small], x, h[:, :small].contiguous())
     work = {"plain": partial(plain_product, gy, x)}
     for form in FORMS:
-        work[form] = partial(ghost.weight_grad, gy, x, h, form)
+        work[form] = partial(contract.weight_grad, gy, x, h, form)
     seconds = fastest(work, cfg.rounds, cfg.device)
-    _, values = ghost.weight_grad(gy, x, h, "matmul")
-    _, rounded = ghost.weight_grad(gy, x, h.bfloat16().float(), "matmul")
+    _, values = contract.weight_grad(gy, x, h, "matmul")
+    _, rounded = contract.weight_grad(gy, x, h.bfloat16().float(), "matmul")
     row = {
         "layer": f"{inputs}x{outputs}",
         "B": B,

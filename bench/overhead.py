@@ -18,7 +18,6 @@ a process of its own (not measured under torchrun). Prints a table and last one 
 import statistics
 import subprocess
 import sys
-import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,12 @@ import config
 from bench.common import machine_name, print_json, timed
 from data import Target
 from model import GPT, GPTConfig
-from shapley import ghost
+from shapley import contract
 from shapley.directions import RULES
 from system import parallel
 from system.errors import UserError
 from system.machine import peak_flops
-from valuation import Valuation
+from valuation import Settings, Valuation
 
 
 @dataclass
@@ -87,8 +86,8 @@ class Config:
             if shape not in SHAPES:
                 raise UserError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
         for rule in self.rules.split(","):
-            if rule not in RULES[1:]:
-                raise UserError(f"--rules={rule}: choose from {', '.join(RULES[1:])}")
+            if rule not in RULES:
+                raise UserError(f"--rules={rule}: choose from {', '.join(RULES)}")
         config.check(self, at_least={"target": 1, "K": 1, "accumulation": 1, "rounds": 1})
 
 
@@ -99,13 +98,13 @@ def arms_of(cfg):
 class Bench:
     """One model and, for every arm, a step() that leaves it trained by one step."""
 
-    def __init__(self, cfg, shape, arms, folder):
+    def __init__(self, cfg, shape, arms):
         self.cfg = cfg
         self.T = shape.T
         self.B = shape.B
         self.device_type = cfg.device.split(":")[0]
         torch.manual_seed(0)
-        ghost.FORM = cfg.form
+        contract.FORM = cfg.form
         self.raw_model = GPT(
             GPTConfig(shape.T, shape.vocab, shape.n_layer, shape.n_head, shape.n_embd, bias=False)
         ).to(cfg.device)
@@ -133,24 +132,18 @@ class Bench:
             self.target_batches.append(self.to_device(rows[parallel.mine(cfg.target)]))
         self.valuations = {}
         for rule in set(arms) - {PLAIN, TARGET}:
-            self.valuations[rule] = self.build_valuation(rule, targets, Path(folder, rule))
+            self.valuations[rule] = self.build_valuation(rule, targets)
 
-    def build_valuation(self, rule, targets, folder):
-        folder.mkdir()
-        return Valuation(
-            self.raw_model,
-            self.optimizer,
-            self.target_loss,
-            targets,
-            rule,
-            self.B * self.cfg.accumulation,
-            1000,
-            folder,
-            self.cfg.target,
-            "fixed",
+    def build_valuation(self, rule, targets):
+        settings = Settings(
+            rule=rule,
+            batch=self.B * self.cfg.accumulation,
+            target_batch=self.cfg.target,
+            target_sampling="fixed",
             compile=self.cfg.compile,
             book_interval=1000,
         )
+        return Valuation(self.raw_model, self.optimizer, self.target_loss, targets, settings)
 
     def to_device(self, rows):
         """Chunks (n, T + 1), an array -> X, Y on the device."""
@@ -172,22 +165,22 @@ class Bench:
             self.backward_targets()
         valuation = self.valuations.get(arm)
         if valuation:
-            valuation.open(1, 1e-4, self.tokens)  # step 1: not one that the books measure
+            valuation.begin_step(1, 1e-4, self.tokens)  # step 1: not one that the books measure
         micro_steps = self.cfg.accumulation
         for micro_step in range(micro_steps):
             ledger = None
             if valuation:
-                ledger = valuation.ledger(self.rank_ids, self.X, self.Y)
+                ledger = valuation.new_ledger(self.rank_ids, self.X, self.Y)
             self.replica.require_backward_grad_sync = micro_step == micro_steps - 1
             loss = self.compute_loss(self.replica, self.X, self.Y, ledger)
             (loss / micro_steps).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
         if valuation:
-            valuation.before_step((1.0 / (norm + 1e-6)).clamp(max=1.0))
+            valuation.before_update((1.0 / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if valuation:
-            valuation.close()
+            valuation.end_step()
             valuation.pending.clear()  # the flush is the disk's business
 
     def backward_targets(self):
@@ -236,10 +229,9 @@ def peak_memory(cfg, shape, arm):
 
 def print_peak_memory(cfg):
     """What that process does."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(cfg, SHAPES[cfg.shapes], [cfg.arm], folder)
-        for _ in range(3):
-            bench.step(cfg.arm)
+    bench = Bench(cfg, SHAPES[cfg.shapes], [cfg.arm])
+    for _ in range(3):
+        bench.step(cfg.arm)
     if "cuda" in cfg.device:
         print(torch.cuda.max_memory_allocated())
     else:
@@ -271,13 +263,12 @@ def speed_up(seconds, arm, base):
 def measure(cfg, name):
     """The rows of a shape."""
     arms = arms_of(cfg)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(cfg, SHAPES[name], arms, folder)
-        seconds = time_arms(bench, arms, cfg.rounds)
-        medians = {arm: statistics.median(times) for arm, times in seconds.items()}
-        mfu = {arm: bench.mfu(median) for arm, median in medians.items()}
-        parameter_bytes = bench.parameter_bytes()
-        del bench
+    bench = Bench(cfg, SHAPES[name], arms)
+    seconds = time_arms(bench, arms, cfg.rounds)
+    medians = {arm: statistics.median(times) for arm, times in seconds.items()}
+    mfu = {arm: bench.mfu(median) for arm, median in medians.items()}
+    parameter_bytes = bench.parameter_bytes()
+    del bench
     memory = {}
     if cfg.memory:
         memory = {arm: peak_memory(cfg, name, arm) for arm in arms}

@@ -1,6 +1,6 @@
 """The weight gradient of a Linear with each chunk's inner products, in one Triton kernel.
 
-Reference: ghost.weight_grad(gy_BTO, x_BTI, h_KOI, "matmul"); tests/test_kernel.py compares both
+Reference: contract.weight_grad(gy_BTO, x_BTI, h_KOI, "matmul"); tests/test_kernel.py compares both
 with float64. gw_OI = sum_b gy_b^T x_b is added up in float32, chunk after chunk. Where a chunk's
 tokens end, its inner products with the K directions are taken; what they have grown
 by since the chunk before are the values of the chunk.
@@ -96,7 +96,7 @@ def best_splits(tiles, tokens, processors):
 
 
 def fused(gy_BTO, x_BTI, h_KOI, tiling=None, splits=None):
-    """ghost.weight_grad by the kernel below: gw_OI and v_BK, float32.
+    """contract.weight_grad by the kernel below: gw_OI and v_BK, float32.
 
     tiling: used if such operands can have it, else the first that they can. splits: the number of
     ranges of tokens; default: best_splits. Raises ValueError on a CPU without the interpreter,
@@ -104,7 +104,7 @@ def fused(gy_BTO, x_BTI, h_KOI, tiling=None, splits=None):
     """
     if triton is None or not (x_BTI.is_cuda or interpreted()) or h_KOI.dtype != torch.float32:
         raise ValueError(
-            'ghost.FORM = "fused" needs triton, a GPU and float32 weights, '
+            'contract.FORM = "fused" needs triton, a GPU and float32 weights, '
             f'not {h_KOI.dtype} on {x_BTI.device}: write "auto"'
         )
     gy_BTO = gy_BTO.contiguous()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shapley import ghost, kernel
+from shapley import contract, kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,11 +42,11 @@ def problem(B, T, O, I, K, dtype):
 def test_the_kernel_is_right_for_any_shape(B, T, O, I, K, dtype):
     """Products of the dtype given, sums in float32; twice the same bits. More rows of tiles than a group, tokens that fill no step."""
     gy, x, h, gradient, values = problem(B, T, O, I, K, dtype)
-    gw, v = ghost.weight_grad(gy, x, h, "fused")
+    gw, v = contract.weight_grad(gy, x, h, "fused")
     assert gw.dtype == v.dtype == torch.float32
     assert relative(gw, gradient) < 1e-6
     assert relative(v, values) < 1e-5
-    again = ghost.weight_grad(gy, x, h, "fused")
+    again = contract.weight_grad(gy, x, h, "fused")
     assert torch.equal(gw, again[0])
     assert torch.equal(v, again[1])
 
@@ -138,7 +138,7 @@ def test_compiled_for_a_gpu_nothing_is_spilled(arch, products):
 def test_auto_takes_the_running_form_but_for_tiny_chunks():
     cpu = [torch.device("cpu")]
     forms = {
-        T: ghost.choose(*(t.to(*cpu) for t in problem(2, T, 384, 384, 1, torch.float32)[:3]))[0]
+        T: contract.choose(*(t.to(*cpu) for t in problem(2, T, 384, 384, 1, torch.float32)[:3]))[0]
         for T in (4, 16, 17, 64)
     }
     assert forms == {4: "matmul", 16: "matmul", 17: "running", 64: "running"}
@@ -147,16 +147,16 @@ def test_auto_takes_the_running_form_but_for_tiny_chunks():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_on_a_gpu_auto_takes_what_it_timed_and_is_right():
     gy, x, h, gradient, values = problem(4, 256, 768, 768, 1, torch.bfloat16)
-    gw, v = ghost.weight_grad(gy, x, h, "auto")
+    gw, v = contract.weight_grad(gy, x, h, "auto")
     assert relative(gw, gradient) < 1e-2
     assert relative(v, values) < 2e-2
-    assert any(key[0] == gy.shape for key in ghost.CHOSEN)
+    assert any(key[0] == gy.shape for key in contract.CHOSEN)
 
 
 def test_what_cannot_run_says_so(monkeypatch):
     gy, x, h, _, _ = problem(1, 5, 3, 7, 1, torch.float32)
     with pytest.raises(ValueError, match="needs triton, a GPU and float32 weights"):
-        ghost.weight_grad(gy.double(), x.double(), h.double(), "fused")
+        contract.weight_grad(gy.double(), x.double(), h.double(), "fused")
     monkeypatch.setattr(kernel, "triton", None)
     with pytest.raises(ValueError, match="needs triton"):
-        ghost.weight_grad(gy, x, h, "fused")
+        contract.weight_grad(gy, x, h, "fused")
