@@ -62,6 +62,10 @@ class Dataset:
         return self.meta["domains"]
 
     @property
+    def tokenizer(self):
+        return tokenizer(self.meta["tokenizer"])
+
+    @property
     def hash(self):
         """One sha256 for the arrays: what a run's values belong to."""
         sums = {name: self.meta["sha256"][name] for name in sorted(ARRAYS)}
@@ -316,8 +320,7 @@ def parse_target(part, dataset, block_size):
     if not name or not equals:
         ways = "write val, val:<domain> or <name>=<file.txt> (a comma in a name or path as \\,)"
         raise UserError(f"--targets: {part!r} is no target: {ways}")
-    tok = tokenizer(dataset.meta["tokenizer"])
-    return Target(name, text_rows(path, tok, block_size), None)
+    return Target(name, text_rows(path, dataset.tokenizer, block_size), None)
 
 
 def split_targets(spec, domains):

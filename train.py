@@ -28,7 +28,6 @@ import torch
 import config
 from data import open_dataset, parse_targets
 from model import GPT, GPTConfig
-from pile.tokenizers import tokenizer
 from show import dashboard, tables
 from show.progress import Progress
 from system import files, machine, parallel, store, terminal
@@ -452,7 +451,7 @@ def run(cfg, folder, device, data, targets):
     board = None
     if cfg.wandb_log and master_process:
         visits = store.read(out_dir) if targets and state.iter_num else ()
-        decode = tokenizer(data.meta["tokenizer"]).decode
+        decode = data.tokenizer.decode
         board = dashboard.Board(cfg, state.wandb_id, data, targets, decode, visits)
         state.wandb_id = board.wandb_id
 

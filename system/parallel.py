@@ -136,20 +136,21 @@ def mean(x):
 # --- the model ----------------------------------------------------------------
 
 
-def replicate(model, example_loss):
+def replicate(model, example_loss=None):
     """DDP: the gradients of the last micro-batch's backward become the ranks' mean.
 
-    example_loss(model) -> the loss of a micro-batch. DDP orders its buckets by the first backward.
-    If that were a step's, a resumed run would add up in another order than the undisturbed one, so
-    it is this one.
+    example_loss(model) -> the loss of a micro-batch, for runs that are resumed to the bit. DDP
+    orders its buckets by the first backward. If that were a step's, a resumed run would add up in
+    another order than the undisturbed one, so it is this one.
     """
     if size() == 1:
         return model
     device = next(model.parameters()).device
     device_ids = [device] if device.type == "cuda" else None
     replica = DistributedDataParallel(model, device_ids=device_ids)
-    example_loss(replica).backward()
-    model.zero_grad(set_to_none=True)
+    if example_loss:
+        example_loss(replica).backward()
+        model.zero_grad(set_to_none=True)
     return replica
 
 

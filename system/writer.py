@@ -19,6 +19,7 @@ class Writer:
         """run: the folder. audits: whether there will be an audit.npy. about: further entries of
         values.json. step, counted: where a run goes on, and what Writer.counted() said there."""
         self.run, self.n_targets = Path(run), n_targets
+        self.run.mkdir(parents=True, exist_ok=True)
         self.about = about or {}
         dtypes = {"ledger": store.visit_dtype(n_targets), "books": store.book_dtype(n_targets)}
         if audits:

@@ -105,7 +105,6 @@ def test_the_readme_reads_values(tmp_path, monkeypatch, targets):
 
 
 def test_the_loop_for_any_model_runs(tmp_path, monkeypatch):
-    pytest.importorskip("system.writer")  # the page is ahead of the code until then
     (code,) = blocks(ROOT / "docs" / "any_model.md", "python")
     rng = np.random.default_rng(0)
     X = rng.normal(size=(80, 6)).astype(np.float32)

@@ -28,7 +28,7 @@ ARROWS = {  # what may import what
     "prepare_pile": ("config", "data", "pile", "show.tables", "system"),
     "train": ("config", "data", "model", "valuation", "show", "system"),
     "revalue": ("config", "data", "train", "valuation", "shapley", "system"),
-    "values": ("config", "revalue", "show", "pile.tokenizers", "system"),
+    "values": ("config", "data", "revalue", "show", "system"),
     "report": ("config", "revalue", "show", "system"),
     "curate": ("config", "show", "system"),
 }

@@ -413,7 +413,7 @@ def test_a_step_of_another_size_than_the_batch_is_refused(tmp_path, size, exampl
     net = Net(nn.Linear(3, 2), F.cross_entropy)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
     for rule in ("sgd", "adamw2"):
-        loss = lambda *batch: net(*batch)[1]  # noqa: E731
+        loss = lambda *batch: net(*batch)[1]
         settings = Settings(rule=rule, batch=4)
         valuation = Valuation(net, optimizer, loss, [Examples("t", X, Y)], settings)
         x, y = torch.from_numpy(X), torch.from_numpy(Y)
