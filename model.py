@@ -1,8 +1,12 @@
 """
-Full definition of a GPT language model, all of it in this single file: nanoGPT's model (Karpathy, MIT licence), whose
-Linear, Embedding and LayerNorm also take a ledger (see ghost.py) and return each chunk's value as its gradient.
-
-Reference: the official GPT-2 TensorFlow implementation released by OpenAI, github.com/openai/gpt-2/blob/master/src/model.py
+Full definition of a GPT Language Model, all of it in this single file: nanoGPT's model, whose
+Linear, Embedding and LayerNorm also take a ledger, whose gradient is each chunk's value
+(shapley/ghost.py). Without a ledger it computes what nanoGPT's computes, to the bit.
+References:
+1) the official GPT-2 TensorFlow implementation released by OpenAI:
+https://github.com/openai/gpt-2/blob/master/src/model.py
+2) nanoGPT by Andrej Karpathy, MIT licence:
+https://github.com/karpathy/nanoGPT/blob/master/model.py
 """
 
 import math
@@ -14,42 +18,43 @@ from torch.nn import functional as F
 
 from shapley import ghost, head
 
-# --- layers that take the ledger; without one they are PyTorch's own ----------
+# -----------------------------------------------------------------------------
+# layers that take the ledger; without one they are PyTorch's own
 
 
 class Linear(nn.Linear):
     def forward(self, x, ledger=None):
-        return (
-            super().forward(x)
-            if ledger is None
-            else ghost.linear(x, self.weight, self.bias, ledger)
-        )
+        if ledger is None:
+            return super().forward(x)
+        return ghost.linear(x, self.weight, self.bias, ledger)
 
 
 class Embedding(nn.Embedding):
     def forward(self, idx, ledger=None):
-        return super().forward(idx) if ledger is None else ghost.embedding(idx, self.weight, ledger)
+        if ledger is None:
+            return super().forward(idx)
+        return ghost.embedding(idx, self.weight, ledger)
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x, ledger=None):
-        return (
-            super().forward(x)
-            if ledger is None
-            else ghost.layer_norm(x, self.weight, self.bias, self.eps, ledger)
-        )
+        if ledger is None:
+            return super().forward(x)
+        return ghost.layer_norm(x, self.weight, self.bias, self.eps, ledger)
 
 
-# --- the transformer ----------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(
-            config.n_embd, 3 * config.n_embd, bias=config.bias
-        )  # query, key, value of all heads
+        assert config.n_embd % config.n_head == 0
+        # key, query, value projections for all heads, but in a batch
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        # output projection
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        # regularization
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.n_embd = config.n_embd
@@ -57,17 +62,22 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, ledger=None):
         B, T, C = x.size()  # batch size, sequence length, embedding dimensionality (n_embd)
+
+        # calculate query, key, values for all heads in batch
         q, k, v = self.c_attn(x, ledger).split(self.n_embd, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0, is_causal=True
-        )
-        y = (
-            y.transpose(1, 2).contiguous().view(B, T, C)
-        )  # re-assemble all head outputs side by side
-        return self.resid_dropout(self.c_proj(y, ledger))
+
+        # causal self-attention; Self-attend: (B, nh, T, hs) x (B, nh, hs, T) -> (B, nh, T, T)
+        dropout_p = self.dropout if self.training else 0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        # re-assemble all head outputs side by side
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+
+        # output projection
+        y = self.resid_dropout(self.c_proj(y, ledger))
+        return y
 
 
 class MLP(nn.Module):
@@ -79,7 +89,11 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, ledger=None):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x, ledger)), ledger))
+        x = self.c_fc(x, ledger)
+        x = self.gelu(x)
+        x = self.c_proj(x, ledger)
+        x = self.dropout(x)
+        return x
 
 
 class Block(nn.Module):
@@ -92,30 +106,31 @@ class Block(nn.Module):
 
     def forward(self, x, ledger=None):
         x = x + self.attn(self.ln_1(x, ledger), ledger)
-        return x + self.mlp(self.ln_2(x, ledger), ledger)
+        x = x + self.mlp(self.ln_2(x, ledger), ledger)
+        return x
 
 
 @dataclass
 class GPTConfig:
     block_size: int = 1024
-    vocab_size: int = (
-        50304  # GPT-2 vocab_size of 50257, padded up to nearest multiple of 64 for efficiency
-    )
+    # GPT-2 vocab_size of 50257, padded up to nearest multiple of 64 for efficiency
+    vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = (
-        True  # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
-    )
+    # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    bias: bool = True
     tie_weights: bool = True  # wte and lm_head share one matrix, like GPT-2
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.n_embd % config.n_head == 0
+        assert config.vocab_size is not None
+        assert config.block_size is not None
         self.config = config
+
         self.transformer = nn.ModuleDict(
             dict(
                 wte=Embedding(config.vocab_size, config.n_embd),
@@ -127,111 +142,156 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
-            self.transformer.wte.weight = (
-                self.lm_head.weight
-            )  # https://paperswithcode.com/method/weight-tying
+            # https://paperswithcode.com/method/weight-tying
+            self.transformer.wte.weight = self.lm_head.weight
         for weight in {self.transformer.wte.weight, self.lm_head.weight}:
-            weight.tokens = (
-                True  # its rows are tokens: valuation knows before a step which of them will move
-            )
+            # its rows are tokens: a valuation knows before a step which of them will move
+            weight.tokens = True
+
+        # init all weights
         self.apply(self._init_weights)
-        # special scaled init to the residual projections, per GPT-2 paper
+        # apply special scaled init to the residual projections, per GPT-2 paper
         for pn, p in self.named_parameters():
             if pn.endswith("c_proj.weight"):
-                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+                torch.nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
         self.chunk_loss = None  # (B,) nats: set by a forward with a ledger
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        """A checkpoint's model, with its weights. Raises ValueError, or what torch raises, where its
-        model_args are those of another one."""
+        """A checkpoint's model, with its weights. Raises ValueError, or what torch raises, where
+        its model_args are those of another one."""
         args, weights = checkpoint["model_args"], checkpoint["model"]
         layers = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
         if args["n_layer"] != len(layers):  # before a billion of them are built
-            raise ValueError(
-                f"model_args speak of {args['n_layer']} layers, there are {len(layers)}"
-            )
-        with torch.device("meta"):  # which takes no memory
+            n_layer = args["n_layer"]
+            raise ValueError(f"model_args speak of {n_layer} layers, there are {len(layers)}")
+        with torch.device("meta"):  # it takes no memory
             model = cls(GPTConfig(**args))
         model.load_state_dict(weights, assign=True)
         return model
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; by default without the position embeddings (the token embeddings double as the head)."""
+        """
+        Return the number of parameters in the model.
+        For non-embedding count (default), the position embeddings get subtracted.
+        The token embeddings would too, except due to the parameter sharing these
+        params are actually used as weights in the final layer, so we include them.
+        """
         n_params = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+        if non_embedding:
+            n_params -= self.transformer.wpe.weight.numel()
+        return n_params
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear):
+            torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def forward(self, idx, targets=None, ledger=None):
-        """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger (B, K) zeros that require
-        grad, or None. Returns logits (B, T, vocab_size), or (B, 1, vocab_size) without targets, or None where the head works
-        chunk by chunk (shapley/head.py), and the mean token loss in nats.
+        """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger
+        (B, K) zeros that require grad, or None.
+
+        Returns logits (B, T, vocab_size), and the mean token loss in nats. Without targets the
+        logits are (B, 1, vocab_size). Where the head works chunk by chunk (shapley/head.py) they
+        are None.
         """
-        B, T = idx.size()
-        if T > self.config.block_size:
-            raise ValueError(
-                f"a sequence of {T} tokens does not fit block_size={self.config.block_size}"
-            )
-        pos = torch.arange(T, device=idx.device)  # (T,)
+        device = idx.device
+        b, t = idx.size()
+        if t > self.config.block_size:
+            what = f"a sequence of {t} tokens does not fit block_size={self.config.block_size}"
+            raise ValueError(what)
+        pos = torch.arange(0, t, dtype=torch.long, device=device)  # shape (t)
         if ledger is not None:
-            pos = pos.expand(B, T)  # a chunk's use of wpe is its own
-        tok_emb = self.transformer.wte(idx, ledger)  # (B, T, n_embd)
-        pos_emb = self.transformer.wpe(pos, ledger)  # (T, n_embd) or (B, T, n_embd)
+            pos = pos.expand(b, t)  # a chunk's use of wpe is its own
+
+        # forward the GPT model itself
+        tok_emb = self.transformer.wte(idx, ledger)  # token embeddings of shape (b, t, n_embd)
+        pos_emb = self.transformer.wpe(pos, ledger)  # position embeddings of shape (t, n_embd)
         x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
             x = block(x, ledger)
         x = self.transformer.ln_f(x, ledger)
 
-        if (
-            targets is None
-        ):  # inference-time mini-optimization: only forward the lm_head on the very last position
-            return self.lm_head(x[:, [-1], :]), None
-        if head.is_chunked(
-            x, self.lm_head.weight, ledger
-        ):  # the logits, the largest tensor of the step, never exist whole
+        if targets is None:
+            # inference-time mini-optimization: only forward the lm_head on the very last position
+            logits = self.lm_head(x[:, [-1], :])  # note: using list [-1] to preserve the time dim
+            return logits, None
+        if head.is_chunked(x, self.lm_head.weight, ledger):
+            # the logits, the largest tensor of the step, never exist whole
             loss, self.chunk_loss = head.loss(x, self.lm_head.weight, targets, ledger)
             return None, loss
         logits = self.lm_head(x, ledger)
-        flat = logits.view(-1, logits.size(-1)), targets.reshape(-1)
+        flat_logits = logits.view(-1, logits.size(-1))
+        flat_targets = targets.reshape(-1)
         if ledger is None:
-            return logits, F.cross_entropy(*flat, ignore_index=-1)
-        token_loss = F.cross_entropy(*flat, reduction="none").view(B, T)
+            # if we are given some desired targets also calculate the loss
+            loss = F.cross_entropy(flat_logits, flat_targets, ignore_index=-1)
+            return logits, loss
+        token_loss = F.cross_entropy(flat_logits, flat_targets, reduction="none").view(b, t)
         self.chunk_loss = token_loss.detach().mean(1)
         return logits, token_loss.mean()
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW; all 2D parameters (matmuls and embeddings) are decayed, biases and layernorms are not."""
-        params = [p for p in self.parameters() if p.requires_grad]
+        # start with all of the candidate parameters
+        param_dict = {pn: p for pn, p in self.named_parameters()}
+        # filter out those that do not require grad
+        param_dict = {pn: p for pn, p in param_dict.items() if p.requires_grad}
+        # create optim groups. Any parameters that is 2D will be weight decayed, otherwise no.
+        # i.e. all weight tensors in matmuls + embeddings decay, all biases and layernorms don't.
+        decay_params = [p for n, p in param_dict.items() if p.dim() >= 2]
+        nodecay_params = [p for n, p in param_dict.items() if p.dim() < 2]
         optim_groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+            {"params": decay_params, "weight_decay": weight_decay},
+            {"params": nodecay_params, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
-            optim_groups, lr=learning_rate, betas=betas, fused=device_type == "cuda" or None
-        )
+        # Create AdamW optimizer and use the fused version if it is available
+        fused = True if device_type == "cuda" else None
+        return torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, fused=fused)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model flops utilization (MFU) in units of peak_flops, A100 bfloat16 by default; PaLM paper, appendix B."""
-        N, cfg = self.get_num_params(), self.config
+        """estimate model flops utilization (MFU) in units of peak_flops, A100 bfloat16 by
+        default"""
+        # first estimate the number of flops we do per iteration.
+        # see PaLM paper Appendix B as ref: https://arxiv.org/abs/2204.02311
+        N = self.get_num_params()
+        cfg = self.config
         L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
         flops_per_token = 6 * N + 12 * L * H * Q * T
-        return flops_per_token * T * fwdbwd_per_iter / dt / peak_flops
+        flops_per_fwdbwd = flops_per_token * T
+        flops_per_iter = flops_per_fwdbwd * fwdbwd_per_iter
+        # express our flops throughput as ratio of peak flops
+        flops_achieved = flops_per_iter * (1.0 / dt)  # per second
+        return flops_achieved / peak_flops
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Complete idx (B, T) int64 max_new_tokens times, feeding the predictions back in. Call model.eval() first."""
+        """
+        Take a conditioning sequence of indices idx (LongTensor of shape (b,t)) and complete
+        the sequence max_new_tokens times, feeding the predictions back into the model each time.
+        Most likely you'll want to make sure to be in model.eval() mode of operation for this.
+        """
         for _ in range(max_new_tokens):
-            idx_cond = idx[:, -self.config.block_size :]  # crop to block_size
+            # if the sequence context is growing too long we must crop it at block_size
+            if idx.size(1) <= self.config.block_size:
+                idx_cond = idx
+            else:
+                idx_cond = idx[:, -self.config.block_size :]
+            # forward the model to get the logits for the index in the sequence
             logits, _ = self(idx_cond)
+            # pluck the logits at the final step and scale by desired temperature
             logits = logits[:, -1, :] / temperature
+            # optionally crop the logits to only the top k options
             if top_k is not None:
                 v, _ = torch.topk(logits, min(top_k, logits.size(-1)))
                 logits[logits < v[:, [-1]]] = -float("Inf")
-            idx_next = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            # apply softmax to convert logits to (normalized) probabilities
+            probs = F.softmax(logits, dim=-1)
+            # sample from the distribution
+            idx_next = torch.multinomial(probs, num_samples=1)
+            # append sampled index to the running sequence and continue
             idx = torch.cat((idx, idx_next), dim=1)
+
         return idx

@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -92,25 +92,26 @@ def prepare_vocab(cfg, vocab):
 # --- the rules and their parts --------------------------------------------------
 
 
-def three_point_secant(q):
+def three_point_secant(update):
     """E[secant(g)] for g ~ N(mhat, vhat - mhat^2), by three Gauss-Hermite points: instead of the
-    mean field. q: of rules.adamw_pieces."""
-    q = {**q, "v": torch.maximum(q["v"], rules.FLOORS["adamw"] * q["v"].mean())}
-    mhat = q["m"] / (1 - q["beta1"] ** (q["t"] - 1))
-    vhat = q["v"] / (1 - q["beta2"] ** (q["t"] - 1))
+    mean field. update: rules.Update."""
+    v = torch.maximum(update.v, rules.FLOORS["adamw"] * update.v.mean())
+    update = replace(update, v=v)
+    mhat = update.m / (1 - update.beta1 ** (update.t - 1))
+    vhat = update.v / (1 - update.beta2 ** (update.t - 1))
     sd = (vhat - mhat**2).clamp(min=0).sqrt()
     mean = 0.0
     for weight, z in ((2 / 3, 0.0), (1 / 6, 3**0.5), (1 / 6, -(3**0.5))):
-        mean = mean + weight * rules.secant(q, mhat + z * sd)
+        mean = mean + weight * update.secant(mhat + z * sd)
     return mean
 
 
-def secant_floor_1e_2(q):
-    return rules.expected_secant(q, 1e-2)
+def secant_floor_1e_2(update):
+    return rules.expected_secant(update, 1e-2)
 
 
-def secant_no_floor(q):
-    return rules.expected_secant(q, 0.0)
+def secant_no_floor(update):
+    return rules.expected_secant(update, 0.0)
 
 
 # What the clip correction goes by, q_i (B,), or False: no correction. x is what

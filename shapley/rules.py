@@ -1,181 +1,244 @@
-"""The rules by their definitions, formula by formula, in float64: what the tests hold the fast path to.
+"""The rules by their definitions, formula by formula, slow and plain: a function a rule.
 
-Nothing here is shared with shapley/directions.py, which has the formulas' sources; gradients come from exact.py. Of a step that is to come:
+    sgd           first order                           Wang et al., arXiv 2406.11011, eq. 5
+    sgd2          second order                          their second order, without a Hessian
+    adamw_linear  Adam-aware, first order, linearised   Ding et al., arXiv 2602.00329, with a floor
+    adamw         Adam-aware, first order               look-ahead and expected secant
+    adamw2        Adam-aware, second order              the step that AdamW really takes
+
+The value of chunk i for a target is <x_i, h>, where x_i is the gradient of its share of the batch's
+loss, and h the rule's direction. Tests hold the fast rules of directions.py, which explains all
+symbols, to these. Nothing is shared with them. Of a step that is to come:
 
     x = exact.chunk_gradients(model, X, Y)
-    rules.rule_values(model, optimizer, x, [exact.batch_loss(X_target, Y_target)], "adamw2", lr, grad_clip=1.0)    # (B, K) nats
+    losses = [exact.batch_loss(X_target, Y_target)]
+    rules.rule_values(model, optimizer, x, losses, "adamw2", lr, grad_clip=1.0)     # (B, K) nats
+
+Everything is float64 and has one tensor a parameter. g is the batch's gradient before clipping,
+kappa the clip coefficient, g_k the gradient of target k.
 """
 
 import copy
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from shapley.exact import dot, gradient
 
-FLOORS = dict(
-    adamw_linear=1e-2, adamw=1e-4
-)  # of the second moment, as a share of its mean over the tensor
+FLOORS = {"adamw_linear": 1e-2, "adamw": 1e-4}  # of v, as a share of its mean over the tensor
 
 
-def adamw_pieces(model, optimizer):
-    """Per parameter, in float64: m, v, the scalars a, b, c, d of the coming update t, t itself, eps and weight decay."""
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    pieces = []
+# --- AdamW's coming update of one parameter ---------------------------------------
+
+
+@dataclass
+class Update:
+    """AdamW's t-th update of a parameter, t = 1, 2, ...: it lands on
+    (1 - lr wd) w - lr D(kappa g)."""
+
+    m: torch.Tensor
+    v: torch.Tensor
+    t: int
+    beta1: float
+    beta2: float
+    eps: float
+    wd: float
+
+    def __post_init__(self):
+        self.a = self.beta1 / (1 - self.beta1**self.t)
+        self.b = (1 - self.beta1) / (1 - self.beta1**self.t)
+        self.c = self.beta2 / (1 - self.beta2**self.t)
+        self.d = (1 - self.beta2) / (1 - self.beta2**self.t)
+
+    def displacement(self, g):
+        """D(g) = (a m + b g) / (sqrt(c v + d g^2) + eps)."""
+        return (self.a * self.m + self.b * g) / (self.root(g) + self.eps)
+
+    def root(self, g):
+        """r = sqrt(c v + d g^2)."""
+        return (self.c * self.v + self.d * g**2).sqrt()
+
+    def secant(self, g):
+        """(D(g) - D(0)) / g without the division: b / s - a m d g / (s s0 (r + r0))."""
+        r0 = (self.c * self.v).sqrt()
+        r = self.root(g)
+        s0 = r0 + self.eps
+        s = r + self.eps
+        second = self.a * self.m * self.d * g / (s * s0 * (r + r0))
+        return self.b / s - torch.where(r + r0 > 0, second, 0.0)
+
+    def slope(self, g):
+        """D'(g) = b / s - (a m + b g) d g / (r s^2)."""
+        r = self.root(g)
+        s = r + self.eps
+        second = (self.a * self.m + self.b * g) * self.d * g / (r * s**2)
+        return self.b / s - torch.where(r > 0, second, 0.0)
+
+
+def updates(model, optimizer):
+    """The coming Update of each parameter, in float64."""
+    groups = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            groups[p] = group
+    result = []
     for p in model.parameters():
-        (beta1, beta2), state = groups[p]["betas"], optimizer.state.get(p)
-        t = 1 + (int(state["step"]) if state else 0)
-        m, v = (
-            (state["exp_avg"].double(), state["exp_avg_sq"].double())
-            if state
-            else (torch.zeros_like(p, dtype=torch.float64),) * 2
-        )
-        one, two = 1 - beta1**t, 1 - beta2**t
-        scalars = dict(
-            a=beta1 / one,
-            b=(1 - beta1) / one,
-            c=beta2 / two,
-            d=(1 - beta2) / two,
+        state = optimizer.state.get(p)
+        zeros = torch.zeros_like(p, dtype=torch.float64)
+        beta1, beta2 = groups[p]["betas"]
+        update = Update(
+            m=state["exp_avg"].double() if state else zeros,
+            v=state["exp_avg_sq"].double() if state else zeros,
+            t=1 + (int(state["step"]) if state else 0),
             beta1=beta1,
             beta2=beta2,
+            eps=groups[p]["eps"],
+            wd=groups[p]["weight_decay"],
         )
-        pieces.append(
-            dict(m=m, v=v, t=t, eps=groups[p]["eps"], wd=groups[p]["weight_decay"], **scalars)
-        )
-    return pieces
+        result.append(update)
+    return result
 
 
-def step_direction(q, g):
-    """D(g) = (a m + b g) / (sqrt(c v + d g^2) + eps)."""
-    return (q["a"] * q["m"] + q["b"] * g) / ((q["c"] * q["v"] + q["d"] * g**2).sqrt() + q["eps"])
+def expected_secant(update, floor=FLOORS["adamw"]):
+    """The secant as it is expected before the batch is seen, in mean field: the bias-corrected
+    moments stand for g and g^2."""
+    m = update.m
+    v = torch.maximum(update.v, floor * update.v.mean())
+    m_hat = m / (1 - update.beta1 ** (update.t - 1))
+    v_hat = v / (1 - update.beta2 ** (update.t - 1))
+    r0 = (update.c * v).sqrt()
+    r = (update.c * v + update.d * v_hat).sqrt()
+    s0 = r0 + update.eps
+    s = r + update.eps
+    return update.b / s - update.a * m * update.d * m_hat / (s * s0 * (r + r0))
 
 
-def secant(q, g):
-    """(D(g) - D(0)) / g without the division."""
-    r0, r = (q["c"] * q["v"]).sqrt(), (q["c"] * q["v"] + q["d"] * g**2).sqrt()
-    s0, s = r0 + q["eps"], r + q["eps"]
-    second = q["a"] * q["m"] * q["d"] * g / (s * s0 * (r + r0))
-    return q["b"] / s - torch.where(r + r0 > 0, second, 0.0)
+def linearised(update, g_k=0.0, floor=FLOORS["adamw_linear"]):
+    """The secant at g = 0, with a floor. At t = 1, where v = 0, the target's own gradient stands
+    for the batch's."""
+    if update.t > 1:
+        square = update.c * torch.maximum(update.v, floor * update.v.mean())
+    else:
+        v = g_k**2
+        square = update.d * torch.maximum(v, floor * v.mean())
+    return update.b / (square.sqrt() + update.eps)
 
 
-def slope(q, g):
-    """D'(g) = b / s - (a m + b g) d g / (r s^2)."""
-    r = (q["c"] * q["v"] + q["d"] * g**2).sqrt()
-    s = r + q["eps"]
-    return q["b"] / s - torch.where(
-        r > 0, (q["a"] * q["m"] + q["b"] * g) * q["d"] * g / (r * s**2), 0.0
-    )
+# --- the rules: each target's direction, one tensor a parameter ---------------------
 
 
-def expected_secant(q, floor=FLOORS["adamw"]):
-    """secant(g) as g is expected before the batch is seen, the mean field: from the bias-corrected moments mhat for g, vhat for g^2."""
-    m, v = q["m"], torch.maximum(q["v"], floor * q["v"].mean())
-    mhat, vhat = m / (1 - q["beta1"] ** (q["t"] - 1)), v / (1 - q["beta2"] ** (q["t"] - 1))
-    r0, r = (q["c"] * v).sqrt(), (q["c"] * v + q["d"] * vhat).sqrt()
-    s0, s = r0 + q["eps"], r + q["eps"]
-    return q["b"] / s - q["a"] * m * q["d"] * mhat / (s * s0 * (r + r0))
+@dataclass
+class Situation:
+    """A step that is to come, and one target. Model and optimizer are as before the step."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: object  # the target's: loss(model) -> scalar tensor
+    lr: float
+    g: list
+    kappa: float
+
+    def gradient_at(self, steps):
+        """g_k where each parameter has moved by a tensor."""
+        return gradient(displaced(self.model, steps), self.loss)
+
+    def gradient_here(self):
+        return self.gradient_at([torch.zeros_like(g_p) for g_p in self.g])
+
+    def to_empty(self, updates):
+        """How far momentum and decay alone move the parameters: -lr (wd w + D(0))."""
+        steps = []
+        for p, update in zip(self.model.parameters(), updates):
+            nothing = update.displacement(torch.zeros_like(update.m))
+            steps.append(-self.lr * (update.wd * p.detach().double() + nothing))
+        return steps
 
 
-def linearised(q, g_k=0.0, floor=FLOORS["adamw_linear"]):
-    """The secant at g = 0, with a floor; at t = 1, where v = 0, the target's own gradient stands in for the batch's."""
-    scale, v = (q["c"], q["v"]) if q["t"] > 1 else (q["d"], g_k**2)
-    return q["b"] / ((scale * torch.maximum(v, floor * v.mean())).sqrt() + q["eps"])
+def first_order(situation):
+    """sgd: lr g_k(w)."""
+    return [situation.lr * g_k for g_k in situation.gradient_here()]
 
 
-def displaced(model, steps):
-    """A float64 copy of the model, its parameters moved by one tensor each."""
-    twin = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        for p, s in zip(twin.parameters(), steps):
-            p += s
-    return twin
+def second_order(situation):
+    """sgd2: the target's gradient in the middle of the step, w - lr kappa g / 2."""
+    lr, kappa, g = situation.lr, situation.kappa, situation.g
+    g_k = situation.gradient_at([-lr * kappa * g_p / 2 for g_p in g])
+    ones = [1.0] * len(g)
+    return clip_path(situation, g_k, secants=ones, slopes=ones)
 
 
-def directions(
-    model,
-    optimizer,
-    loss,
-    rule,
-    lr,
-    g,
-    kappa=1.0,
-    lookahead=True,
-    expected=expected_secant,
-    floor=FLOORS["adamw_linear"],
-    known=None,
-):
-    """The rule's direction for the target loss(model), one float64 tensor a parameter: what <x_i, .> is to be taken with.
+def adam_aware_linear(situation, floor=FLOORS["adamw_linear"]):
+    """adamw_linear: lr g_k(w) b / (sqrt(c max(v, floor)) + eps)."""
+    directions = []
+    for g_k, update in zip(
+        situation.gradient_here(), updates(situation.model, situation.optimizer)
+    ):
+        directions.append(situation.lr * g_k * linearised(update, g_k, floor))
+    return directions
 
-    g: the batch's gradient before clipping, kappa the clip coefficient; it is in the direction of two-pass rules, not of one-pass ones.
-    floor: of `adamw_linear`. lookahead, expected, known: the parts of `adamw`; expected: from adamw_pieces of a parameter its secant,
-    known: per parameter None or a bool tensor of the rows whose secant is taken at kappa g. ValueError for an unknown rule.
+
+def adam_aware(situation, known=None, lookahead=True, expected=expected_secant):
+    """adamw: lr g_k(w_empty) E[sec(g)]; of the known rows lr g_k(w_empty) sec(kappa g).
+
+    known: per parameter None, or a bool tensor of the rows whose secant is taken at kappa g.
+    lookahead=False takes g_k at w; expected: another secant of an Update.
     """
-
-    def gradient_at(steps):
-        return gradient(displaced(model, steps), loss)
-
-    params = [p.detach().double() for p in model.parameters()]
-    here = [torch.zeros_like(p) for p in params]
-    if rule == "sgd":
-        return [lr * g_k for g_k in gradient_at(here)]
-    if rule == "sgd2":
-        g_k = gradient_at([-lr * kappa * g_p / 2 for g_p in g])
-        return clip_path(lr, kappa, g, g_k, [1.0] * len(g), [1.0] * len(g))
-    q, taken = adamw_pieces(model, optimizer), [kappa * g_p for g_p in g]
-    empty = [
-        -lr * (q_p["wd"] * p + step_direction(q_p, torch.zeros_like(p)))
-        for q_p, p in zip(q, params)
-    ]
-    first = q[0]["t"] == 1
-    if rule == "adamw_linear":
-        return [lr * g_p * linearised(q_p, g_p, floor) for q_p, g_p in zip(q, gradient_at(here))]
-    if rule == "adamw":
-        g_k = gradient_at(empty if lookahead and not first else here)
-        factors = [linearised(q_p, g_p) if first else expected(q_p) for q_p, g_p in zip(q, g_k)]
-        for factor, q_p, g_p, rows in zip(factors, q, taken, known or [None] * len(q)):
-            if rows is not None:
-                factor[rows] = secant(q_p, g_p)[rows]
-        return [lr * g_p * factor for g_p, factor in zip(g_k, factors)]
-    if rule == "adamw2":
-        to_mid = [e - lr * secant(q_p, g_p) * g_p / 2 for e, q_p, g_p in zip(empty, q, taken)]
-        g_k = gradient_at(to_mid)
-        return clip_path(
-            lr,
-            kappa,
-            g,
-            g_k,
-            [secant(q_p, g_p) for q_p, g_p in zip(q, taken)],
-            [slope(q_p, g_p) for q_p, g_p in zip(q, taken)],
-        )
-    raise ValueError(
-        f"rule {rule!r} is unknown here: choose sgd, sgd2, adamw, adamw_linear or adamw2"
-    )
+    coming = updates(situation.model, situation.optimizer)
+    is_first = coming[0].t == 1
+    if lookahead and not is_first:
+        gradients = situation.gradient_at(situation.to_empty(coming))
+    else:
+        gradients = situation.gradient_here()
+    known = known or [None] * len(coming)
+    directions = []
+    for g_k, g_p, update, rows in zip(gradients, situation.g, coming, known):
+        secant = linearised(update, g_k) if is_first else expected(update)
+        if rows is not None:
+            secant[rows] = update.secant(situation.kappa * g_p)[rows]
+        directions.append(situation.lr * g_k * secant)
+    return directions
 
 
-def clip_path(lr, kappa, g, g_k, secants, slopes):
-    """h = lr (kappa g_k sec + kappa ln(1/kappa) (p - u <u, p>)), p = g_k D'(kappa g), u = g / ||g||: Aumann-Shapley along the clipped path."""
-    h = [lr * kappa * g_p * sec for g_p, sec in zip(g_k, secants)]
-    if kappa < 1:
-        u, p = [x / torch.sqrt(dot(g, g)) for x in g], [g_p * s for g_p, s in zip(g_k, slopes)]
-        along, weight = dot(u, p), lr * kappa * math.log(1 / kappa)
-        h = [h_p + weight * (p_p - u_p * along) for h_p, p_p, u_p in zip(h, p, u)]
-    return h
+def adam_aware_second_order(situation):
+    """adamw2: the target's gradient in the middle of what the batch moves,
+    w_empty - lr sec(kappa g) kappa g / 2, and the path of the clipped step."""
+    coming = updates(situation.model, situation.optimizer)
+    clipped = [situation.kappa * g_p for g_p in situation.g]
+    secants = [update.secant(g_p) for update, g_p in zip(coming, clipped)]
+    slopes = [update.slope(g_p) for update, g_p in zip(coming, clipped)]
+    to_middle = []
+    for empty, secant, g_p in zip(situation.to_empty(coming), secants, clipped):
+        to_middle.append(empty - situation.lr * secant * g_p / 2)
+    return clip_path(situation, situation.gradient_at(to_middle), secants, slopes)
 
 
-def clip_coefficient(gradients, grad_clip):
-    """What torch.nn.utils.clip_grad_norm_ multiplies the summed gradient by; 1 where grad_clip is 0."""
-    return (
-        min(1.0, grad_clip / (float(torch.sqrt(dot(gradients, gradients))) + 1e-6))
-        if grad_clip
-        else 1.0
-    )
+RULES = {
+    "sgd": first_order,
+    "sgd2": second_order,
+    "adamw_linear": adam_aware_linear,
+    "adamw": adam_aware,
+    "adamw2": adam_aware_second_order,
+}
 
 
-def inner_products(x, rows):
-    """q_i = <x_i, g> over the rows, bool, of each parameter (None: none of it): what the clip correction goes by."""
-    x = [torch.cat([g[r].flatten() for g, r in zip(x_i, rows) if r is not None]) for x_i in x]
-    return torch.stack(x) @ sum(x)
+def clip_path(situation, g_k, secants, slopes):
+    """Aumann-Shapley along the clipped path:
+    h = lr (kappa g_k sec + kappa ln(1/kappa) (p - u <u, p>)), p = g_k D'(kappa g), u = g / |g|."""
+    lr, kappa, g = situation.lr, situation.kappa, situation.g
+    h = [lr * kappa * g_p * secant for g_p, secant in zip(g_k, secants)]
+    if kappa == 1:
+        return h
+    norm = torch.sqrt(dot(g, g))
+    u = [g_p / norm for g_p in g]
+    p = [g_p * slope for g_p, slope in zip(g_k, slopes)]
+    along = dot(u, p)
+    weight = lr * kappa * math.log(1 / kappa)
+    return [h_p + weight * (p_p - u_p * along) for h_p, p_p, u_p in zip(h, p, u)]
+
+
+# --- values -----------------------------------------------------------------------
 
 
 def rule_values(
@@ -183,47 +246,87 @@ def rule_values(
 ):
     """The rule's values of the players x (example_gradients' result) for K losses: float64 (B, K).
 
-    products: q_i (B,) of the clip correction of `adamw`; default the inner_products over the known rows, False (and where none are known):
-    no correction. known and other parts: see `directions`. Model and optimizer as they are before the step, untouched.
+    products: q_i (B,) of the clip correction of `adamw`; by default the inner_products over the
+    known rows, and False, or no known rows: no correction. known and other parts: see adam_aware,
+    adam_aware_linear. Model and optimizer are as before the step, and stay so. Raises ValueError
+    for an unknown rule.
     """
-    g = [sum(parts) for parts in zip(*x)]
-    kappa, columns = clip_coefficient(g, grad_clip), []
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown here: choose {', '.join(RULES)}")
+    g = [sum(players) for players in zip(*x)]
+    kappa = clip_coefficient(g, grad_clip)
     if products is None:
         products = inner_products(x, known) if known else False
+    if rule == "adamw":
+        parts["known"] = known
+    columns = []
     for loss in losses:
-        h = directions(model, optimizer, loss, rule, lr, g, kappa, known=known, **parts)
-        d = torch.stack([dot(x_i, h) for x_i in x])
+        h = RULES[rule](Situation(model, optimizer, loss, lr, g, kappa), **parts)
+        values = torch.stack([dot(x_i, h) for x_i in x])
         if rule in ("sgd", "adamw_linear", "adamw"):
-            d = kappa * d
+            values = kappa * values
         if rule == "adamw" and products is not False:
-            d = d + math.log(1 / kappa) * (d - d.sum() * products / products.sum())
-        columns.append(d)
+            change = values - values.sum() * products / products.sum()
+            values = values + math.log(1 / kappa) * change
+        columns.append(values)
     return torch.stack(columns, 1)
 
 
+def clip_coefficient(gradients, grad_clip):
+    """What torch.nn.utils.clip_grad_norm_ multiplies the summed gradient by; 1 where grad_clip is
+    0."""
+    if not grad_clip:
+        return 1.0
+    norm = float(torch.sqrt(dot(gradients, gradients)))
+    return min(1.0, grad_clip / (norm + 1e-6))
+
+
+def inner_products(x, rows):
+    """q_i = <x_i, g> over some rows, bool, of each parameter (None: of none): what the clip
+    correction goes by."""
+    vectors = []
+    for x_i in x:
+        parts = [g_p[mask].flatten() for g_p, mask in zip(x_i, rows) if mask is not None]
+        vectors.append(torch.cat(parts))
+    return torch.stack(vectors) @ sum(vectors)
+
+
 def known_rows(model, X, Y):
-    """Per parameter which rows' gradient a run keeps chunk by chunk, bool: of weights whose rows are tokens (attribute `tokens`)
-    those of the tokens in X or Y, of one-dimensional weights (LayerNorm's) all; None for the others."""
-    seen, rows = torch.cat([X.flatten(), Y.flatten()]), []
+    """Per parameter the rows whose gradient a run keeps chunk by chunk, bool: of weights whose rows
+    are tokens (attribute `tokens`) those of the tokens in X or Y, of one-dimensional weights
+    (LayerNorm's) all; None for the others."""
+    tokens = torch.cat([X.flatten(), Y.flatten()])
+    rows = []
     for name, p in model.named_parameters():
-        norm = p.dim() == 1 and name.endswith("weight")
-        mask = (
-            torch.zeros(len(p), dtype=torch.bool).index_fill_(0, seen, True)
-            if hasattr(p, "tokens")
-            else torch.ones(len(p), dtype=torch.bool)
-        )
-        rows.append(mask if norm or hasattr(p, "tokens") else None)
+        if hasattr(p, "tokens"):
+            rows.append(torch.zeros(len(p), dtype=torch.bool).index_fill_(0, tokens, True))
+        elif p.dim() == 1 and name.endswith("weight"):
+            rows.append(torch.ones(len(p), dtype=torch.bool))
+        else:
+            rows.append(None)
     return rows
 
 
+# --- around them ------------------------------------------------------------------
+
+
+def displaced(model, steps):
+    """A float64 copy of the model, its parameters moved by one tensor each."""
+    twin = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for p, step in zip(twin.parameters(), steps):
+            p += step
+    return twin
+
+
 def hvp(model, loss, vector):
-    """The Hessian of loss(model) times vector (one tensor a parameter), by differentiating twice."""
+    """The Hessian of loss(model) times vector (one tensor a parameter), by differentiating
+    twice."""
     params = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(
-        torch.nn.attention.SDPBackend.MATH
-    ):  # flash attention has no second derivative
+    # flash attention has no second derivative
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         grads = torch.autograd.grad(loss(model), params, create_graph=True)
-        return list(torch.autograd.grad(sum((g * v).sum() for g, v in zip(grads, vector)), params))
+        return list(torch.autograd.grad(dot(grads, vector), params))
 
 
 def leave_one_in(utility, n):
