@@ -2,8 +2,8 @@
 
 Reference: contract.weight_grad(gy_BTO, x_BTI, h_KOI, "matmul"); tests/test_kernel.py compares both
 with float64. gw_OI = sum_b gy_b^T x_b is added up in float32, chunk after chunk. Where a chunk's
-tokens end, its inner products with the K directions are taken; what they have grown
-by since the chunk before are the values of the chunk.
+tokens end, the sum's inner products with the K directions are taken. What they have grown by since
+the chunk before are the chunk's values.
 
 A block takes one tile of the weight and one of SPLITS ranges of all tokens, so that small weights
 fill a GPU too. The ranges' sums are added afterwards, in a fixed order. bench/assemble.py shows
