@@ -336,7 +336,7 @@ def judge_score(units, kinds, summed):
     scores = scores[used]
     kinds = kinds[used]
     text = ~np.isin(kinds, JUNK)
-    found = {
+    row = {
         "negative, text": float((scores[text] < 0).mean()),
         "negative, junk": None if text.all() else float((scores[~text] < 0).mean()),
     }
@@ -344,8 +344,8 @@ def judge_score(units, kinds, summed):
         junk = ~text if kind == "any" else kinds == kind
         if junk.any():
             wins = stats.mannwhitneyu(-scores[junk], -scores[text]).statistic
-            found[kind] = float(wins / junk.sum() / text.sum())
-    return found
+            row[kind] = float(wins / junk.sum() / text.sum())
+    return row
 
 
 def choose_chunks(cfg, condition, seed, arm, options, data, out):
@@ -372,13 +372,13 @@ def retrain(cfg, condition, seed, arm, options):
     kind of junk it was spared."""
     out = run_folder(cfg, condition, seed, arm)
     data = open_dataset(f"{cfg.data}/{condition}")
-    keep, kept = choose_chunks(cfg, condition, seed, arm, options, data, out)
+    path, kept = choose_chunks(cfg, condition, seed, arm, options, data, out)
     train_run(
         cfg,
         condition,
         seed,
         out,
-        keep=keep,
+        keep=path,
         rule="off",
         max_iters=cfg.iters + (cfg.value_iters if arm == ALL else 0),
         eval_interval=cfg.eval_interval,

@@ -152,8 +152,8 @@ def split_heldout(cfg):
     test = {}
     for d, name in enumerate(data.domains):
         ids = np.flatnonzero(data.val.domain == d)
-        mine = [document for document in documents if document["domain"] == name]
-        tokens, free = take_documents(cfg, data, ids, mine[1::2])
+        of_domain = [document for document in documents if document["domain"] == name]
+        tokens, free = take_documents(cfg, data, ids, of_domain[1::2])
         if len(tokens) and free.any():
             texts[name] = decode(tokens)
             n = min(cfg.test_chunks, free.sum())
@@ -261,8 +261,8 @@ def run(cfg, arm, weights, seed, test):
     label = arm.replace(": ", "-").replace(" ", "-")
     out = Path(cfg.out, f"run-{label}-{seed}")
     out.mkdir(parents=True, exist_ok=True)
-    keep = draw(np.asarray(weights), cfg.steps * cfg.batch_size, data.train.domain, seed)
-    np.save(out / "keep.npy", keep)
+    chosen = draw(np.asarray(weights), cfg.steps * cfg.batch_size, data.train.domain, seed)
+    np.save(out / "keep.npy", chosen)
     options = get_options(
         cfg,
         "batch_size",
@@ -291,12 +291,12 @@ def run(cfg, arm, weights, seed, test):
         overwrite=True,
     )
     train.train(settings)
-    chunks = np.bincount(data.train.domain[keep], minlength=len(data.domains))
+    chunks = np.bincount(data.train.domain[chosen], minlength=len(data.domains))
     row = {
         "seed": seed,
         "arm": arm,
         "chunks": dict(zip(data.domains, chunks.tolist())),
-        "repeated": len(keep) - len(np.unique(keep)),
+        "repeated": len(chosen) - len(np.unique(chosen)),
         "narrow": cfg.narrow,
         "evaluations": test_losses(out, data, test, settings),
     }
@@ -318,8 +318,8 @@ def domain_scores(out, data):
     for k, target in enumerate(result.names):
         scores[target] = {}
         for d, name in enumerate(data.domains):
-            mine = relative[domain == d, k]
-            scores[target][name] = float(np.median(mine)) if len(mine) else np.nan
+            of_domain = relative[domain == d, k]
+            scores[target][name] = float(np.median(of_domain)) if len(of_domain) else np.nan
     return scores
 
 
@@ -392,17 +392,17 @@ def steps_of(row):
     return np.array(column(row["evaluations"], "step"))
 
 
-def reached(steps, curve, loss):
-    """The step at which a curve, straight between its points, is first at loss; inf if never, the
-    first step if before."""
-    below = np.flatnonzero(curve <= loss)
+def reached(steps, losses, loss):
+    """The step at which the curve of losses, straight between its points, is first at loss; inf if
+    never, the first step if before."""
+    below = np.flatnonzero(losses <= loss)
     if not len(below):
         return np.inf
     i = below[0]
     if i == 0:
         return float(steps[0])
-    part = (curve[i - 1] - loss) / (curve[i - 1] - curve[i])
-    return float(steps[i - 1] + (steps[i] - steps[i - 1]) * part)
+    share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+    return float(steps[i - 1] + (steps[i] - steps[i - 1]) * share)
 
 
 def loss_table(results, target):

@@ -449,13 +449,13 @@ def rule_tables(rows):
         for B in sorted(set(column(rows, "B"))):
             for clipped in (False, True):
                 late = after_warmup(select(rows, vocab=vocab, B=B))
-                some = [row for row in late if is_clipped(row) == clipped]
-                if not some:
+                judged = [row for row in late if is_clipped(row) == clipped]
+                if not judged:
                     continue
-                kappa = min(column(some, "kappa"))
+                kappa = min(column(judged, "kappa"))
                 how = f"clipping active (kappa down to {kappa:.2f})" if clipped else "not clipped"
-                title = f"### {vocab} vocabulary, B = {B}, {how}: {steps_in(some)} steps"
-                lines += [title, "", *rule_table(some), ""]
+                title = f"### {vocab} vocabulary, B = {B}, {how}: {steps_in(judged)} steps"
+                lines += [title, "", *rule_table(judged), ""]
     lines += ["### By setting (B = 8, after the warm-up): mean Pearson (lowest)", ""]
     lines += setting_table(rows)
     early = [row for row in select(rows, B=8) if row["step"] < WARMUP]

@@ -198,9 +198,9 @@ def images(cfg):
         digits = library("sklearn.datasets").load_digits()
         return [((digits.images[:, None] * 15.9).astype(np.uint8), digits.target)]
     pools = []
-    for part in ("train", "t10k"):
-        X = read_idx(cfg, f"{part}-images-idx3", 16).reshape(-1, 1, 28, 28)
-        pools.append((X, read_idx(cfg, f"{part}-labels-idx1", 8)))
+    for pool in ("train", "t10k"):
+        X = read_idx(cfg, f"{pool}-images-idx3", 16).reshape(-1, 1, 28, 28)
+        pools.append((X, read_idx(cfg, f"{pool}-labels-idx1", 8)))
     return pools
 
 
@@ -324,22 +324,22 @@ def train_many(cfg, X, Y, subsets, steps, seed, together=32):
     X = torch.from_numpy(X)
     Y = torch.from_numpy(Y)
     for start in range(0, len(subsets), together):
-        some = subsets[start : start + together]
+        group = subsets[start : start + together]
         model = build(cfg, X.shape[-1], seed)
         rng = np.random.default_rng(seed)
-        orders = np.stack([order_of(ids, steps, cfg.batch, rng) for ids in some], 1)
+        orders = np.stack([order_of(ids, steps, cfg.batch, rng) for ids in group], 1)
         params = {}
         for name, p in model.named_parameters():
-            params[name] = p.detach().expand(len(some), *p.shape).clone().requires_grad_()
+            params[name] = p.detach().expand(len(group), *p.shape).clone().requires_grad_()
         optimizer = build_optimizer(cfg, params.values())
         apply = torch.func.vmap(partial(torch.func.functional_call, model))
         for ids in torch.from_numpy(orders):
             logits = apply(params, X[ids])
             mean_loss = loss_function(cfg)(logits.flatten(0, 1), Y[ids].flatten())
-            (mean_loss * len(some)).backward()  # each model's own mean loss, summed
+            (mean_loss * len(group)).backward()  # each model's own mean loss, summed
             optimizer.step()
             optimizer.zero_grad()
-        yield partial(predict, apply, params, len(some))
+        yield partial(predict, apply, params, len(group))
 
 
 @torch.no_grad()
@@ -413,8 +413,8 @@ def utilities(cfg, data, subsets, seed):
     loss = loss_function(cfg)
     steps = max(1, cfg.epochs * cfg.train // cfg.batch // 10)
     losses = []
-    for predict_some in train_many(cfg, data.X, data.Y, subsets, steps, seed):
-        for logits in predict_some(x):
+    for predict_group in train_many(cfg, data.X, data.Y, subsets, steps, seed):
+        for logits in predict_group(x):
             losses.append(float(loss(logits, y)))
     with torch.no_grad():
         untrained = float(loss(build(cfg, x.shape[-1], seed)(torch.from_numpy(x)), y))
@@ -501,8 +501,8 @@ def among_its_label(values, labels):
     for lifts all of its images alike."""
     ranks = np.zeros(len(values))
     for label in np.unique(labels):
-        mine = labels == label
-        ranks[mine] = values[mine].argsort().argsort() / mine.sum()
+        same = labels == label
+        ranks[same] = values[same].argsort().argsort() / same.sum()
     return ranks
 
 
@@ -511,7 +511,7 @@ def accuracies(cfg, data, values, seed):
 
     The models of a fraction are trained all at once.
     """
-    found = {key: {} for key in values}
+    accuracy = {key: {} for key in values}
     x, y = data.test
     y = torch.from_numpy(y)
     for fraction in FRACTIONS:
@@ -519,12 +519,12 @@ def accuracies(cfg, data, values, seed):
         subsets = [np.sort(np.argsort(-v, kind="stable")[:n]) for v in values.values()]
         steps = max(1, cfg.epochs * n // cfg.batch)
         scores = []
-        for predict_some in train_many(cfg, data.X, data.Y, subsets, steps, seed):
-            for logits in predict_some(x):
+        for predict_group in train_many(cfg, data.X, data.Y, subsets, steps, seed):
+            for logits in predict_group(x):
                 scores.append(float((logits.argmax(-1) == y).float().mean()))
         for key, score in zip(values, scores):
-            found[key][str(fraction)] = score
-    return found
+            accuracy[key][str(fraction)] = score
+    return accuracy
 
 
 # --- one seed -------------------------------------------------------------------------
@@ -574,13 +574,13 @@ def in_run_rows(cfg, data, rule, visits, variants):
     n = cfg.train
     rows = []
     for name, values in variants.items():
-        found = auroc(values, data.wrong)
-        rows.append({"kind": "variant", "name": name, "rule": rule, "auroc": found})
+        area = auroc(values, data.wrong)
+        rows.append({"kind": "variant", "name": name, "rule": rule, "auroc": area})
     for epoch in range(1, len(visits) // n + 1):
         so_far = visits[: epoch * n]
         values = summed(so_far, n, so_far["value"][:, 0].astype(float))
-        found = auroc(values, data.wrong)
-        rows.append({"kind": "epoch", "rule": rule, "epoch": epoch, "auroc": found})
+        area = auroc(values, data.wrong)
+        rows.append({"kind": "epoch", "rule": rule, "epoch": epoch, "auroc": area})
     return rows
 
 
@@ -612,7 +612,7 @@ def distance(model, other):
     return max(float((a - b).norm() / a.norm()) for a, b in pairs)
 
 
-def of_training(cfg, data, seed, steps=0):
+def judge_by_training(cfg, data, seed, steps=0):
     """What one training, and what it leaves, says of its images.
 
     Returns {method: values, seconds, and what is known of the training}; rows of the in-run sums;
@@ -648,7 +648,7 @@ def of_training(cfg, data, seed, steps=0):
     return methods, rows, max(run.lowest(), n // cfg.batch)
 
 
-def without_training(cfg, data, seed):
+def judge_without_training(cfg, data, seed):
     """{method: values and seconds}, of the methods that look at no training."""
     flat = data.X.reshape(cfg.train, -1)
     val_flat = data.val[0].reshape(cfg.val, -1)
@@ -666,11 +666,11 @@ def one_seed(cfg, seed):
     torch.set_num_threads(1)
     data = draw(cfg, seed)
     rng = np.random.default_rng(seed + 10**6)
-    methods, rows, lowest = of_training(cfg, data, seed)
-    stopped, _, _ = of_training(cfg, data, seed, lowest)
+    methods, rows, lowest = judge_by_training(cfg, data, seed)
+    stopped, _, _ = judge_by_training(cfg, data, seed, lowest)
     for name, method in stopped.items():
         methods[name + STOPPED] = method
-    methods.update(without_training(cfg, data, seed))
+    methods.update(judge_without_training(cfg, data, seed))
     methods["random"] = {"values": rng.random(cfg.train)}
     methods["oracle"] = {"values": np.where(data.wrong, -1, rng.random(cfg.train))}
     values = {}
@@ -705,7 +705,7 @@ def full_name(method, end):
     return method + end if method in OF_A_TRAINING else method
 
 
-def group(rows):
+def by_method(rows):
     """{(method, how): its rows, one a seed}."""
     methods = {}
     for row in select(rows, kind="method"):
@@ -758,7 +758,7 @@ def less_table(methods):
     for how in (RAW, BY_LABEL):
         for end in ENDS:
             of_rules = {name: column(methods[name + end, how], "auroc") for name in IN_RUN}
-            means = {name: np.mean(found) for name, found in of_rules.items()}
+            means = {name: np.mean(areas) for name, areas in of_rules.items()}
             best = max(means, key=means.get)
             titles.append(f"{best}{end}, {'by label' if how == BY_LABEL else 'as it is'}")
             for name, line in cells.items():
@@ -798,7 +798,7 @@ def their_table():
 
 
 def tables(cfg, rows):
-    methods = group(rows)
+    methods = by_method(rows)
     images_of = "digits" if cfg.data == "digits" else "Fashion-MNIST"
     seeds = len(methods["random", RAW])
     moved = max(column(methods["in-run adamw2", RAW], "moved"))
@@ -874,7 +874,7 @@ def figure(cfg, rows, path):
     """Left: what AUROC costs. Right: the in-run AUROC after each epoch."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(16, 5.4), width_ratios=(1.2, 1.2, 1))
-    methods = group(rows)
+    methods = by_method(rows)
     draw_costs(axes[0], methods, "")
     axes[0].set_title(f"{cfg.epochs} epochs")
     draw_costs(axes[1], methods, STOPPED)

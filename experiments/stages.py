@@ -190,34 +190,34 @@ def by_stretch(visits, lrs, domain_of, domains, targets, width, stretches):
             groups = [("all", np.ones(v.shape, bool))]
             for d, name in enumerate(domains):
                 groups.append((name, domain[start:end] == d))
-            for name, mine in groups:
-                if mine.any():
-                    rows.append({**stretch, "domain": name, **describe(v, size, mine)})
+            for name, members in groups:
+                if members.any():
+                    rows.append({**stretch, "domain": name, **describe(v, size, members)})
     return rows
 
 
-def describe(v, size, mine):
-    """What a stretch's values v (steps, B) say of the chunks in mine, bool (steps, B): a dict.
+def describe(v, size, members):
+    """What a stretch's values v (steps, B) say of some chunks, those in members, bool (steps, B).
 
-    size (steps, 1): the mean magnitude of each step.
+    size (steps, 1): the mean magnitude of each step. Returns a part of a row, a dict.
     """
-    own = v[mine]
-    n = mine.sum(1)
-    relative = np.where(mine, v / size, 0).sum(1)
+    values = v[members]
+    n = members.sum(1)
+    relative = np.where(members, v / size, 0).sum(1)
     lift = relative.sum() / n.sum()
     # of the lift; steps are what is independent
     error = math.sqrt(((relative - lift * n) ** 2).sum()) / n.sum()
     return {
-        "visits": len(own),
-        "share": float(mine.mean()),
-        "mean": float(own.mean()),
-        "median": float(np.median(own)),
-        "size": float(abs(own).mean()),
-        "median_size": float(np.median(abs(own))),
+        "visits": len(values),
+        "share": float(members.mean()),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "size": float(abs(values).mean()),
+        "median_size": float(np.median(abs(values))),
         "lift": float(lift),
         "error": float(error),
-        "share_of_sum": float(own.sum() / v.sum()),
-        "share_of_size": float(abs(own).sum() / abs(v).sum()),
+        "share_of_sum": float(values.sum() / v.sum()),
+        "share_of_size": float(abs(values).sum() / abs(v).sum()),
     }
 
 
@@ -401,10 +401,10 @@ def domain_curve(rows, name, stretches, key):
 
 def always_met(rows, stretches):
     """The domains that every stretch met."""
-    names = sorted({row["domain"] for row in rows})
-    return [
-        name for name in names if all(select(rows, domain=name, stretch=s) for s, _ in stretches)
-    ]
+    names = set(column(rows, "domain"))
+    for s, _ in stretches:
+        names &= set(column(select(rows, stretch=s), "domain"))
+    return sorted(names)
 
 
 def figure(rows, targets, stretches, path):
