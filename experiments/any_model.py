@@ -53,8 +53,7 @@ def draw(n, seed):
     images = rng.normal(0, 0.4, (n, 1, 8, 8)).astype(np.float32)
     kinds = rng.integers(4, size=n)
     rows, columns = rng.integers(1, 5, (2, n))
-    for i in range(n):
-        image, kind, y, x = images[i, 0], kinds[i], rows[i], columns[i]
+    for image, kind, y, x in zip(images[:, 0], kinds, rows, columns):
         if kind in (0, 2):
             image[y : y + 3, x + 1] += 1
         if kind in (1, 2):

@@ -178,7 +178,7 @@ def by_stretch(visits, lrs, domain_of, domains, targets, width, stretches):
         for i, (start, end) in enumerate(pairwise(edges)):
             v = values[start:end, :, k]
             size = abs(v).mean(1, keepdims=True)
-            stretch = {
+            about = {
                 "target": target,
                 "stretch": i,
                 "start": int(start),
@@ -192,7 +192,7 @@ def by_stretch(visits, lrs, domain_of, domains, targets, width, stretches):
                 groups.append((name, domain[start:end] == d))
             for name, members in groups:
                 if members.any():
-                    rows.append({**stretch, "domain": name, **describe(v, size, members)})
+                    rows.append({**about, "domain": name, **describe(v, size, members)})
     return rows
 
 
@@ -224,9 +224,22 @@ def describe(v, size, members):
 # --- tables ---------------------------------------------------------------------
 
 
-def steps_of(stretch):
-    start, end = stretch
-    return f"{start}-{end - 1}"
+@dataclass(order=True, frozen=True)
+class Stretch:
+    index: int
+    start: int  # its first step
+    end: int  # the step after its last
+
+    def title(self):
+        return f"{self.start}-{self.end - 1}"
+
+    def middle(self):
+        """On a logarithmic axis."""
+        return math.sqrt(self.start * self.end)
+
+
+def find_stretches(rows):
+    return sorted({Stretch(row["stretch"], row["start"], row["end"]) for row in rows})
 
 
 def sign(rows):
@@ -245,7 +258,7 @@ def by_seed(rows, target, stretch, needs="all"):
     """[{domain: row}, ...] of a stretch, for every seed that met the domain it needs."""
     seeds = []
     for seed in sorted({row["seed"] for row in rows}):
-        stretch_rows = select(rows, target=target, stretch=stretch, seed=seed)
+        stretch_rows = select(rows, target=target, stretch=stretch.index, seed=seed)
         by_domain = {row["domain"]: row for row in stretch_rows}
         if needs in by_domain:
             seeds.append(by_domain)
@@ -272,23 +285,23 @@ def own_table(rows, target, stretches):
         "median own - others'",
     ]
     lines = []
-    for s, stretch in stretches:
-        seeds = by_seed(rows, target, s, needs=target)
-        own = column(seeds, target)
-        everyone = column(seeds, "all")
+    for stretch in stretches:
+        seeds = by_seed(rows, target, stretch, needs=target)
+        own_rows = column(seeds, target)
+        all_rows = column(seeds, "all")
         shares = []
         for key in ("share", "share_of_sum", "share_of_size"):
-            shares.append(shown(100 * np.array(column(own, key)), 1) + " %")
-        gaps = [gap(*pair) for pair in zip(own, everyone)]
+            shares.append(shown(100 * np.array(column(own_rows, key)), 1) + " %")
+        gaps = [gap(*pair) for pair in zip(own_rows, all_rows)]
         mean, error = mean_se(gaps)
         p = stats.t.sf(mean / error, len(gaps) - 1) if len(gaps) > 1 else math.nan
-        medians = np.subtract(column(own, "median"), column(everyone, "median")) * NATS
+        medians = np.subtract(column(own_rows, "median"), column(all_rows, "median")) * NATS
         lines.append(
             [
-                steps_of(stretch),
+                stretch.title(),
                 *shares,
-                shown(column(own, "lift"), 2),
-                shown(column(everyone, "lift"), 2),
+                shown(column(own_rows, "lift"), 2),
+                shown(column(all_rows, "lift"), 2),
                 shown(gaps, 2),
                 f"{p:.2g}",
                 shown(medians, 2),
@@ -313,17 +326,17 @@ def size_table(rows, targets, stretches):
     ]
     lines = []
     for target in targets:
-        first = size_over_lr(column(by_seed(rows, target, 0), "all"))
-        for s, stretch in stretches:
-            everyone = column(by_seed(rows, target, s), "all")
+        first = size_over_lr(column(by_seed(rows, target, stretches[0]), "all"))
+        for stretch in stretches:
+            all_rows = column(by_seed(rows, target, stretch), "all")
             lines.append(
                 [
                     target,
-                    steps_of(stretch),
-                    shown(NATS * np.array(column(everyone, "size")), 2),
-                    shown(NATS * np.array(column(everyone, "median_size")), 2),
-                    shown(size_over_lr(everyone) / first),
-                    f"{max(column(everyone, 'largest_step')):.0%}",
+                    stretch.title(),
+                    shown(NATS * np.array(column(all_rows, "size")), 2),
+                    shown(NATS * np.array(column(all_rows, "median_size")), 2),
+                    shown(size_over_lr(all_rows) / first),
+                    f"{max(column(all_rows, 'largest_step')):.0%}",
                 ]
             )
     return markdown(head, lines)
@@ -332,7 +345,7 @@ def size_table(rows, targets, stretches):
 def domain_table(rows, target, stretches):
     """Every domain's lift by stretch with its sign, sorted by the last one; the domains that are
     certain of both signs; the mean values in nats."""
-    last, _ = stretches[-1]
+    last = stretches[-1].index
     last_lift = {}
     for name in sorted(set(column(select(rows, target=target), "domain"))):
         lifts = column(select(rows, target=target, domain=name, stretch=last), "lift")
@@ -345,8 +358,8 @@ def domain_table(rows, target, stretches):
         lift_cells = []
         mean_cells = []
         signs = ""
-        for s, _ in stretches:
-            met = select(rows, target=target, domain=name, stretch=s)
+        for stretch in stretches:
+            met = select(rows, target=target, domain=name, stretch=stretch.index)
             lift_cells.append(shown(column(met, "lift"), 2) if met else "")
             mean_cells.append(shown(NATS * np.array(column(met, "mean")), 2) if met else "")
             signs += sign(met) if met else " "
@@ -354,7 +367,7 @@ def domain_table(rows, target, stretches):
         means.append([title, *mean_cells])
         if "+" in signs and "-" in signs:
             changing.append(f"{name} `{signs}`")
-    steps = [steps_of(stretch) for _, stretch in stretches]
+    steps = [stretch.title() for stretch in stretches]
     return [
         *markdown(["lift", *steps, "sign"], lifts),
         "",
@@ -366,8 +379,7 @@ def domain_table(rows, target, stretches):
 
 def report(rows, out):
     targets = list(dict.fromkeys(column(rows, "target")))
-    ranges = {row["stretch"]: (row["start"], row["end"]) for row in rows}
-    stretches = sorted(ranges.items())  # (index, (first step, last step + 1))
+    stretches = find_stretches(rows)
     n = len({row["seed"] for row in rows})
     lines = [
         f"Mean ± standard error over {n} seeds. Lift: value over the mean magnitude of its step. "
@@ -396,14 +408,17 @@ def report(rows, out):
 
 def domain_curve(rows, name, stretches, key):
     """Mean and standard error, by stretch, of a key of one domain's rows."""
-    return curve([column(select(rows, domain=name, stretch=s), key) for s, _ in stretches])
+    points = []
+    for stretch in stretches:
+        points.append(column(select(rows, domain=name, stretch=stretch.index), key))
+    return curve(points)
 
 
 def always_met(rows, stretches):
     """The domains that every stretch met."""
     names = set(column(rows, "domain"))
-    for s, _ in stretches:
-        names &= set(column(select(rows, stretch=s), "domain"))
+    for stretch in stretches:
+        names &= set(column(select(rows, stretch=stretch.index), "domain"))
     return sorted(names)
 
 
@@ -426,7 +441,7 @@ def figure(rows, targets, stretches, path):
 def draw_target(axes, rows, target, stretches):
     """The three axes of one target, from its rows."""
     above, middle, below = axes
-    middles = [math.sqrt(start * end) for _, (start, end) in stretches]
+    middles = [stretch.middle() for stretch in stretches]
     lifts = {}
     for name in always_met(rows, stretches):
         lifts[name] = domain_curve(rows, name, stretches, "lift")
