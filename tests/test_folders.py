@@ -61,7 +61,7 @@ def claimed(folder):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_holds_anything_else_is_refused(tmp_path, overwrite):
+def test_a_data_dir_with_other_files_is_refused_and_kept(tmp_path, overwrite):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     options = {"overwrite": overwrite}
     write(tmp_path / "out" / "meta.json", b"{}")
@@ -101,7 +101,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_a_damaged_data_set_is_replaced_by_overwrite(tmp_path, damage):
+def test_overwrite_replaces_a_damaged_data_set(tmp_path, damage):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     before = digest(run(tmp_path, source).path)
     DAMAGES[damage](tmp_path / "out")
@@ -112,7 +112,7 @@ def test_a_damaged_data_set_is_replaced_by_overwrite(tmp_path, damage):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == EVERYTHING
 
 
-def test_a_parts_folder_that_holds_anything_else_is_refused(tmp_path):
+def test_a_parts_folder_with_other_files_is_refused_and_kept(tmp_path):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     strange = {
         "notes.md": "notes.md",
@@ -147,7 +147,7 @@ def test_a_source_in_the_parts_folder_is_refused(tmp_path):
         refuse(tmp_path, tmp_path / source, "did not write|which this program writes")
 
 
-def test_what_another_process_is_writing_stays(tmp_path):
+def test_a_run_keeps_the_part_that_another_process_is_writing(tmp_path):
     """Another shard, of other options, while a run of all is done."""
     source = write(tmp_path / "d.jsonl", lines(texts()))
     other = tmp_path / "out.parts" / "2-of-3.partial"
@@ -182,7 +182,7 @@ def prepare_and_die(options, number):
     os._exit(0)
 
 
-def test_overwrite_may_be_killed_at_any_moment(tmp_path, capsys):
+def test_a_data_set_is_old_or_new_when_overwrite_is_killed_at_any_change(tmp_path, capsys):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     options = {"source": str(source), "data_dir": str(tmp_path / "out"), "tokenizer": "byte"}
     options |= {"val_fraction": 0.3, "workers": 1}
@@ -223,7 +223,7 @@ def test_overwrite_may_be_killed_at_any_moment(tmp_path, capsys):
     assert new in found
 
 
-def test_a_swap_that_fails_leaves_the_old_data_set(tmp_path, monkeypatch):
+def test_a_failed_replacement_leaves_the_old_data_set(tmp_path, monkeypatch):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     before = digest(run(tmp_path, source, block_size=32).path)
     rename = os.rename
@@ -240,7 +240,7 @@ def test_a_swap_that_fails_leaves_the_old_data_set(tmp_path, monkeypatch):
     assert [path.suffix for path in (tmp_path / "out.parts").iterdir()] == [".arrow"]
 
 
-def test_what_replaces_it_is_not_disturbed(tmp_path):
+def test_a_replacement_by_another_process_is_not_disturbed(tmp_path):
     """A data_dir that another process is just replacing: both its names are taken."""
     source = write(tmp_path / "d.jsonl", lines(texts()))
     run(tmp_path, source)
@@ -257,7 +257,7 @@ def test_what_replaces_it_is_not_disturbed(tmp_path):
 # --- a source that has changed ------------------------------------------------------
 
 
-def test_a_part_of_an_older_file_of_the_same_size_is_not_taken(tmp_path, capsys):
+def test_a_part_is_made_again_when_its_source_file_has_changed(tmp_path, capsys):
     source = write(tmp_path / "s" / "a.jsonl", lines(texts()))
     options = {"data_dir": str(tmp_path / "out")}
     run_shard = {"source": str(tmp_path / "s"), "tokenizer": "byte", "workers": 1, "shard": "1/1"}
@@ -271,7 +271,7 @@ def test_a_part_of_an_older_file_of_the_same_size_is_not_taken(tmp_path, capsys)
     assert "1 of 1 parts are there already" in capsys.readouterr().out
 
 
-def test_a_source_that_has_changed_is_said(tmp_path, capsys):
+def test_a_changed_source_is_refused_with_the_changed_files_named(tmp_path, capsys):
     source = write(tmp_path / "s" / "a.jsonl", lines(texts(60)))
     write(tmp_path / "s" / "b.jsonl", lines(texts(60, seed=1)))
     run(tmp_path, tmp_path / "s")
@@ -313,7 +313,7 @@ def test_a_source_that_has_changed_is_said(tmp_path, capsys):
         (["--data_dir=/"], "--data_dir=/ is no folder of its own"),
     ],
 )
-def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch, capsys, arguments, answer):
+def test_a_wrong_argument_ends_with_one_line(tmp_path, monkeypatch, capsys, arguments, answer):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", lines(texts()))
     write(tmp_path / "notes.txt", b"a text")
@@ -327,14 +327,14 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch, capsys, arguments, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "notes.txt"]
 
 
-def test_the_most_workers_are_four_a_core():
+def test_more_than_four_workers_a_core_are_refused():
     cores = os.cpu_count()
     assert Config(workers=4 * cores).workers == 4 * cores
     with pytest.raises(UserError, match=f"at most {4 * cores}, 4 for each core"):
         Config(workers=4 * cores + 1)
 
 
-def test_workers_that_cannot_be_started_leave_none_behind(monkeypatch):
+def test_started_workers_are_killed_when_others_cannot_be_started(monkeypatch):
     from pile import workers
 
     started = []

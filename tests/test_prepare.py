@@ -1,4 +1,5 @@
-"""prepare_pile.py for real: every kind of source, documents found again in chunks, kills, damaged input, wrong arguments."""
+"""prepare_pile.py as people run it: every kind of source, documents found again in chunks, kills,
+damaged input, wrong arguments."""
 
 import gzip
 import hashlib
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from piles import (
     ARRAYS,
     TABLES,
     digest,
-    found_text,
+    document_tokens,
+    json_lines,
     lines,
     parquet,
     record,
@@ -44,29 +47,43 @@ SCRIPT = Path(config.__file__).parent / "prepare_pile.py"
 # --- what is written ----------------------------------------------------------
 
 
+def write_texts(folder, documents):
+    """A .txt for each document, in a folder named as its domain; every third one is packed."""
+    for i, (domain, text) in enumerate(documents):
+        if i % 3 == 0:
+            write(folder / domain / f"{i:04}.txt.gz", gzip.compress(text.encode()))
+        else:
+            write(folder / domain / f"{i:04}.txt", text.encode())
+
+
+def rows_without_place(dataset):
+    """The tables of documents, without where in the source each of them stood."""
+    rows = []
+    for split in ("train", "val"):
+        for row in table(dataset, split):
+            del row["source"], row["record"]
+            rows.append(row)
+    return rows
+
+
 def test_every_format_gives_the_same_chunks(tmp_path):
     documents = sorted(texts(), key=lambda d: d[0])  # as a folder of .txt is read: folder by folder
     raw = lines(documents)
     half = raw.index(b"\n", len(raw) // 2) - 7  # frames may end in the middle of a line
-    zst = b"".join(zstandard.ZstdCompressor().compress(part) for part in (raw[:half], raw[half:]))
+    first = raw[:half]
+    second = raw[half:]
     write(tmp_path / "d.jsonl", raw)
     write(tmp_path / "d.json", raw)
-    write(tmp_path / "d.jsonl.zst", zst)
-    write(tmp_path / "d.jsonl.gz", gzip.compress(raw[:half]) + gzip.compress(raw[half:]))
+    write(tmp_path / "d.jsonl.zst", zstandard.compress(first) + zstandard.compress(second))
+    write(tmp_path / "d.jsonl.gz", gzip.compress(first) + gzip.compress(second))
     write(tmp_path / "d.json.gz", gzip.compress(raw))
     parquet(tmp_path / "d.parquet", documents)
     parquet(tmp_path / "large" / "d.parquet", documents, pa.large_string())
-    for i, (domain, text) in enumerate(documents):
-        zipped = i % 3 == 0
-        write(
-            tmp_path / "txt" / domain / f"{i:04}.txt{'.gz' * zipped}",
-            gzip.compress(text.encode()) if zipped else text.encode(),
-        )
+    write_texts(tmp_path / "txt", documents)
     for i in range(0, len(documents), 40):
         write(tmp_path / "glob" / f"{i:04}.jsonl", lines(documents[i : i + 40]))
-    (tmp_path / "glob" / "notes.md").write_text("not to be read")
+    write(tmp_path / "glob" / "notes.md", b"not to be read")
     sources = [
-        "d.jsonl",
         "d.json",
         "d.jsonl.zst",
         "d.jsonl.gz",
@@ -77,203 +94,220 @@ def test_every_format_gives_the_same_chunks(tmp_path):
         "glob",
         "glob/*.jsonl",
     ]
-    results = {}
+    expected = run(tmp_path, tmp_path / "d.jsonl")
+    assert len(rows_without_place(expected)) > 140
     for i, source in enumerate(sources):
         dataset = run(tmp_path, tmp_path / source, data_dir=str(tmp_path / f"out{i}"))
-        rows = [
-            {k: v for k, v in row.items() if k not in ("source", "record")}
-            for split in ("train", "val")
-            for row in table(dataset, split)
-        ]
-        results[source] = digest(dataset.path, ARRAYS), rows, dataset.domains
-    assert len(results["d.jsonl"][1]) > 140
-    for source in sources:
-        assert results[source] == results["d.jsonl"], source
+        assert digest(dataset.path, ARRAYS) == digest(expected.path, ARRAYS), source
+        assert rows_without_place(dataset) == rows_without_place(expected), source
+        assert dataset.domains == expected.domains, source
+
+
+@dataclass
+class Packed:
+    """A split as it should be."""
+
+    rows: list = field(default_factory=list)
+    domains: list = field(default_factory=list)
+    table: list = field(default_factory=list)  # (first_chunk, first_token, doc, domain, n_tokens)
+
+
+def hash_fraction(text):
+    """Where in [0, 1) the hash of a text lies, which decides on its split."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def packed_one_by_one(documents, tok, width, val_fraction):
-    """The rule in the plainest words -> {split: (rows, domains, [(first_chunk, first_token, doc, domain, n_tokens)])}."""
-    splits, tails = {"train": ([], [], []), "val": ([], [], [])}, {}
+    """The rule in the plainest words -> {split: Packed}."""
+    splits = {"train": Packed(), "val": Packed()}
+    tails = {}  # {(split, domain): (tokens of no row yet, [(start, doc, domain, n_tokens)])}
     for doc, (domain, text) in enumerate(documents):
-        hashed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-        split = "val" if hashed / 2**64 < val_fraction else "train"
-        rows, domains, table = splits[split]
-        tail, begun = tails.setdefault((split, domain), ([], []))
+        name = "val" if hash_fraction(text) < val_fraction else "train"
+        split = splits[name]
+        tail, starts = tails.setdefault((name, domain), ([], []))
         tokens = tok.encode(text).tolist()
-        begun.append((len(tail), doc, domain, len(tokens)))
+        starts.append((len(tail), doc, domain, len(tokens)))
         tail += [*tokens, tok.eot]
         while len(tail) >= width:
-            table += [(len(rows), *entry) for entry in begun if entry[0] < width]
-            begun[:] = [(start - width, *rest) for start, *rest in begun if start >= width]
-            rows.append(tail[:width])
-            domains.append(domain)
+            later = []
+            for start, *rest in starts:
+                if start < width:
+                    split.table.append((len(split.rows), start, *rest))
+                else:
+                    later.append((start - width, *rest))
+            starts[:] = later
+            split.rows.append(tail[:width])
+            split.domains.append(domain)
             del tail[:width]
     return splits
 
 
 @pytest.mark.parametrize(
-    "tokenizer, n, words, block_size", [("byte", 1000, 400, 3000), ("gpt2", 300, 60, 64)]
-)  # the first: several jobs
+    "tokenizer, n, words, block_size",
+    [
+        ("byte", 1000, 400, 3000),  # several jobs
+        ("gpt2", 300, 60, 64),
+    ],
+)
 def test_documents_are_found_again_in_the_chunks(tmp_path, tokenizer, n, words, block_size):
     documents = texts(n, words=words)
     source = write(tmp_path / "d.jsonl", lines(documents))
     dataset = run(tmp_path, source, tokenizer=tokenizer, block_size=block_size)
-    tok, spans, listed = data.tokenizer(tokenizer), 0, 0
-    for split, (chunks, domains, expected) in packed_one_by_one(
-        documents, tok, block_size + 1, 0.3
-    ).items():
-        part, rows, stream = getattr(dataset, split), table(dataset, split), streams(dataset, split)
-        assert part.rows.tolist() == chunks
-        assert [dataset.domains[d] for d in part.domain] == domains
-        assert [
-            tuple(row[k] for k in ("first_chunk", "first_token", "doc", "domain", "n_tokens"))
-            for row in rows
-        ] == sorted(expected)
-        for row in rows:
-            assert (row["source"], row["record"]) == (str(source), row["doc"])
-            found, whole = found_text(dataset, split, row, stream)
+    width = block_size + 1
+    tok = data.tokenizer(tokenizer)
+    n_spread = 0  # documents that go on behind chunks of other domains
+    for split, expected in packed_one_by_one(documents, tok, width, 0.3).items():
+        part = getattr(dataset, split)
+        by_domain = streams(dataset, split)
+        assert part.rows.tolist() == expected.rows
+        assert [dataset.domains[d] for d in part.domain] == expected.domains
+        entries = []
+        for row in table(dataset, split):
+            keys = ("first_chunk", "first_token", "doc", "domain", "n_tokens")
+            entries.append(tuple(row[key] for key in keys))
+            assert row["source"] == str(source)
+            assert row["record"] == row["doc"]
+            tokens, is_whole = document_tokens(dataset, split, row, by_domain)
             text = documents[row["doc"]][1]
-            assert text.startswith(tok.decode(found))
-            assert not whole or tok.decode(found) == text
-            last = row["first_chunk"] + (row["first_token"] + len(found) - 1) // (block_size + 1)
-            spans += (
-                len({*part.domain[row["first_chunk"] : last + 1]}) > 1
-            )  # it goes on behind other domains' chunks
-        listed += len(rows)
-    meta, tokens = dataset.meta, sum(len(tok.encode(text)) + 1 for _, text in documents)
-    assert spans > 5
-    assert meta["documents"] == n == listed + meta["dropped_documents"]
-    assert tokens == sum(meta["tokens"].values()) + meta["dropped_tokens"]
-    for split in ("train", "val"):
-        counts = [meta["by_domain"][d][split] for d in meta["domains"]]
-        assert (
-            sum(c["chunks"] for c in counts)
-            == meta["chunks"][split]
-            == len(getattr(dataset, split).rows)
-        )
-        assert (
-            sum(c["tokens"] for c in counts)
-            == meta["tokens"][split]
-            == meta["chunks"][split] * (block_size + 1)
-        )
-    assert sum(c["documents"] for of in meta["by_domain"].values() for c in of.values()) == n
+            assert text.startswith(tok.decode(tokens))
+            assert not is_whole or tok.decode(tokens) == text
+            last_chunk = row["first_chunk"] + (row["first_token"] + len(tokens) - 1) // width
+            n_spread += len({*part.domain[row["first_chunk"] : last_chunk + 1]}) > 1
+        assert entries == sorted(expected.table)
+    assert n_spread > 5
 
 
-def test_a_chunk_has_one_domain_and_a_text_one_side(tmp_path):
+def test_meta_json_counts_every_document_and_token(tmp_path):
     documents = texts(300)
-    documents += [
-        (random.Random(i).choice("xy"), text) for i, (_, text) in enumerate(documents)
-    ]  # the same texts in other domains
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(documents)))
+    meta = dataset.meta
+    n_listed = len(table(dataset, "train")) + len(table(dataset, "val"))
+    assert meta["documents"] == 300
+    assert n_listed + meta["dropped_documents"] == 300
+    n_tokens = sum(len(text) + 1 for _, text in documents)
+    assert sum(meta["tokens"].values()) + meta["dropped_tokens"] == n_tokens
+    n_documents = 0
+    for split in ("train", "val"):
+        counts = [meta["by_domain"][domain][split] for domain in meta["domains"]]
+        n_documents += sum(count["documents"] for count in counts)
+        assert meta["chunks"][split] == len(getattr(dataset, split).rows)
+        assert meta["chunks"][split] == sum(count["chunks"] for count in counts)
+        assert meta["tokens"][split] == sum(count["tokens"] for count in counts)
+        assert meta["tokens"][split] == meta["chunks"][split] * 65
+    assert n_documents == 300
+
+
+def test_a_chunk_has_one_domain_and_equal_texts_are_in_one_split(tmp_path):
+    documents = texts(300)
+    for i, (_, text) in enumerate(documents[:]):  # the same texts in other domains
+        documents.append((random.Random(i).choice("xy"), text))
     dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(documents)), val_fraction=0.5)
     for part in (dataset.train, dataset.val):
-        for row, domain in zip(part.rows, part.domain):
-            letters = set(bytes(t for t in row.tolist() if t != 255).decode()) & set("abc")
+        for row, domain in zip(part.rows, part.domain, strict=True):
+            text = bytes(t for t in row.tolist() if t != 255).decode()
+            letters = set(text) & set("abc")
             name = dataset.domains[domain]
             assert name in "xy" or letters <= {name}
-    sides = [
-        {documents[row["record"]][1] for row in table(dataset, split)} for split in ("train", "val")
-    ]
-    assert not sides[0] & sides[1]
-    assert min(map(len, sides)) > 100
+    texts_of_split = {}
+    for split in ("train", "val"):
+        texts_of_split[split] = {documents[row["record"]][1] for row in table(dataset, split)}
+        assert len(texts_of_split[split]) > 100
+    assert not texts_of_split["train"] & texts_of_split["val"]
 
 
-def test_the_split_is_by_hash_and_of_the_size_asked_for(tmp_path):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.9])
+def test_the_split_follows_the_hash_and_has_the_size_asked_for(tmp_path, fraction):
     documents = texts(2000, words=20)
     source = write(tmp_path / "d.jsonl", lines(documents))
-    for fraction in (0.0, 0.1, 0.9):
-        dataset = run(tmp_path, source, val_fraction=fraction, overwrite=True)
-        val = sum(d["val"]["documents"] for d in dataset.meta["by_domain"].values())
-        assert abs(val / 2000 - fraction) < 0.03
-        assert fraction or not len(dataset.val.rows)
-        for row in table(dataset, "val"):
-            hashed = hashlib.blake2b(documents[row["record"]][1].encode(), digest_size=8).digest()
-            assert int.from_bytes(hashed, "big") / 2**64 < fraction
+    dataset = run(tmp_path, source, val_fraction=fraction)
+    n_val = sum(counts["val"]["documents"] for counts in dataset.meta["by_domain"].values())
+    assert abs(n_val / 2000 - fraction) < 0.03
+    assert bool(len(dataset.val.rows)) == bool(fraction)
+    for row in table(dataset, "val"):
+        assert hash_fraction(documents[row["record"]][1]) < fraction
 
 
 def big(path, n=120, size=40_000):
-    """About n * size bytes in several jobs."""
+    """A file of n documents, about n * size / 2 bytes: several jobs."""
     rng = random.Random(1)
     words = [f"w{rng.randrange(10**6)}" for _ in range(500)]
-    documents = [
-        (rng.choice("ABCDE"), " ".join(rng.choices(words, k=rng.randrange(size // 4))) + f" {i}")
-        for i in range(n)
-    ]
+    documents = []
+    for i in range(n):
+        domain = rng.choice("ABCDE")
+        text = " ".join(rng.choices(words, k=rng.randrange(size // 4)))
+        documents.append((domain, f"{text} {i}"))
     return write(path, lines(documents))
 
 
-def test_the_same_files_whatever_the_workers(tmp_path):
+def test_any_number_of_workers_writes_the_same_files(tmp_path):
     source = big(tmp_path / "big.jsonl", 100)
-    found = [
-        digest(run(tmp_path, source, workers=n, data_dir=str(tmp_path / f"out{n}")).path)
-        for n in (1, 2, 3)
-    ]
-    assert found[0] == found[1] == found[2]
-    dataset = data.open_dataset(tmp_path / "out1")
+    expected = digest(run(tmp_path, source, workers=1).path)
+    for n in (2, 3):
+        dataset = run(tmp_path, source, workers=n, data_dir=str(tmp_path / f"out{n}"))
+        assert digest(dataset.path) == expected
+
+
+def test_a_data_set_consists_of_the_files_that_the_readme_describes(tmp_path):
+    dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(texts())))
+    names = sorted(path.name for path in dataset.path.iterdir())
+    assert names == sorted([*ARRAYS, *TABLES, "meta.json"])
     for name in ARRAYS:
         array = np.load(dataset.path / name)
-        assert dataset.meta["sha256"][name] == found[0][name]  # of the file: what sha256sum prints
+        content = (dataset.path / name).read_bytes()
+        assert dataset.meta["sha256"][name] == hashlib.sha256(content).hexdigest()
         assert array.flags.c_contiguous
         assert array.dtype == np.uint16
     assert dataset.meta["schema"] == data.SCHEMA
-    assert (
-        dataset.meta["vocab_size"],
-        dataset.meta["eot"],
-    ) == (256, 255)
-    assert sorted(path.name for path in dataset.path.iterdir()) == sorted(
-        [*ARRAYS, *TABLES, "meta.json"]
-    )
-    types = {
-        "doc": "int64",
-        "record": "int64",
-        "first_chunk": "int64",
-        "first_token": "int32",
-        "n_tokens": "int64",
-    }
-    types |= {"domain": "string", "source": "string"}
-    assert {
-        field.name: str(field.type) for field in pq.read_schema(dataset.path / "train_docs.parquet")
-    } == types
+    assert dataset.meta["vocab_size"] == 256
+    assert dataset.meta["eot"] == 255
+    for name in TABLES:
+        schema = pq.read_schema(dataset.path / name)
+        assert {field.name: str(field.type) for field in schema} == {
+            "doc": "int64",
+            "domain": "string",
+            "source": "string",
+            "record": "int64",
+            "first_chunk": "int64",
+            "first_token": "int32",
+            "n_tokens": "int64",
+        }
 
 
-def test_endoftext_in_a_text_is_text(tmp_path):
+def test_endoftext_in_a_text_is_encoded_as_characters(tmp_path):
     text = "one <|endoftext|> two " * 40
-    dataset = run(
-        tmp_path,
-        write(tmp_path / "d.jsonl", lines([("a", text)])),
-        tokenizer="gpt2",
-        val_fraction=0,
-    )
+    source = write(tmp_path / "d.jsonl", lines([("a", text)]))
+    dataset = run(tmp_path, source, tokenizer="gpt2", val_fraction=0)
     (row,) = table(dataset, "train")
-    found, _ = found_text(dataset, "train", row)
-    assert dataset.meta["eot"] not in found
-    assert text.startswith(data.tokenizer("gpt2").decode(found))
-    assert b"endoftext" in text.encode()
+    tokens, _ = document_tokens(dataset, "train", row)
+    decoded = data.tokenizer("gpt2").decode(tokens)
+    assert dataset.meta["eot"] not in tokens
+    assert text.startswith(decoded)
+    assert "<|endoftext|>" in decoded
 
 
 def test_limit_tokens_stops_after_the_document_that_reaches_it(tmp_path):
     documents = texts(300)
     source = write(tmp_path / "d.jsonl", lines(documents))
     length = np.cumsum([len(text) + 1 for _, text in documents])
+    options = {"val_fraction": 0, "block_size": 1, "overwrite": True}
     for limit in (1, 5_000, int(length[99]), int(length[99]) + 1):
-        dataset = run(
-            tmp_path, source, limit_tokens=limit, val_fraction=0, block_size=1, overwrite=True
-        )
-        assert dataset.meta["documents"] == 1 + np.searchsorted(length, limit)
-        assert max(row["doc"] for row in table(dataset, "train")) == dataset.meta["documents"] - 1
-        assert (
-            sum(dataset.meta["tokens"].values()) + dataset.meta["dropped_tokens"]
-            == length[dataset.meta["documents"] - 1]
-        )
-    large = big(
-        tmp_path / "big.jsonl", 100
-    )  # several jobs, and more of them in flight with more workers
-    found = [
-        run(tmp_path, large, limit_tokens=1_500_000, workers=n, overwrite=True).hash for n in (1, 3)
-    ]
-    assert found[0] == found[1]
+        dataset = run(tmp_path, source, limit_tokens=limit, **options)
+        n = 1 + np.searchsorted(length, limit)
+        assert dataset.meta["documents"] == n
+        assert max(row["doc"] for row in table(dataset, "train")) == n - 1
+        n_tokens = sum(dataset.meta["tokens"].values()) + dataset.meta["dropped_tokens"]
+        assert n_tokens == length[n - 1]
 
 
-def test_domains_keeps_only_those(tmp_path):
+def test_limit_tokens_gives_the_same_files_with_any_number_of_workers(tmp_path):
+    source = big(tmp_path / "big.jsonl", 100)  # more of its jobs are begun with more workers
+    one = run(tmp_path, source, limit_tokens=1_500_000, workers=1)
+    three = run(tmp_path, source, limit_tokens=1_500_000, workers=3, data_dir=str(tmp_path / "3"))
+    assert one.hash == three.hash
+
+
+def test_domains_keeps_only_documents_of_these_domains(tmp_path):
     documents = texts(300)
     source = write(tmp_path / "d.jsonl", lines(documents))
     dataset = run(tmp_path, source, domains="c, a")
@@ -285,7 +319,7 @@ def test_domains_keeps_only_those(tmp_path):
 # --- sources ------------------------------------------------------------------
 
 
-def test_what_is_no_text_is_counted_and_skipped(tmp_path):
+def test_unusable_records_are_skipped_and_counted(tmp_path):
     good = texts(200)
     bad = [
         b"\xff\xfe\n",
@@ -318,7 +352,7 @@ def test_what_is_no_text_is_counted_and_skipped(tmp_path):
         assert (
             json.loads(numbered[row["record"]])["text"]
             .encode()
-            .startswith(bytes(found_text(dataset, "train", row)[0].tolist()))
+            .startswith(bytes(document_tokens(dataset, "train", row)[0].tolist()))
         )
     clean = run(
         tmp_path, write(tmp_path / "clean.jsonl", lines(good)), data_dir=str(tmp_path / "clean")
@@ -326,7 +360,7 @@ def test_what_is_no_text_is_counted_and_skipped(tmp_path):
     assert clean.hash == dataset.hash
 
 
-def test_bad_utf8_in_parquet_and_txt(tmp_path):
+def test_bad_utf8_in_parquet_and_txt_is_skipped_and_counted(tmp_path):
     good = texts(100, domains="a")
     raw = [text.encode() for _, text in good]
     raw[3:3] = [b"\xff", None, b""]
@@ -366,12 +400,12 @@ def test_a_long_txt_is_cut_at_lines(tmp_path):
     assert max(sizes) < (64 << 10) + 20
     assert dataset.domains == ["books"]
     assert [row["record"] for row in rows] == list(range(len(rows)))
-    found = [bytes(found_text(dataset, "train", row)[0].tolist()) for row in rows]
+    found = [bytes(document_tokens(dataset, "train", row)[0].tolist()) for row in rows]
     assert all(piece.endswith(b"\n") for piece in found[:-1])
     assert text.encode().startswith(b"".join(found))
 
 
-def test_keys_may_be_anywhere_and_a_domain_is_a_word_or_the_files_name(tmp_path):
+def test_dotted_keys_find_texts_and_domains_inside_records(tmp_path):
     values = ["x", 7, None, "", True]
     records = [
         {"doc": {"body": text, "kind": value}} for (_, text), value in zip(texts(200), values * 40)
@@ -393,7 +427,7 @@ def test_keys_may_be_anywhere_and_a_domain_is_a_word_or_the_files_name(tmp_path)
     assert set(dataset.domains) == {"0", "1"}
 
 
-def test_a_file_cut_short_is_an_error_not_a_smaller_dataset(tmp_path):
+def test_a_file_cut_short_is_refused(tmp_path):
     raw = lines(texts(500))
     for name, zipped in (
         ("d.jsonl.zst", zstandard.compress(raw)),
@@ -406,7 +440,7 @@ def test_a_file_cut_short_is_an_error_not_a_smaller_dataset(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl.gz", "d.jsonl.zst"]
 
 
-def test_the_installed_text(tmp_path):
+def test_the_installed_text_gives_the_same_chunks_every_time(tmp_path):
     first = run(tmp_path, "python", limit_tokens=600_000, val_fraction=0.2, workers=2)
     again = run(tmp_path, "python", limit_tokens=600_000, val_fraction=0.2, overwrite=True)
     assert first.hash == again.hash
@@ -414,7 +448,7 @@ def test_the_installed_text(tmp_path):
     code = {row["source"]: row for row in table(again, "train") if row["domain"] == "Python code"}
     checked = 0
     for name, row in code.items():
-        text, whole = found_text(again, "train", row)
+        text, whole = document_tokens(again, "train", row)
         if whole and "def " in (source := bytes(text.tolist()).decode()):
             lines = Path(name).read_text(encoding="utf-8").splitlines()
             kept = iter(lines)
@@ -423,7 +457,7 @@ def test_the_installed_text(tmp_path):
     assert checked > 100  # lines of docstrings that are gone
 
 
-def test_a_dataset_whose_meta_gains_keys_later(tmp_path):
+def test_a_dataset_with_keys_that_appear_later_is_read_whole(tmp_path):
     records = [record(domain, text * 30) for domain, text in texts(400)]
     for i, r in enumerate(records):
         r["meta"] |= {"extra": {"n": i}} if i > 300 else {}
@@ -516,7 +550,7 @@ def slow(tmp_path_factory):
         ("answering worker", 2),
     ],
 )
-def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, code):
+def test_a_run_cut_off_leaves_no_data_dir_and_no_workers(tmp_path, slow, number, code):
     source, undisturbed = slow
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = command(tmp_path, source, "--workers=1", start_new_session=True, preexec_fn=listen)
@@ -557,7 +591,7 @@ def test_a_run_cut_off_leaves_nothing_that_looks_whole(tmp_path, slow, number, c
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_finished_folder_is_kept_or_replaced(tmp_path, capsys):
+def test_a_finished_folder_is_kept_until_overwrite(tmp_path, capsys):
     source = write(tmp_path / "d.jsonl", lines(texts()))
     old = run(tmp_path, source)
     before = digest(old.path, (*ARRAYS, *TABLES, "meta.json"))
@@ -652,7 +686,7 @@ def test_an_error_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk_ends_with_one_line_and_leaves_nothing(tmp_path):
     source = big(tmp_path / "big.jsonl")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     process = command(tmp_path, source, "--tokenizer=byte", "--workers=1", preexec_fn=limit)
@@ -664,7 +698,7 @@ def test_a_full_disk(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["big.jsonl"]
 
 
-def test_without_a_network_it_says_what_to_type(tmp_path):
+def test_the_hub_without_a_network_ends_with_what_to_type(tmp_path):
     process = command(tmp_path, "", env={**os.environ, "HF_HUB_OFFLINE": "1"})
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -725,7 +759,7 @@ def pile(folder, files, n=60, **options):
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
-def test_shards_and_a_merge_give_what_one_run_gives(tmp_path, monkeypatch, capsys, n):
+def test_shards_and_a_merge_write_the_same_files_as_one_run(tmp_path, monkeypatch, capsys, n):
     undisturbed, one = pile(tmp_path, 5)
     monkeypatch.setattr("prepare_pile.PART", 1)
     for i in reversed(range(1, n + 1)):  # whichever comes first
@@ -752,7 +786,7 @@ def test_shards_and_a_merge_give_what_one_run_gives(tmp_path, monkeypatch, capsy
     assert "already prepared" in capsys.readouterr().out
 
 
-def test_merge_says_which_shard_to_type(tmp_path, monkeypatch):
+def test_merge_names_the_shard_that_is_missing(tmp_path, monkeypatch):
     undisturbed, _ = pile(tmp_path, 4)
     monkeypatch.setattr("prepare_pile.PART", 1)
     options = dict(
@@ -794,7 +828,7 @@ def test_merge_says_which_shard_to_type(tmp_path, monkeypatch):
     assert digest(tmp_path / "out") == undisturbed
 
 
-def test_a_shard_killed_at_any_moment_goes_on_after_its_last_file(tmp_path):
+def test_a_shard_killed_at_any_moment_goes_on_after_its_last_part(tmp_path):
     undisturbed, _ = pile(tmp_path, 6, n=250, tokenizer="gpt2")
     rng, kills, whole, options = (
         random.Random(3),
@@ -851,7 +885,7 @@ def test_a_damaged_file_leaves_the_parts_before_it(tmp_path, monkeypatch, capsys
     assert digest(tmp_path / "out") == undisturbed
 
 
-def test_limit_tokens_over_several_parts(tmp_path, monkeypatch):
+def test_limit_tokens_counts_over_several_parts(tmp_path, monkeypatch):
     _, one = pile(tmp_path, 4, limit_tokens=150_000)
     monkeypatch.setattr("prepare_pile.PART", 1)
     assert digest(run(tmp_path, tmp_path / "pile", limit_tokens=150_000).path) == digest(one.path)
@@ -859,7 +893,7 @@ def test_limit_tokens_over_several_parts(tmp_path, monkeypatch):
     assert len({row["source"] for row in table(one, "train")}) > 1
 
 
-def test_numbers_beyond_32_bits(tmp_path):
+def test_split_counts_chunks_beyond_32_bits(tmp_path):
     """The packer in the middle of a set of 2^33 chunks, which no test can write."""
     n = 1 << 33
     split = Split(tmp_path, "train", dict(block_size=7, chunks={"train": n + 2}, domains=["a"]))
@@ -876,7 +910,7 @@ def test_numbers_beyond_32_bits(tmp_path):
         assert np.fromfile(file, "<u2").tolist() == [*range(16)]
 
 
-def test_too_many_domains(tmp_path):
+def test_too_many_domains_are_refused(tmp_path):
     source = write(
         tmp_path / "d.jsonl",
         b"".join(
@@ -887,7 +921,7 @@ def test_too_many_domains(tmp_path):
         run(tmp_path, source, block_size=1, val_fraction=0)
 
 
-def test_the_readmes_commands_for_large_data(tmp_path):
+def test_the_commands_for_large_data_in_the_readme_work(tmp_path):
     """The section's own lines, typed one after another where a folder named pile is."""
     section = (
         (SCRIPT.parent / "docs" / "data.md")
@@ -927,7 +961,7 @@ def test_the_readmes_commands_for_large_data(tmp_path):
     assert "as it was written" in done.stdout
 
 
-def test_300_million_chunks(tmp_path):
+def test_300_million_chunks_need_no_more_memory_than_a_few(tmp_path):
     """Their order and their rows cost no more than those of a few: bench/scale.py prints how much."""
     sys.path.insert(0, str(SCRIPT.parent / "bench"))
     import scale
@@ -982,7 +1016,7 @@ def test_300_million_chunks(tmp_path):
         (lambda path, meta: (path / "meta.json").unlink(), "no prepared data"),
     ],
 )
-def test_the_reader_sees_damage(tmp_path, damage, answer):
+def test_the_reader_refuses_a_damaged_data_set(tmp_path, damage, answer):
     dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(texts())))
     before = json.dumps(dataset.meta)
     damage(dataset.path, dataset.meta)
@@ -992,7 +1026,7 @@ def test_the_reader_sees_damage(tmp_path, damage, answer):
         data.open_dataset(dataset.path)
 
 
-def test_a_flipped_bit(tmp_path, monkeypatch):
+def test_a_flipped_bit_is_found(tmp_path, monkeypatch):
     dataset = run(tmp_path, write(tmp_path / "d.jsonl", lines(texts())))
     for name in ARRAYS:
         good = (dataset.path / name).read_bytes()
@@ -1018,7 +1052,7 @@ def test_a_flipped_bit(tmp_path, monkeypatch):
     data.open_dataset(dataset.path).verify()
 
 
-def test_the_benchmark_ends_with_one_line_of_json(tmp_path):
+def test_the_scale_benchmark_ends_with_one_line_of_json(tmp_path):
     source = write(tmp_path / "d.jsonl", lines(texts(300, words=400)))
     arguments = [
         f"--source={source}",

@@ -75,7 +75,7 @@ def a_folder(tmp_path):
     return tmp_path / "s"
 
 
-def test_a_folder_is_read_but_for_what_is_said(tmp_path, capsys):
+def test_a_folder_is_read_except_links_hidden_files_and_other_kinds(tmp_path, capsys):
     source = a_folder(tmp_path)
     (source / "k").symlink_to("../store/k")
     (source / "l.jsonl").symlink_to("../store/l.jsonl")
@@ -100,7 +100,7 @@ def test_a_folder_is_read_but_for_what_is_said(tmp_path, capsys):
     assert len(lines) == 3
 
 
-def test_follow_links_reads_files_and_folders_once(tmp_path):
+def test_follow_links_reads_every_file_and_folder_once(tmp_path):
     source = a_folder(tmp_path)
     (source / "k").symlink_to("../store/k")
     (source / "l.jsonl").symlink_to("../store/l.jsonl")
@@ -117,7 +117,7 @@ def test_follow_links_reads_files_and_folders_once(tmp_path):
         run(tmp_path, source, follow_links=True, overwrite=True, **SMALL)
 
 
-def test_where_nothing_is_left_it_says_what_was_left_out(tmp_path):
+def test_a_source_without_files_names_those_that_were_left_out(tmp_path):
     write(tmp_path / "store" / "a.jsonl", numbered(0))
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.jsonl").symlink_to("../store/a.jsonl")
@@ -128,7 +128,7 @@ def test_where_nothing_is_left_it_says_what_was_left_out(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "store"]
 
 
-def test_a_globs_links_are_links_and_its_folders_are_said(tmp_path, monkeypatch):
+def test_a_glob_leaves_out_links_and_folders_and_names_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a_folder(tmp_path)
     write(tmp_path / "t" / "sub" / "x.jsonl", numbered(20))
@@ -147,7 +147,7 @@ def test_a_globs_links_are_links_and_its_folders_are_said(tmp_path, monkeypatch)
     assert run(tmp_path, "z.jsonl", overwrite=True, **SMALL).meta["documents"] == 1
 
 
-def test_what_this_program_writes_is_no_source(tmp_path, monkeypatch):
+def test_a_data_dir_is_never_read_as_a_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl", numbered(*range(40)))
     run(tmp_path, ".", data_dir="out", val_fraction=0)
@@ -160,7 +160,7 @@ def test_what_this_program_writes_is_no_source(tmp_path, monkeypatch):
             run(tmp_path, source, data_dir="out", overwrite=True)
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_files_with_names_that_are_not_utf8_are_read(tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     name = os.fsdecode(b"na\xefve.jsonl")
     write(Path(folder, name), b'{"text": "document 0"}\n')
@@ -197,7 +197,7 @@ SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"12345"  # a frame that pzstd w
         ("a.jsonl.xz", lambda raw: lzma.compress(raw[:100]) + bytes(8) + lzma.compress(raw[100:])),
     ],
 )
-def test_a_packed_file_that_its_own_program_reads_is_read(tmp_path, name, packed):
+def test_a_packed_file_is_read_in_every_valid_form(tmp_path, name, packed):
     raw = numbered(*range(40))
     dataset = run(tmp_path, write(tmp_path / name, packed(raw)))
     assert dataset.meta["documents"] == 40
@@ -205,7 +205,7 @@ def test_a_packed_file_that_its_own_program_reads_is_read(tmp_path, name, packed
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_packed_file_is_said_to_be_what_it_is(tmp_path, suffix):
+def test_a_damaged_packed_file_is_refused_with_the_reason(tmp_path, suffix):
     raw, pack = numbered(*range(400)), PACK[suffix]
     packed = pack(raw)
     cut_short = {"half": packed[: len(packed) // 2], "end": packed[:-1], "empty": b""}
@@ -227,7 +227,7 @@ def test_a_packed_file_is_said_to_be_what_it_is(tmp_path, suffix):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.jsonl{suffix}"]
 
 
-def test_a_zstd_dictionary_is_no_damage(tmp_path):
+def test_a_file_packed_with_a_zstd_dictionary_is_not_called_damaged(tmp_path):
     words = [b"hello world %d foo bar" % i * 20 for i in range(1000)]
     dictionary = zstandard.train_dictionary(1000, words)
     packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(numbered(0))
@@ -259,7 +259,7 @@ def encrypt(path, plaintext_footer):
         file.write_table(content)
 
 
-def test_a_parquet_is_said_to_be_what_it_is(tmp_path):
+def test_an_unreadable_parquet_file_is_refused_with_the_reason(tmp_path):
     path = tmp_path / "a.parquet"
     for plaintext_footer in (False, True):  # of the second pyarrow ends the process, if asked
         encrypt(path, plaintext_footer)
@@ -287,7 +287,7 @@ def test_a_parquet_is_said_to_be_what_it_is(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "out"]
 
 
-def test_a_parquet_may_be_written_in_any_way(tmp_path):
+def test_parquet_files_of_any_encoding_give_the_same_chunks(tmp_path):
     column = ["x", "xy", "xyz"] * 20
     ways = [
         {"compression": "brotli"},
@@ -306,7 +306,7 @@ def test_a_parquet_may_be_written_in_any_way(tmp_path):
         run(tmp_path, tmp_path / "s.parquet", overwrite=True)
 
 
-def test_one_row_that_is_no_utf8_spoils_no_other(tmp_path):
+def test_a_parquet_row_that_is_not_utf8_is_skipped_alone(tmp_path):
     good = [f"document {i}".encode() for i in range(40)]
     kinds = [pa.binary(), pa.large_binary(), pa.binary_view()]
     columns = {str(kind): pa.array([*good, b"caf\xe9", None], kind) for kind in kinds}
@@ -319,7 +319,7 @@ def test_one_row_that_is_no_utf8_spoils_no_other(tmp_path):
         assert skipped == {"not_utf8": 1, "no_text": 1}
 
 
-def test_the_page_sizes_are_those_that_pyarrow_writes(tmp_path):
+def test_the_largest_page_is_as_large_as_pyarrow_wrote_it(tmp_path):
     column = [f"{i:05}" * 200 for i in range(3000)]
     for options in ({}, {"data_page_version": "2.0"}, {"use_dictionary": False}):
         path = tmp_path / "a.parquet"
@@ -353,7 +353,7 @@ ODD = [  # under text_key: what is no text
 
 
 @pytest.mark.parametrize("column", ODD, ids=lambda column: str(column.type))
-def test_what_is_no_text_in_a_parquet_is_counted(tmp_path, column):
+def test_a_parquet_cell_that_is_not_text_is_counted_as_no_text(tmp_path, column):
     good = tmp_path / "s" / "a.jsonl"
     write(good, numbered(*range(40)))
     pq.write_table(pa.table({"text": column}), tmp_path / "s" / "b.parquet")
@@ -398,7 +398,7 @@ def test_domains_are_the_same_in_json_and_in_parquet(tmp_path, kind, capsys):
     assert one.hash == other.hash
 
 
-def test_a_domain_is_found_wherever_it_stands(tmp_path, capsys):
+def test_a_domain_is_found_in_structs_maps_flat_keys_and_json_texts(tmp_path, capsys):
     name = {"pile_set_name": "ArXiv"}
     kinds = {
         "nested": {"meta": name},
@@ -434,7 +434,7 @@ def test_a_domain_is_found_wherever_it_stands(tmp_path, capsys):
 MAP = pa.map_(pa.string(), pa.string())
 
 
-def test_what_has_no_domain_is_counted_up_to_the_limit(tmp_path, capsys):
+def test_documents_without_a_domain_are_counted_up_to_the_limit(tmp_path, capsys):
     rows = [json.dumps({"text": f"document {i}"}) for i in range(100)]
     source = write(tmp_path / "a.jsonl", "\n".join(rows).encode())
     dataset = run(tmp_path, source, limit_tokens=30, **SMALL)
@@ -449,7 +449,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 @pytest.mark.parametrize("suffix", list(PACK))
-def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+def test_a_byte_order_mark_is_left_out_of_texts(tmp_path, suffix):
     raw, pack = numbered(0, 1, 2), PACK[suffix]
     for kind in (".jsonl", ".json"):
         # the second: in front of a file that was put behind another
@@ -468,7 +468,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
         run(tmp_path, source, overwrite=True)
 
 
-def test_numbers_that_python_does_not_take_lose_no_text(tmp_path):
+def test_a_record_with_a_number_too_long_for_python_keeps_its_text(tmp_path):
     long = b"1" * 5000
     rows = [
         b'{"text": "long", "n": ' + long + b', "meta": {"pile_set_name": "a"}}',
@@ -508,7 +508,7 @@ def test_a_record_that_is_too_long_is_counted(tmp_path, name, capsys):
         run(tmp_path, tmp_path / "long.jsonl", max_document_mb=1, overwrite=True)
 
 
-def test_a_large_array_of_json_is_no_record_that_is_too_long(tmp_path):
+def test_a_large_json_array_is_refused_as_an_array(tmp_path):
     array = json.dumps([record("a", "x" * 1000)] * 2000).encode()
     for raw in (array, array + b"\n", b" \n" + array):
         source = write(tmp_path / "a.json.gz", gzip.compress(raw))
@@ -516,7 +516,7 @@ def test_a_large_array_of_json_is_no_record_that_is_too_long(tmp_path):
             run(tmp_path, source, max_document_mb=1)
 
 
-def test_a_long_domain_is_no_name(tmp_path, capsys):
+def test_a_document_with_a_long_domain_takes_the_name_of_its_file(tmp_path, capsys):
     documents = [("x" * 200, "document 0"), ("y" * 201, "document 1"), ("z" * MB, "document 2")]
     write(tmp_path / "s" / "a.jsonl", lines(documents))
     parquet(tmp_path / "s" / "b.parquet", documents)
@@ -528,7 +528,7 @@ def test_a_long_domain_is_no_name(tmp_path, capsys):
     assert len(out) < 2000
 
 
-def test_a_parquets_pages_are_never_too_large_for_memory(tmp_path):
+def test_a_row_group_with_a_page_too_large_is_skipped(tmp_path):
     """The second row group's one page is of 80 MB, which takes more than --max_document_mb=1."""
     path = tmp_path / "a.parquet"
     with pq.ParquetWriter(path, pa.schema({"text": pa.string()}), compression="zstd") as file:
@@ -590,7 +590,7 @@ def parquet_bomb(path):
     "name, make, too_long",
     [("a.jsonl.zst", zstd_bomb, 1), ("a.parquet", parquet_bomb, 200)],
 )
-def test_a_bomb_takes_no_more_memory_than_is_said(tmp_path, name, make, too_long):
+def test_a_decompression_bomb_stays_within_the_memory_that_the_help_promises(tmp_path, name, make, too_long):
     make(tmp_path / name)
     assert (tmp_path / name).stat().st_size < 50_000
     options = ["--max_document_mb=4", "--workers=1", "--tokenizer=byte", "--block_size=8"]
@@ -602,7 +602,7 @@ def test_a_bomb_takes_no_more_memory_than_is_said(tmp_path, name, make, too_long
     assert megabytes < 500  # and what it is
 
 
-def test_the_worst_text_takes_no_more_memory_than_is_said(tmp_path):
+def test_the_worst_text_stays_within_the_memory_that_the_help_promises(tmp_path):
     """One word of 3 MB, for which the tokenizer takes 50 bytes a byte; records of empty lists, of
     which Python makes 20 bytes a byte."""
     word = b'{"text": "' + b"a" * (3 * MB) + b'"}\n'
@@ -622,7 +622,7 @@ def test_the_help_says_how_much_memory_is_needed():
     assert "--max_document_mb=64 " in output
 
 
-def test_a_document_may_have_more_tokens_than_32_bits_count():
+def test_a_part_stores_tokens_with_64_bit_offsets():
     """Of bytes as of pyarrow's binary columns; a document of 2 GB is too much for a test."""
     assert COLUMNS.field("tokens").type == pa.large_binary()
 
@@ -630,7 +630,7 @@ def test_a_document_may_have_more_tokens_than_32_bits_count():
 # --- domains asked for --------------------------------------------------------------------
 
 
-def test_a_comma_in_a_domains_name(tmp_path):
+def test_a_domain_with_a_comma_in_its_name_can_be_asked_for(tmp_path):
     names = ["cs.CL, cs.LG", "cs.CL", "a,b"]
     documents = [(names[i % 3], f"document {i}") for i in range(60)]
     source = write(tmp_path / "a.jsonl", lines(documents))
@@ -650,14 +650,14 @@ def test_a_comma_in_a_domains_name(tmp_path):
         assert "within a name a comma is written \\," in str(error.value)
 
 
-def test_many_names_asked_for_are_no_work():
+def test_domains_takes_thousands_of_names():
     wanted = Wanted(",".join(f"name {i}" for i in range(4000)))
     assert wanted.has("name 7, name 8") is False
     assert wanted.has("name 7,name 8")
     assert len(wanted.missing(["name 7"])) == 3999
 
 
-def test_of_many_domains_a_few_are_named(tmp_path, capsys):
+def test_a_message_about_many_domains_names_a_few(tmp_path, capsys):
     documents = [(f"domain {i}", f"document {i}") for i in range(3000)]
     source = write(tmp_path / "a.jsonl", lines(documents))
     dataset = run(tmp_path, source, **SMALL)
@@ -673,7 +673,7 @@ def test_of_many_domains_a_few_are_named(tmp_path, capsys):
 # --- whether a source has changed -----------------------------------------------------------
 
 
-def test_what_has_changed_in_a_source_is_named():
+def test_changes_names_the_files_that_changed():
     was = inventory("s", [("a", 1, 1), ("b", 1, 1), ("c", 1, 1)])
     now = inventory("s", [("a", 1, 1), ("b", 1, 2), ("d", 1, 1)])
     assert changes(was, was) == ""
@@ -684,11 +684,11 @@ def test_what_has_changed_in_a_source_is_named():
     assert changes(was, now) == "some of its 1,001 files have changed"
 
 
-def test_the_options_that_decide_what_is_written_are_known_to_the_reader():
+def test_the_reader_knows_every_option_that_changes_the_content():
     assert Config().makes() == data.PREPARED_BY
 
 
-def test_a_hub_datasets_records_are_read_alike(tmp_path):
+def test_records_of_a_hub_dataset_are_read_like_those_of_files(tmp_path):
     rows = [{**record("a", "document 0"), "n": 1}, {"text": "document 1"}, {"text": 7}]
     raw = "\n".join(map(json.dumps, rows)).encode()
     write(tmp_path / "set" / "a.jsonl", BOM + raw)
