@@ -15,6 +15,7 @@ import pytest
 from piles import ARRAYS, TABLES, digest, lines, run, texts, write
 
 import config
+from pile import workers
 from prepare_pile import Config, prepare
 from system.errors import UserError
 from system.files import write_json
@@ -47,7 +48,7 @@ input()
 
 @contextlib.contextmanager
 def claimed(folder):
-    """Meanwhile a folder is another process's."""
+    """As a context: meanwhile another process has claimed the folder."""
     command = [sys.executable, "-c", CLAIM, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -123,9 +124,9 @@ def test_a_parts_folder_with_other_files_is_refused_and_kept(tmp_path):
         "00001-0123456789abcdef.arrow/thesis.tex": "00001-0123456789abcdef.arrow",
         "sub/a.jsonl": "sub",
     }
-    for name, told in strange.items():
+    for name, refused in strange.items():
         write(tmp_path / "out.parts" / name, b"years of work")
-        answer = rf"out.parts holds files that this program did not write \({told}\)"
+        answer = rf"out.parts holds files that this program did not write \({refused}\)"
         refuse(tmp_path, source, answer)
         shutil.rmtree(tmp_path / "out.parts")
     (tmp_path / "mine" / "1-of-1.partial").mkdir(parents=True)
@@ -184,12 +185,19 @@ def prepare_and_die(options, number):
 
 def test_a_data_set_is_old_or_new_when_overwrite_is_killed_at_any_change(tmp_path, capsys):
     source = write(tmp_path / "d.jsonl", lines(texts()))
-    options = {"source": str(source), "data_dir": str(tmp_path / "out"), "tokenizer": "byte"}
-    options |= {"val_fraction": 0.3, "workers": 1}
+    options = {
+        "source": str(source),
+        "data_dir": str(tmp_path / "out"),
+        "tokenizer": "byte",
+        "val_fraction": 0.3,
+        "workers": 1,
+    }
     old = digest(run(tmp_path, source, block_size=32).path)
     new = digest(run(tmp_path, source, block_size=64, data_dir=str(tmp_path / "new")).path)
     shutil.copytree(tmp_path / "out", tmp_path / "old")
-    number, died, found = 0, True, []
+    number = 0
+    died = True
+    digests = []  # after each kill
     while died:
         number += 1
         arguments = ({**options, "block_size": 64, "overwrite": True}, number)
@@ -199,15 +207,14 @@ def test_a_data_set_is_old_or_new_when_overwrite_is_killed_at_any_change(tmp_pat
         process.join()
         died = process.exitcode == -signal.SIGKILL
         assert died or process.exitcode == 0
-        if number % 2:  # whatever is typed next puts it right
+        if number % 2:  # any command mends it: --verify, or the one that wrote the data set
             prepare(Config(**options, verify=True))
-            found.append(digest(tmp_path / "out"))
-            assert found[-1] in (old, new)
+            digests.append(digest(tmp_path / "out"))
+            assert digests[-1] in (old, new)
         else:
-            block_size = 64 if found[-1] == new else 32
-            with_it = {**options, "block_size": block_size}
+            block_size = 64 if digests[-1] == new else 32
             capsys.readouterr()
-            prepare(Config(**with_it))
+            prepare(Config(**options, block_size=block_size))
             assert "already prepared" in capsys.readouterr().out
             assert not (tmp_path / "out.parts").exists()
             assert not (tmp_path / "out" / "lock").exists()
@@ -219,8 +226,8 @@ def test_a_data_set_is_old_or_new_when_overwrite_is_killed_at_any_change(tmp_pat
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "old", tmp_path / "out")
     assert number > 10
-    assert old in found
-    assert new in found
+    assert old in digests
+    assert new in digests
 
 
 def test_a_failed_replacement_leaves_the_old_data_set(tmp_path, monkeypatch):
@@ -259,15 +266,15 @@ def test_a_replacement_by_another_process_is_not_disturbed(tmp_path):
 
 def test_a_part_is_made_again_when_its_source_file_has_changed(tmp_path, capsys):
     source = write(tmp_path / "s" / "a.jsonl", lines(texts()))
-    options = {"data_dir": str(tmp_path / "out")}
-    run_shard = {"source": str(tmp_path / "s"), "tokenizer": "byte", "workers": 1, "shard": "1/1"}
-    prepare(Config(**run_shard, **options))
+    places = {"source": str(tmp_path / "s"), "data_dir": str(tmp_path / "out")}
+    cfg = Config(**places, tokenizer="byte", workers=1, shard="1/1")
+    prepare(cfg)
     corrected = source.read_bytes().replace(b"a", b"A", 1)
     write(source, corrected)
     os.utime(source, ns=(1, source.stat().st_mtime_ns + 1))
-    prepare(Config(**run_shard, **options))
+    prepare(cfg)
     assert "parts are there already" not in capsys.readouterr().out
-    prepare(Config(**run_shard, **options))
+    prepare(cfg)
     assert "1 of 1 parts are there already" in capsys.readouterr().out
 
 
@@ -287,7 +294,7 @@ def test_a_changed_source_is_refused_with_the_changed_files_named(tmp_path, caps
     (tmp_path / "s" / "c.jsonl").unlink()
     (tmp_path / "s" / "b.jsonl").unlink()
     refuse(tmp_path, tmp_path / "s", r"\(b.jsonl is gone\)")
-    shutil.rmtree(tmp_path / "s")  # of a source that is not there any more nothing is known
+    shutil.rmtree(tmp_path / "s")  # a source that is gone is not compared
     capsys.readouterr()
     run(tmp_path, tmp_path / "s")
     assert "already prepared" in capsys.readouterr().out
@@ -317,9 +324,10 @@ def test_a_wrong_argument_ends_with_one_line(tmp_path, monkeypatch, capsys, argu
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", lines(texts()))
     write(tmp_path / "notes.txt", b"a text")
-    given = arguments if not arguments[0].startswith("-") else ["--source=d.jsonl", *arguments]
+    if arguments[0].startswith("-"):
+        arguments = ["--source=d.jsonl", *arguments]
     with pytest.raises(SystemExit) as stop:
-        config.main(lambda: prepare(config.load(Config, given)))
+        config.main(lambda: prepare(config.load(Config, arguments)))
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.count("\n") == 1
@@ -335,8 +343,6 @@ def test_more_than_four_workers_a_core_are_refused():
 
 
 def test_started_workers_are_killed_when_others_cannot_be_started(monkeypatch):
-    from pile import workers
-
     started = []
     start = multiprocessing.Process.start
 
@@ -349,6 +355,7 @@ def test_started_workers_are_killed_when_others_cannot_be_started(monkeypatch):
     monkeypatch.setattr(multiprocessing.Process, "start", start_two)
     with pytest.raises(BlockingIOError):
         workers.start(5, lambda: None)
+    assert len(started) == 2
     for process in started:
         process.join(10)
         assert process.exitcode == -signal.SIGKILL
