@@ -76,7 +76,7 @@ def streams(dataset, split):
 
 def document_tokens(dataset, split, row, by_domain=None):
     """The tokens of a document, by its row of the table: from its first chunk on, through the
-    chunks of its domain. by_domain: what streams() gives. Returns (tokens, whether they are all)."""
+    chunks of its domain. by_domain: of streams(). Returns (tokens, whether these are all)."""
     width = dataset.meta["block_size"] + 1
     eot = dataset.meta["eot"]
     by_domain = by_domain or streams(dataset, split)
