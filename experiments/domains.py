@@ -108,7 +108,7 @@ class Config:
     evaluations: int = 8  # of each run, evenly spaced
     test_chunks: int = 32  # of each domain, evenly spread over its test documents
     target_chunks: int = 64  # of each domain in a target, about as many from each of its documents
-    # the runs
+    # --- the runs
     rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw2"
     steps: int = 240
     batch_size: int = 16
@@ -120,7 +120,7 @@ class Config:
     n_embd: int = 96
     learning_rate: float = 1e-3
     warmup_iters: int = 40
-    # the rest
+    # --- the rest
     data: str = "data/domains"  # the prepared chunks, made when missing
     out: str = "out/domains"
     workers: int = 0  # runs side by side; 0: a core each

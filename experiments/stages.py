@@ -86,7 +86,7 @@ class Config:
     targets: str = "Python code,Docstrings"
     seeds: str = "1,2,3"  # of weights, order of chunks, draws of target chunks
     stretches: int = 6  # of the run, each as long as all before it
-    # the runs
+    # --- the runs
     rule: Literal["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw2"
     steps: int = 480
     batch_size: int = 16
@@ -98,7 +98,7 @@ class Config:
     n_embd: int = 96
     learning_rate: float = 1e-3
     warmup_iters: int = 40
-    # the rest
+    # --- the rest
     data: str = "data/stages"  # the prepared chunks, made when missing
     out: str = "out/stages"
     workers: int = 0  # runs side by side; 0: a core each
