@@ -1,19 +1,20 @@
-"""What strangers write, on a real terminal: texts, names of domains, targets, files and folders that
-a terminal would obey, that forge lines, that lead elsewhere. Through every command."""
+"""What strangers write, on a real terminal: texts, names of domains, targets, files and folders.
+A terminal would obey them, they forge lines, they lead elsewhere. Through every command."""
 
 import itertools
 import json
 import re
 import shutil
 import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import test_damage
 from commands import on_terminal, readers, run
 
-import train
-from system import files
 from system.terminal import with_commas
+from system import files, terminal
 
 FORGED = "error: forged"
 folders = test_damage.folders  # the fixture
@@ -56,8 +57,18 @@ STRINGS = [
     "漢字 é 🎉",
     "x" * 180,
 ]
-SMALL = "--n_layer=1 --n_head=1 --n_embd=8 --batch_size=8 --max_iters=8 --warmup_iters=2"
-SMALL += " --checkpoint_interval=4 --eval_interval=4 --eval_chunks=1 --device=cpu"
+SMALL = [
+    "--n_layer=1",
+    "--n_head=1",
+    "--n_embd=8",
+    "--batch_size=8",
+    "--max_iters=8",
+    "--warmup_iters=2",
+    "--checkpoint_interval=4",
+    "--eval_interval=4",
+    "--eval_chunks=1",
+    "--device=cpu",
+]
 
 
 def is_component(text):
@@ -65,112 +76,148 @@ def is_component(text):
     return text not in ("", ".", "..") and "/" not in text
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A corpus and a run of hostile names, made on a terminal. -> its folders and what was seen."""
-    top = tmp_path_factory.mktemp("hostile")
-    deep = top.joinpath(*filter(is_component, STRINGS[:16]))
-    (deep / "source").mkdir(parents=True)
+@dataclass
+class Made:
+    """A corpus and runs of hostile names. prepared, trained: the bytes that a terminal was sent."""
+
+    top: Path
+    folder: Path  # deep in top: data, run, other, t.txt
+    prepared: bytes
+    trained: bytes
+
+
+def write_corpus(folder):
+    """A file and a domain for each of STRINGS."""
+    folder.mkdir(parents=True)
     for i, name in enumerate(STRINGS):
         inside = name.replace(FORGED, "forged within a text")
         texts = [f"{inside} number {i} of {n} " * 5 for n in range(3)]
         records = [{"text": text, "meta": {"pile_set_name": name}} for text in texts]
         stem = name if is_component(name) else str(i)
-        path = deep / "source" / f"x{stem[:100]}.jsonl"
+        path = folder / f"x{stem[:100]}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (deep / "t.txt").write_text("to be or not to be, that is the question")
-    path = with_commas(str(deep / "t.txt"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    top = tmp_path_factory.mktemp("hostile")
+    folder = top.joinpath(*filter(is_component, STRINGS[:16]))
+    write_corpus(folder / "source")
+    (folder / "t.txt").write_text("to be or not to be, that is the question")
+    path = with_commas(str(folder / "t.txt"))
     targets = [f"{with_commas(name)}={path}" for name in STRINGS if "=" not in name]
     options = ["--tokenizer=byte", "--block_size=32", "--val_fraction=.3", "--workers=1"]
-    seen = []
-    seen += on_terminal(
-        "prepare_pile.py", [f"--source={deep}/source", f"--data_dir={deep}/data", *options]
-    )
-    argv = [*SMALL.split(), f"--data_dir={deep}/data"]
-    several = "--targets=" + ",".join(targets)
-    seen += on_terminal("train.py", [*argv, f"--out_dir={deep}/run", several])
-    seen += on_terminal("train.py", [*argv, f"--out_dir={deep}/other", several, "--seed=2"])
-    assert seen[::2] == [0, 0, 0], seen
-    return top, deep, seen[1::2]
+    argv = [f"--source={folder}/source", f"--data_dir={folder}/data", *options]
+    prepared = printed_by("prepare_pile.py", argv)
+    argv = [*SMALL, f"--data_dir={folder}/data", "--targets=" + ",".join(targets)]
+    trained = printed_by("train.py", [*argv, f"--out_dir={folder}/run"])
+    trained += printed_by("train.py", [*argv, f"--out_dir={folder}/other", "--seed=2"])
+    return Made(top, folder, prepared, trained)
 
 
-def check(seen, name="", text=False):
-    """No character that a terminal obeys, but for line ends, tabs, and colours of our own. text:
-    it holds a text, whose lines may be anything."""
-    shown = re.sub(r"\x1b\[48;2;\d+;\d+;\d+;38;2;0;0;0m|\x1b\[0m", "", seen.decode())
-    obeyed = {c for c in shown if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Cs")}
+def printed_by(script, argv):
+    """What a command that ends well sends to a terminal."""
+    code, printed = on_terminal(script, argv)
+    assert code == 0, (script, argv, printed.decode()[-500:])
+    return printed
+
+
+def check(printed, name=""):
+    """No character that a terminal obeys, but for line ends, tabs, and colours of our own; and no
+    line that was forged."""
+    text = re.sub(r"\x1b\[48;2;\d+;\d+;\d+;38;2;0;0;0m|\x1b\[0m", "", printed.decode())
+    obeyed = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Cs")}
     assert obeyed <= set("\r\n\t"), (name, obeyed)
-    for line in re.split(r"[\r\n]+", shown):
-        assert text or not line.startswith(FORGED), (name, line)
+    for line in re.split(r"[\r\n]+", text):
+        assert not line.startswith(FORGED), (name, line)
 
 
-def test_there_are_thirty_of_them():
+def paths_below(folder, but=None):
+    """What lies in a folder, but for what lies in a folder inside it."""
+    return {path for path in folder.rglob("*") if but not in path.parents}
+
+
+# --- tests ------------------------------------------------------------------------
+
+
+def test_the_hostile_strings_are_thirty_different_ones():
     assert len(set(STRINGS)) >= 30
 
 
-def test_preparing_and_training_obey_none_of_it(made):
-    _, _, seen = made
-    for shown in seen:
-        check(shown)
-    prepared, trained, _ = (shown.decode() for shown in seen)
-    assert "\\x1b[31mred" in prepared
-    assert "\\x1b[31mred" in trained
+def test_preparing_prints_hostile_names_as_escapes(made):
+    check(made.prepared)
+    assert b"\\x1b[31mred" in made.prepared
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_every_reader_obeys_none_of_it(made, tmp_path, part):
-    top, deep, _ = made
-    before = {path for path in top.rglob("*") if path.is_file()}
+def test_training_prints_hostile_names_as_escapes(made):
+    check(made.trained)
+    assert b"\\x1b[31mred" in made.trained
+
+
+@pytest.mark.parametrize("third", range(3))
+def test_every_reader_prints_hostile_text_as_escapes_and_writes_nowhere_else(made, tmp_path, third):
+    before = paths_below(made.top)
     work = tmp_path.joinpath(*filter(is_component, STRINGS[5:8]))
-    shutil.copytree(deep, work)
-    outside = {path for path in tmp_path.rglob("*") if work not in path.parents}
-    chosen = readers(work / "run", work / "other", work / "data", work)[part::3]
+    shutil.copytree(made.folder, work)
+    outside = paths_below(tmp_path, but=work)
+    chosen = readers(work / "run", work / "other", work / "data", work)[third::3]
+    assert len(chosen) > 4
     for script, argv in chosen:
         if script == "values.py" and argv[0] == "query":
-            argv = [a if not a.startswith("--text=") else "--text=" + STRINGS[0] for a in argv]
-        code, seen = on_terminal(script, argv)
-        assert code == 0, (script, argv, seen.decode()[-500:])
-        check(seen, f"{script} {argv[0]}")
-    assert {path for path in top.rglob("*") if path.is_file()} == before
-    assert {path for path in tmp_path.rglob("*") if work not in path.parents} == outside
+            argv = ["query", argv[1], f"--text={STRINGS[0]}", "--n=3"]
+        check(printed_by(script, argv), f"{script} {argv[0]}")
+    assert paths_below(made.top) == before
+    assert paths_below(tmp_path, but=work) == outside
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_csv_has_no_formula(made):
-    _, deep, _ = made
-    for command in ("domains", "top"):
-        outcome = run("values.py", [command, str(deep / "run"), "--csv"])
-        assert outcome.code == 0
-        cells = [cell for line in outcome.out.splitlines() for cell in line.split(",")]
-        assert not [cell for cell in cells if cell.lstrip('"').startswith(("=", "@"))]
-        assert not [cell for cell in cells if cell.startswith(("-rf", "--overwrite"))]
+@pytest.mark.parametrize("command", ["domains", "top"])
+def test_csv_has_no_formula(made, command):
+    outcome = run("values.py", [command, str(made.folder / "run"), "--csv"])
+    assert outcome.code == 0
+    cells = re.split(r"[,\n]", outcome.out)
+    assert len(cells) > 50
+    assert not [cell for cell in cells if cell.lstrip('"').startswith(("=", "@"))]
+    assert not [cell for cell in cells if cell.startswith(("-rf", "--overwrite"))]
 
 
 @pytest.mark.parametrize("name", ["run/values.json", "run/config.json", "data/meta.json"])
-def test_a_strangers_entries_obey_nothing(folders, name):
+def test_readers_print_texts_of_a_received_file_as_escapes(folders, name):
     """Every text in the files of a received run and data folder, whose checksums fit."""
     folders.restore()
     path = folders.work / name
     content = files.read_json(path, "")
-    inner = content["config"] if name == "run/config.json" else content
+    entries = content["config"] if name == "run/config.json" else content
     turns = itertools.cycle(range(6))
-    evil = "".join(STRINGS[:12])
-    for key, value in list(inner.items()):
-        if isinstance(value, str):
-            inner[key] = evil
-        elif isinstance(value, list) and value and isinstance(value[0], str):
-            inner[key] = [f"{evil}{i}" for i in range(len(value))]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            inner[key] = [row | {"name": f"{evil}{i}"} for i, row in enumerate(value)]
-        else:
+    n_changed = 0
+    for key, value in list(entries.items()):
+        changed = hostile(value)
+        if changed is None:
             continue
+        n_changed += 1
+        entries[key] = changed
         files.write_json(path, content)
         folders.made.mkdir(exist_ok=True)
         for script, argv in folders.readers[next(turns) :: 6]:
             outcome = run(script, argv)
             assert outcome.code == 0 or outcome.is_refusal(), (key, script, argv, outcome)
             check((outcome.err + outcome.out).encode(), (key, script, argv))
-        inner[key] = value
+        entries[key] = value
+    assert n_changed > 2
+
+
+def hostile(value):
+    """A file's entry with hostile texts in the place of its own; None where it has none."""
+    evil = "".join(STRINGS[:12])
+    if isinstance(value, str):
+        return evil
+    if not isinstance(value, list) or not value:
+        return None
+    if isinstance(value[0], str):
+        return [f"{evil}{i}" for i in range(len(value))]
+    if isinstance(value[0], dict):
+        return [row | {"name": f"{evil}{i}"} for i, row in enumerate(value)]
+    return None
 
 
 OPTIONS = {
@@ -184,50 +231,65 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("script", OPTIONS)
-def test_wrong_arguments_are_one_line_that_forges_none(made, script, tmp_path, monkeypatch):
+def test_hostile_arguments_are_answered_in_one_line(made, script, tmp_path, monkeypatch):
     """In this process, where a line is what reaches the terminal behind the guard."""
-    _, deep, _ = made
     monkeypatch.chdir(tmp_path)
-    first = {"curate.py": [str(deep / "run")], "revalue.py": [str(deep / "run")]}
-    first["report.py"] = [str(deep / "run"), "--tokens=0", f"--out={tmp_path}/r.html"]
-    options = ["--tokenizer=byte", "--block_size=8", "--val_fraction=0", "--workers=1"]
-    first["prepare_pile.py"] = [f"--source={deep}/t.txt", f"--data_dir={tmp_path}/data", *options]
-    first["train.py"] = [f"--data_dir={tmp_path}/none"]
-    start = first.get(script, [])
+    run_dir = str(made.folder / "run")
+    others = {
+        "train.py": [f"--data_dir={tmp_path}/none"],
+        "prepare_pile.py": [
+            f"--source={made.folder}/t.txt",
+            f"--data_dir={tmp_path}/data",
+            "--tokenizer=byte",
+            "--block_size=8",
+            "--val_fraction=0",
+            "--workers=1",
+        ],
+        "sample.py": [],
+        "report.py": [run_dir, "--tokens=0", f"--out={tmp_path}/r.html"],
+        "curate.py": [run_dir],
+        "revalue.py": [run_dir],
+    }
+    every = 3 if script in ("revalue.py", "prepare_pile.py") else 1
     for key in OPTIONS[script]:
-        for text in STRINGS[:: 3 if script in ("revalue.py", "prepare_pile.py") else 1]:
-            outcome = run(script, [*start, f"--{key}={text}"])
+        for text in STRINGS[::every]:
+            outcome = run(script, [*others[script], f"--{key}={text}"])
             assert outcome.code == 0 or outcome.is_refusal(), (key, text, outcome)
             check((outcome.err + outcome.out).encode(), (key, text))
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_a_hostile_config_or_run_is_refused_in_one_line(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for text in STRINGS:
         if text.startswith("--"):
             continue
         outcome = run(script, [text])
         assert outcome.is_refusal(), (text, outcome)
         check(outcome.err.encode(), text)
-    assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_wrong_arguments_of_values_are_one_line(made):
-    _, deep, _ = made
-    run_dir = str(deep / "run")
-    for text in STRINGS:
-        for argv in ([text], ["summary", text], ["top", run_dir, f"--target={text}"]):
-            outcome = run("values.py", argv)
-            assert outcome.code == 0 or outcome.is_refusal(), (argv, outcome)
-            check(outcome.err.encode(), argv)
-        outcome = run("values.py", ["top", run_dir, f"--domain={text}x"])
+@pytest.mark.parametrize("text", STRINGS)
+def test_values_py_answers_hostile_arguments_in_one_line(made, text):
+    run_dir = str(made.folder / "run")
+    for argv in ([text], ["summary", text], ["top", run_dir, f"--target={text}"]):
+        outcome = run("values.py", argv)
+        assert outcome.code == 0 or outcome.is_refusal(), (argv, outcome)
+        check(outcome.err.encode(), argv)
+    for argv in (["top", run_dir, f"--domain={text}x"], ["chunk", run_dir, text]):
+        outcome = run("values.py", argv)
         assert outcome.is_refusal(), outcome
-        outcome = run("values.py", ["chunk", run_dir, text])
-        assert outcome.is_refusal(), outcome
-        check(outcome.err.encode(), text)
+        check(outcome.err.encode(), argv)
 
 
-def test_what_is_to_be_typed_is_quoted(made):
-    """As the shell takes it: the line that train.py and curate.py end with."""
-    _, deep, _ = made
-    assert train.terminal.command("python", "a b;c") == "python 'a b;c'"
-    outcome = run("curate.py", [str(deep / "run"), f"--out={deep}/kept", "--drop_fraction=.1"])
+def test_a_command_to_type_is_quoted_for_a_shell():
+    assert terminal.command("python", "a b;c") == "python 'a b;c'"
+
+
+def test_curate_quotes_what_is_to_be_typed_next(made):
+    argv = [str(made.folder / "run"), f"--out={made.folder}/kept", "--drop_fraction=.1"]
+    outcome = run("curate.py", argv)
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("next: ")]
     assert "\\u001b[31mred" in line
     assert "$'" in line

@@ -1,6 +1,8 @@
-"""The report, made of real runs and of large and hostile ones, and used in a real browser as a person would."""
+"""The report, made of real runs and of large and hostile ones, and used in a real browser as a
+person would."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from sealed import replace_records
 
@@ -38,45 +42,51 @@ HOSTILE = [
     "style=background:url(//example.org/x) javascript:window.hit=1",
 ]
 
-# --- runs made by hand, in the formats of ledger.py and data.py -----------------
+# --- runs made by hand, in the formats of system/store.py and data.py ------------------
 
 
 def make_data(folder, n, width=16, domains=20, a_document=10):
-    """n train chunks of random bytes; every document fills so many chunks, and the domains take turns."""
-    import pyarrow
-    import pyarrow.parquet
-
+    """n train chunks of random bytes. Every document fills so many chunks, and the domains take
+    turns."""
     folder.mkdir()
-    rng, of = np.random.default_rng(0), (np.arange(n) // a_document % domains).astype(np.uint16)
-    arrays = {"train.npy": rng.integers(97, 123, (n, width + 1), np.uint16), "train_domain.npy": of}
-    arrays |= {
-        "val.npy": arrays["train.npy"][:domains],
-        "val_domain.npy": np.arange(domains, dtype=np.uint16),
-    }
-    for name, array in arrays.items():
-        np.save(folder / name, array)
-    names = [
-        f"Domain {d} of a rather long name, as people give them" if d % 3 else f"D{d}"
-        for d in range(domains)
-    ]
+    rng = np.random.default_rng(0)
+    domain = (np.arange(n) // a_document % domains).astype(np.uint16)
+    rows = rng.integers(97, 123, (n, width + 1), np.uint16)
+    np.save(folder / "train.npy", rows)
+    np.save(folder / "train_domain.npy", domain)
+    np.save(folder / "val.npy", rows[:domains])
+    np.save(folder / "val_domain.npy", np.arange(domains, dtype=np.uint16))
+    names = []
+    for d in range(domains):
+        long_name = f"Domain {d} of a rather long name, as people give them"
+        names.append(long_name if d % 3 else f"D{d}")
     first = np.arange(0, n, a_document)
-    columns = dict(
-        doc=np.arange(len(first)),
-        domain=[names[of[chunk]] for chunk in first],
-        source=["some/file.jsonl"] * len(first),
-    )
-    columns |= dict(
-        record=np.arange(len(first)), first_chunk=first, first_token=np.zeros(len(first), np.int32)
-    )
-    columns |= dict(n_tokens=np.full(len(first), a_document * (width + 1) - 1))
+    columns = {
+        "doc": np.arange(len(first)),
+        "domain": [names[domain[chunk]] for chunk in first],
+        "source": ["some/file.jsonl"] * len(first),
+        "record": np.arange(len(first)),
+        "first_chunk": first,
+        "first_token": np.zeros(len(first), np.int32),
+        "n_tokens": np.full(len(first), a_document * (width + 1) - 1),
+    }
     table = pyarrow.table(columns, DOCUMENTS)
     for split in ("train", "val"):
         pyarrow.parquet.write_table(table, folder / f"{split}_docs.parquet", row_group_size=1 << 20)
-    meta = dict(schema=data.SCHEMA, tokenizer="byte", vocab_size=256, eot=255, block_size=width)
-    meta |= dict(domains=names, config={}, footers={}, chunks=dict(train=n, val=domains))
-    meta["tokens"] = {"train": n * (width + 1), "val": domains * (width + 1)}
     digests = {path.name: hashlib.sha256(path.read_bytes()) for path in folder.iterdir()}
-    meta["sha256"] = {name: digest.hexdigest() for name, digest in digests.items()}
+    meta = {
+        "schema": data.SCHEMA,
+        "tokenizer": "byte",
+        "vocab_size": 256,
+        "eot": 255,
+        "block_size": width,
+        "domains": names,
+        "config": {},
+        "footers": {},
+        "chunks": {"train": n, "val": domains},
+        "tokens": {"train": n * (width + 1), "val": domains * (width + 1)},
+        "sha256": {name: digest.hexdigest() for name, digest in digests.items()},
+    }
     write_json(folder / "meta.json", meta)
     return folder
 
@@ -84,52 +94,34 @@ def make_data(folder, n, width=16, domains=20, a_document=10):
 def make_run(
     out, data_dir, steps, B=8, targets=("first", "second"), measured=True, audits=0, overshoot=None
 ):
-    """A run as train.py leaves it: values of heavy tails, larger at first, a tenth of the loss drop momentum's."""
+    """A run as train.py leaves it: values of heavy tails, larger at first; momentum has a tenth of
+    the loss drop.
+
+    measured: whether every 20th step is. audits: how many steps are audited. overshoot: the step
+    that outweighs all others.
+    """
     out.mkdir()
-    opened, K, rng = data.open_dataset(data_dir), len(targets), np.random.default_rng(1)
+    opened = data.open_dataset(data_dir)
+    K = len(targets)
     n = len(opened.train.rows)
-    cfg = vars(
-        train.Config(
-            data_dir=str(data_dir),
-            out_dir=str(out),
-            max_iters=2 * steps,
-            n_layer=2,
-            n_embd=64,
-            n_head=2,
-            batch_size=B,
-        )
-    )
-    write_json(out / "config.json", dict(config=cfg))
-    visits, books = (
-        store.Records(out / "ledger.npy", store.visit_dtype(K)),
-        store.Records(out / "books.npy", store.book_dtype(K)),
-    )
-    total, used = np.zeros((n, K)), np.zeros(n, bool)
+    rng = np.random.default_rng(1)
+    options = {"n_layer": 2, "n_embd": 64, "n_head": 2, "batch_size": B, "max_iters": 2 * steps}
+    cfg = train.Config(data_dir=str(data_dir), out_dir=str(out), **options)
+    write_json(out / "config.json", {"config": vars(cfg)})
+    visits = store.Records(out / "ledger.npy", store.visit_dtype(K))
+    books = store.Records(out / "books.npy", store.book_dtype(K))
+    total = np.zeros((n, K))
+    used = np.zeros(n, bool)
     for start in range(0, steps, 1 << 16):
         step = np.arange(start, min(steps, start + (1 << 16)))
-        rows = np.repeat(store.empty(visits.dtype), len(step) * B)
-        rows["step"], rows["chunk"] = (
-            np.repeat(step, B),
-            np.arange(start * B, start * B + len(rows)) * 7919 % n,
-        )
-        rows["value"] = (
-            (rng.standard_t(2, (len(rows), K)) + 0.5) * 1e-4 / (1 + rows["step"][:, None] / steps)
-        )
-        rows["loss"], rows["early"] = rng.normal(5, 1, len(rows)), rows["step"] < 3
+        rows = made_visits(visits.dtype, step, B, steps, n, rng)
         if overshoot in step:
             rows["value"][rows["step"] == overshoot, 0] = 9
-        book = np.repeat(store.empty(books.dtype), len(step))
-        book["step"], book["data"] = step, rows["value"].reshape(len(step), B, K).sum(1)
-        at = step % 20 == 0 if measured else step < 0
-        book["momentum"][at], book["decay"][at], book["residual"][at], book["before"][at] = (
-            0.001,
-            0,
-            0.0001,
-            5,
-        )
-        book["after"][at] = 5 - book["data"][at] - 0.0011
-        visits.pending, books.pending = [rows], [book]
-        visits.commit(), books.commit()
+        book = made_books(books.dtype, step, rows, measured)
+        visits.pending = [rows]
+        visits.commit()
+        books.pending = [book]
+        books.commit()
         store.add_visits(rows, total, used)
     files = {
         "values.npy": store.write_values(out, total, used),
@@ -144,17 +136,47 @@ def make_run(
         records.pending = [audit]
         records.commit()
         files["audit.npy"] = records.counted()
-    info = dict(
-        schema=store.SCHEMA,
-        rule="adamw",
-        batch=B,
-        data_hash=opened.hash,
-        committed_step=steps,
-        targets=[dict(name=t) for t in targets],
-    )
-    info |= dict(sign="positive = lowered the target's loss", unit="nats", files=files)
+    info = {
+        "schema": store.SCHEMA,
+        "rule": "adamw",
+        "batch": B,
+        "data_hash": opened.hash,
+        "committed_step": steps,
+        "targets": [{"name": name} for name in targets],
+        "sign": "positive = lowered the target's loss",
+        "unit": "nats",
+        "files": files,
+    }
     write_json(out / "values.json", info)
     return out
+
+
+def made_visits(dtype, step, B, steps, n_chunks, rng):
+    """The visits of some of a run's steps (n,)."""
+    rows = np.repeat(store.empty(dtype), len(step) * B)
+    first = step[0] * B
+    rows["step"] = np.repeat(step, B)
+    rows["chunk"] = np.arange(first, first + len(rows)) * 7919 % n_chunks
+    scatter = rng.standard_t(2, rows["value"].shape) + 0.5
+    rows["value"] = scatter * 1e-4 / (1 + rows["step"][:, None] / steps)
+    rows["loss"] = rng.normal(5, 1, len(rows))
+    rows["early"] = rows["step"] < 3
+    return rows
+
+
+def made_books(dtype, step, visits, measured):
+    book = np.repeat(store.empty(dtype), len(step))
+    by_step = visits["value"].reshape(len(step), -1, visits["value"].shape[1])
+    book["step"] = step
+    book["data"] = by_step.sum(1)
+    if measured:
+        at = step % 20 == 0
+        book["momentum"][at] = 0.001
+        book["decay"][at] = 0
+        book["residual"][at] = 0.0001
+        book["before"][at] = 5
+        book["after"][at] = 5 - book["data"][at] - 0.0011
+    return book
 
 
 # --- the browser ----------------------------------------------------------------
@@ -164,40 +186,41 @@ def make_run(
 def browser():
     from playwright.sync_api import Error, sync_playwright
 
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )  # or else playwright's own
+    names = ("chromium", "chromium-browser", "google-chrome")
+    installed = [shutil.which(name) for name in names if shutil.which(name)]
+    path = installed[0] if installed else None  # else playwright's own
     with sync_playwright() as playwright:
         try:
             started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except Error:
             if path:
                 raise
-            pytest.skip(
-                "no chromium, chromium-browser or google-chrome on the PATH, and none of playwright's own: see tests/browser.sh"
-            )
+            what = f"no {' or '.join(names)} on the PATH, and none of playwright's own"
+            pytest.skip(f"{what}: see tests/browser.sh")
         yield started
         started.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """visit(path, width) -> an open page; at the test's end nothing may have been asked for but the file, and nothing have gone wrong."""
+    """visit(path, width) -> an open page. At the test's end nothing may have been asked for but the
+    file, and nothing may have gone wrong: a breach of the content security policy is an error."""
     opened = []
 
     def go(path, width=1280, **options):
-        context = browser.new_context(viewport=dict(width=width, height=900), **options)
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
         context.set_default_timeout(8000)
         tab = context.new_page()
-        asked, wrong = [], []
+        asked = []
+        wrong = []
+
+        def listen(message):
+            if message.type in ("error", "warning"):
+                wrong.append(message.text)
+
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on(
-            "console",
-            lambda message: (
-                wrong.append(message.text) if message.type in ("error", "warning") else None
-            ),
-        )
+        tab.on("console", listen)
         tab.goto(path.as_uri())
         opened.append((context, asked, wrong, path.as_uri()))
         return tab
@@ -205,28 +228,41 @@ def visit(browser):
     yield go
     for context, asked, wrong, uri in opened:
         context.close()
-        assert (asked, wrong) == (
-            [uri],
-            [],
-        )  # a breach of the content security policy is an error on the console
+        assert asked == [uri]
+        assert wrong == []
 
 
 @pytest.fixture(scope="module")
 def trained(python_data, tmp_path_factory):
     """A real run: bytes, two targets, books and an audit; and its report."""
     out = tmp_path_factory.mktemp("out") / "run"
-    argv = "--n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --warmup_iters=5 --learning_rate=5e-3 --eval_interval=0 --device=cpu --dtype=float32"
-    argv += f" --max_iters=60 --book_interval=3 --audit_interval=20 --checkpoint_interval=30 --out_dir={out} --data_dir={python_data}"
-    train.train(
-        config.load(train.Config, [*argv.split(), "--targets=val:Python code,val:Docstrings"])
-    )
+    argv = [
+        f"--out_dir={out}",
+        f"--data_dir={python_data}",
+        "--targets=val:Python code,val:Docstrings",
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=16",
+        "--batch_size=4",
+        "--warmup_iters=5",
+        "--learning_rate=5e-3",
+        "--max_iters=60",
+        "--book_interval=3",
+        "--audit_interval=20",
+        "--checkpoint_interval=30",
+        "--eval_interval=0",
+        "--device=cpu",
+        "--dtype=float32",
+    ]
+    train.train(config.load(train.Config, argv))
     return out
 
 
-@pytest.fixture
-def written(trained, tmp_path):
-    report(Config(run=str(trained), out=str(tmp_path / "report.html")))
-    return tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def written(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    report(Config(run=str(trained), out=str(path)))
+    return path
 
 
 def cells(tab, table, column):
@@ -234,109 +270,139 @@ def cells(tab, table, column):
 
 
 def numbers(texts):
-    return [float(text.replace("\u2212", "-").replace(",", "").rstrip("%")) for text in texts]
+    return [number(text) for text in texts]
+
+
+def number(text):
+    return float(text.replace("\u2212", "-").replace(",", "").rstrip("%"))
+
+
+def content_of(tab):
+    """The page's data."""
+    return json.loads(tab.locator("#data").text_content())
 
 
 # --- what the page says -----------------------------------------------------------
 
 
-def test_the_page_says_what_the_files_say(trained, written, visit):
-    run, tab = open_run(trained), visit(written)
+def test_the_page_begins_with_the_facts_of_the_run(trained, written, visit):
+    run = open_run(trained)
+    tab = visit(written)
     facts = tab.locator("#facts").inner_text()
     assert "of 60 (100%), 4 chunks each" in facts
     assert f"of {len(run.values):,}" in facts
     assert "adamw" in facts
     assert "trained to its end" in tab.locator("#lead").inner_text()
-    # the books and the audit, as the end table has them
+    assert "3 steps are marked early" in tab.locator("#warnings").inner_text()
+
+
+def test_the_cards_say_what_the_end_table_says_of_books_and_audit(trained, written, visit):
+    run = open_run(trained)
     told = "\n".join(tables.account(run.books, run.audit, run.names))
-    for k, card in enumerate(tab.locator(".card").all_inner_texts()):
-        known = float(told.split(f"{run.names[k]}: accounted for ")[1].split("%")[0])
-        assert abs(numbers([card.split(" of the drop")[0].split()[-1]])[0] - known) <= 0.51
+    cards = visit(written).locator(".card").all_inner_texts()
+    assert len(cards) == len(run.names)
+    for k, card in enumerate(cards):
+        in_table = float(told.split(f"{run.names[k]}: accounted for ")[1].split("%")[0])
+        on_card = number(card.split(" of the drop")[0].split()[-1])
+        assert abs(on_card - in_table) <= 0.51
         assert f"lowest {run.audit['pearson'][:, k].min():.4f}".rstrip("0") in card
         assert "3 audited steps" in card
-    assert "3 steps are marked early" in tab.locator("#warnings").inner_text()
-    # domains: mean per token and the median, of the first target; sorted by the median
+
+
+def test_the_table_of_domains_has_mean_and_median_per_token(trained, written, visit):
+    run = open_run(trained)
+    tab = visit(written)
     assert "10\u207b" in tab.locator(".unit").first.inner_text()
     tab.locator("summary").click()
     exponent = payload.gather(run, Documents(run))["spread"]["exponent"]
     size = np.bincount(run.visits["step"], np.abs(run.visits["value"][:, 0]))
     lone = np.flatnonzero(size > 0.2 * size.sum())  # means leave such a step out
-    for name, mean, median in zip(*(cells(tab, "#domain-table", c) for c in (1, 5, 9))):
-        of = run.used[run.data.train.domain[run.used] == run.domain(name)]
-        kept = of[~np.isin(of, run.visits["chunk"][np.isin(run.visits["step"], lone)])]
-        for text, truth in (
-            (mean, run.values[kept, 0].mean()),
-            (median, np.median(run.values[of, 0])),
-        ):
-            assert numbers([text])[0] == pytest.approx(
-                truth / run.width / 10**exponent, rel=6e-3, abs=1e-3
-            ), name
-    # the chunk at the top is the best one, that at the bottom the worst
-    best = [int(np.nanargmax(run.values[:, 0])), int(np.nanargmin(run.values[:, 0]))]
-    assert numbers(cells(tab, "#chunk-table", 3))[0] == best[0]
+    left_out = run.visits["chunk"][np.isin(run.visits["step"], lone)]
+    names, means, medians = [cells(tab, "#domain-table", column) for column in (1, 5, 9)]
+    assert len(names) == 3
+    for name, mean, median in zip(names, means, medians):
+        chunks = run.used[run.data.train.domain[run.used] == run.domain(name)]
+        kept = chunks[~np.isin(chunks, left_out)]
+        unit = run.width * 10**exponent
+        expected_mean = run.values[kept, 0].mean() / unit
+        expected_median = np.median(run.values[chunks, 0]) / unit
+        assert number(mean) == pytest.approx(expected_mean, rel=6e-3, abs=1e-3)
+        assert number(median) == pytest.approx(expected_median, rel=6e-3, abs=1e-3)
+
+
+def test_the_list_of_chunks_begins_with_the_best_or_the_worst(trained, written, visit):
+    run = open_run(trained)
+    tab = visit(written)
+    assert numbers(cells(tab, "#chunk-table", 3))[0] == np.nanargmax(run.values[:, 0])
     tab.locator("#chunk-table").get_by_role("button", name="Value").click()
-    assert numbers(cells(tab, "#chunk-table", 3))[0] == best[1]
+    assert numbers(cells(tab, "#chunk-table", 3))[0] == np.nanargmin(run.values[:, 0])
+
+
+def test_an_open_chunk_shows_its_documents(written, visit):
+    tab = visit(written)
     tab.locator("#chunk-table .open").first.click()
     detail = tab.locator(".detail:visible")
     assert "document" in detail.inner_text()
     assert detail.locator("bdi").first.is_visible()
-    counts = json.loads(tab.locator("#data").text_content())["histogram"][0]["counts"]
-    assert sum(map(sum, counts)) == len(run.used)
+
+
+def test_the_histogram_counts_every_chunk_used(trained, written, visit):
+    counts = content_of(visit(written))["histogram"][0]["counts"]
+    assert sum(map(sum, counts)) == len(open_run(trained).used)
 
 
 def test_shares_of_the_drop_are_the_values_over_the_measured_drop(tmp_path):
-    """By hand, from the ledger and the books."""
+    """By loops, from the ledger and the books."""
     run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 500, domains=3), 400))
-    run.books.flags.writeable = False
-    found = payload.gather(run, Documents(run))["time"]
-    assert found["groups"] == [0, 80, 160, 240, 320, 400]
-    for k in (0, 1):
-        for g, start in enumerate(range(0, 400, 80)):
-            rows, books = (
-                run.visits[start * 8 : (start + 80) * 8],
-                run.books[start : start + 80 : 20],
-            )
-            drop = (books["before"] - books["after"])[:, k].astype(float)
-            for d in range(3):
-                mean = (
-                    rows["value"][run.data.train.domain[rows["chunk"]] == d, k].sum(dtype=float)
-                    / 80
-                )
-                if drop.mean() > 2 * drop.std(ddof=1) / 2:
-                    slot = payload.domains(run)[1][np.flatnonzero(run.data.train.domain == d)[0]]
-                    assert found["share"][k][slot][g] == pytest.approx(mean / drop.mean(), rel=1e-2)
-                else:
-                    assert found["share"][k][d][g] is None
-    sums = np.array(found["cumulative"])[:, :, -1].sum(1)
-    assert sums == pytest.approx(run.visits["value"].sum(0, dtype=float), rel=1e-3)
+    time_chart = payload.gather(run, Documents(run))["time"]
+    assert time_chart["groups"] == [0, 80, 160, 240, 320, 400]
+    slots = payload.domains(run)[1]
+    n_shares = 0
+    for k, g, d in itertools.product(range(2), range(5), range(3)):
+        start = 80 * g
+        visits = run.visits[start * 8 : (start + 80) * 8]
+        books = run.books[start : start + 80 : 20]
+        drop = (books["before"] - books["after"])[:, k].astype(float)
+        inside = run.data.train.domain[visits["chunk"]] == d
+        per_step = visits["value"][inside, k].sum(dtype=float) / 80
+        slot = slots[np.flatnonzero(run.data.train.domain == d)[0]]
+        share = time_chart["share"][k][slot][g]
+        if drop.mean() > 2 * drop.std(ddof=1) / 2:
+            assert share == pytest.approx(per_step / drop.mean(), rel=1e-2)
+            n_shares += 1
+        else:
+            assert share is None
+    assert n_shares > 0
+
+
+def test_the_cumulative_chart_ends_with_the_sum_of_all_values(tmp_path):
+    run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 500, domains=3), 400))
+    cumulative = np.array(payload.gather(run, Documents(run))["time"]["cumulative"])
+    expected = run.visits["value"].sum(0, dtype=float)
+    assert cumulative[:, :, -1].sum(1) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_step_that_outweighs_all_others_is_left_out_and_named(tmp_path, visit):
-    run = make_run(
-        tmp_path / "run", make_data(tmp_path / "data", 4000), 200, overshoot=77, audits=3
-    )
+    data_dir = make_data(tmp_path / "data", 4000)
+    run = make_run(tmp_path / "run", data_dir, 200, overshoot=77, audits=3)
     report(Config(run=str(run), tokens=0))
     tab = visit(run / "report.html")
     warnings = tab.locator("#warnings").inner_text()
     assert "Step 77 alone holds" in warnings
     assert "+72 nats together" in warnings
     assert "correlate only 0.5" in warnings
-    content = json.loads(tab.locator("#data").text_content())
-    kept = np.load(run / "values.npy")[np.load(run / "ledger.npy")["chunk"], 0]
-    assert np.sum(content["spread"]["sum"][0]) == pytest.approx(kept[kept < 9 - 1].sum(), rel=1e-2)
+    content = content_of(tab)
+    values = np.load(run / "values.npy")[np.load(run / "ledger.npy")["chunk"], 0]
+    kept = values[values < 9 - 1]
+    assert np.sum(content["spread"]["sum"][0]) == pytest.approx(kept.sum(), rel=1e-2)
     assert content["lone"][1] == []
     assert max(map(max, content["time"]["cumulative"][0])) < 1
 
 
-def test_a_short_run_has_a_report_too(tmp_path, visit):
-    """One step, nothing measured, one target, chunks used more than once: no number is made up."""
-    run = make_run(
-        tmp_path / "run",
-        make_data(tmp_path / "data", 5, domains=1),
-        1,
-        targets=("only",),
-        measured=False,
-    )
+def test_a_run_of_one_step_has_a_report_without_made_up_numbers(tmp_path, visit):
+    """Nothing measured, one target, chunks used more than once."""
+    data_dir = make_data(tmp_path / "data", 5, domains=1)
+    run = make_run(tmp_path / "run", data_dir, 1, targets=("only",), measured=False)
     report(Config(run=str(run), tokens=1))
     tab = visit(run / "report.html")
     assert "after 1 of 2 steps" in tab.locator("#lead").inner_text()  # of a run that goes on
@@ -351,269 +417,327 @@ def test_a_short_run_has_a_report_too(tmp_path, visit):
 # --- the page in use ----------------------------------------------------------------
 
 
-def test_every_control_does_what_it_says(trained, written, visit):
-    run, tab = open_run(trained), visit(written)
-    drawn = lambda chart: tab.locator(chart).inner_html()
-    # the target: all charts and the list follow
-    before = {
-        chart: drawn(chart)
-        for chart in (
-            "#spread",
-            "#shares",
-            "#time",
-            "#histogram",
-            "#scatter",
-            "#domain-table",
-            "#chunk-table",
-        )
-    }
+CHARTS = ("#spread", "#shares", "#time", "#histogram", "#scatter", "#domain-table", "#chunk-table")
+
+
+def drawn(tab, chart):
+    return tab.locator(chart).inner_html()
+
+
+def test_another_target_redraws_all_charts_and_the_list(trained, written, visit):
+    run = open_run(trained)
+    tab = visit(written)
+    before = {chart: drawn(tab, chart) for chart in CHARTS}
     tab.get_by_label("Target").select_option("Docstrings")
-    assert all(drawn(chart) != was for chart, was in before.items())
-    assert numbers(cells(tab, "#chunk-table", 3))[0] == int(np.nanargmax(run.values[:, 1]))
+    for chart in CHARTS:
+        assert drawn(tab, chart) != before[chart], chart
+    assert numbers(cells(tab, "#chunk-table", 3))[0] == np.nanargmax(run.values[:, 1])
     assert tab.locator("b.target").first.inner_text() == "Docstrings"
-    # over training: three ways, and own scales
-    for label, unit in (
-        ("summed up, in nats", ""),
-        ("share of the loss drop", "%"),
-        ("share of the values of the same steps", "%"),
-    ):
-        was, _ = drawn("#time"), tab.get_by_label(label).check()
-        assert drawn("#time") != was
+
+
+UNITS = {
+    "summed up, in nats": "",
+    "share of the loss drop": "%",
+    "share of the values of the same steps": "%",
+}
+
+
+def test_the_chart_over_time_has_three_measures_each_in_its_unit(written, visit):
+    tab = visit(written)
+    drawings = set()
+    for label, unit in UNITS.items():
+        tab.get_by_label(label).check()
         assert tab.locator("#time .tick").first.text_content().endswith(unit)
-    was, _ = drawn("#time"), tab.get_by_label("a scale of its own").check()
-    assert drawn("#time") != was
-    # single values of one domain
-    count = lambda: int(tab.locator("#histogram-note").inner_text().split()[0])
-    assert count() == len(run.used)
+        drawings.add(drawn(tab, "#time"))
+    assert len(drawings) == len(UNITS)
+
+
+def test_the_charts_over_time_have_scales_of_their_own_when_asked(written, visit):
+    tab = visit(written)
+    before = drawn(tab, "#time")
+    tab.get_by_label("a scale of its own").check()
+    assert drawn(tab, "#time") != before
+
+
+def test_the_histogram_of_one_domain_counts_its_chunks(trained, written, visit):
+    run = open_run(trained)
+    tab = visit(written)
+    note = tab.locator("#histogram-note")
+    assert int(note.inner_text().split()[0]) == len(run.used)
     tab.locator("#look").select_option("Python code")
-    assert count() == (run.data.train.domain[run.used] == run.domain("Python code")).sum()
-    # the list: filters and search
+    inside = run.data.train.domain[run.used] == run.domain("Python code")
+    assert int(note.inner_text().split()[0]) == inside.sum()
+
+
+def test_the_list_is_filtered_by_domain_and_sign(written, visit):
+    tab = visit(written)
     tab.locator("#domain").select_option("Docstrings")
     assert set(cells(tab, "#chunk-table", 2)) == {"Docstrings"}
     tab.locator("#sign").select_option("raised it")
     assert max(numbers(cells(tab, "#chunk-table", 1))) < 0
-    tab.locator("#sign").select_option("all shown")
-    tab.locator("#domain").select_option("all")
-    content = json.loads(tab.locator("#data").text_content())
-    some = content["chunks"][11]
-    tab.get_by_role("searchbox").fill(str(some["chunk"]))
-    assert some["chunk"] in numbers(cells(tab, "#chunk-table", 3))
-    word = max(some["text"].split(), key=len)
+
+
+def test_the_search_finds_a_chunk_by_its_number(written, visit):
+    tab = visit(written)
+    chunk = content_of(tab)["chunks"][11]["chunk"]
+    tab.get_by_role("searchbox").fill(str(chunk))
+    assert chunk in numbers(cells(tab, "#chunk-table", 3))
+
+
+def test_the_search_finds_words_in_any_case(written, visit):
+    tab = visit(written)
+    rows = content_of(tab)["chunks"]
+    word = max(rows[11]["text"].split(), key=len)
     tab.get_by_role("searchbox").fill(word.upper())
-    sought = [
-        [row["text"], *(source for _, source, _ in row["documents"])]
-        for row in content["chunks"]
-        if str(row["chunk"]) != word
-    ]
-    n = (
-        len(content["chunks"])
-        - len(sought)
-        + sum(any(word.lower() in x.lower() for x in texts) for texts in sought)
-    )
-    assert tab.locator("#found").inner_text().startswith(f"{n} chunk")
+    n = 0
+    for row in rows:
+        texts = [row["text"], *(source for _, source, _ in row["documents"])]
+        n += str(row["chunk"]) == word or any(word.lower() in text.lower() for text in texts)
     assert n > 0
-    tab.get_by_role("searchbox").press("Enter")
+    assert tab.locator("#found").inner_text().startswith(f"{n} chunk")
+
+
+def test_a_search_for_nothing_there_finds_no_chunk_and_an_empty_one_all(written, visit):
+    tab = visit(written)
+    n = len(content_of(tab)["chunks"])
     tab.get_by_role("searchbox").fill("no such text anywhere")
+    tab.get_by_role("searchbox").press("Enter")
     assert cells(tab, "#chunk-table", 1) == []
     assert tab.locator("#more").is_hidden()
     tab.get_by_role("searchbox").fill("")
     while tab.locator("#more").is_visible():
         tab.locator("#more").click()
-    assert len(cells(tab, "#chunk-table", 1)) == len(content["chunks"])
-    # the theme: the page's colour changes, and back
-    colour = lambda: tab.evaluate("getComputedStyle(document.body).backgroundColor")
-    light = colour()
-    tab.get_by_role("button", name="Dark").click()
-    assert colour() != light
-    assert tab.locator("#theme").get_attribute("aria-pressed") == "true"
-    tab.get_by_role("button", name="Dark").click()
-    assert colour() == light
-    was = drawn("#spread")
-    tab.set_viewport_size(dict(width=500, height=800))
-    tab.wait_for_function("was => document.querySelector('#spread').innerHTML !== was", arg=was)
+    assert len(cells(tab, "#chunk-table", 1)) == n
 
 
-def test_the_keyboard_reaches_and_sorts(written, visit):
-    tab = visit(written, color_scheme="dark")
+def test_the_dark_theme_changes_the_colour_and_changes_it_back(written, visit):
+    tab = visit(written)
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = tab.evaluate(colour)
+    tab.get_by_role("button", name="Dark").click()
+    assert tab.evaluate(colour) != light
     assert tab.locator("#theme").get_attribute("aria-pressed") == "true"
-    reached = []
-    for _ in range(60):
+    tab.get_by_role("button", name="Dark").click()
+    assert tab.evaluate(colour) == light
+
+
+def test_the_charts_are_drawn_again_for_another_width(written, visit):
+    tab = visit(written)
+    before = drawn(tab, "#spread")
+    tab.set_viewport_size({"width": 500, "height": 800})
+    changed = "before => document.querySelector('#spread').innerHTML !== before"
+    tab.wait_for_function(changed, arg=before)
+
+
+def tab_to(tab, name):
+    """Presses Tab until the focus is on a thing of this id or text -> those that had it."""
+    focused = []
+    while name not in focused:
+        assert len(focused) < 60, focused
         tab.keyboard.press("Tab")
-        reached.append(
+        focused.append(
             tab.evaluate("document.activeElement.id || document.activeElement.textContent")
         )
-        ring = tab.evaluate(
-            "[getComputedStyle(document.activeElement).outlineStyle, document.activeElement.matches(':focus-visible')]"
-        )
-        assert ring[1] and ring[0] != "none", reached[-1]
-        if reached[-1] == "Chunk":
-            break
-    assert {"target", "theme", "own", "look", "search", "domain", "sign", "Chunk"} <= set(reached)
-    for direction, ordered in (
-        ("descending", lambda x: sorted(x, reverse=True)),
-        ("ascending", sorted),
-    ):
+    return focused
+
+
+def test_the_keyboard_reaches_every_control(written, visit):
+    focused = tab_to(visit(written), "Chunk")
+    controls = {"target", "theme", "own", "look", "search", "domain", "sign", "Chunk"}
+    assert controls <= set(focused)
+
+
+def test_what_has_the_focus_has_a_ring(written, visit):
+    tab = visit(written, color_scheme="dark")
+    assert tab.locator("#theme").get_attribute("aria-pressed") == "true"
+    for _ in range(20):
+        tab.keyboard.press("Tab")
+        style = tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert style != "none"
+        assert tab.evaluate("document.activeElement.matches(':focus-visible')")
+
+
+def test_the_keyboard_sorts_the_list_both_ways_and_keeps_the_focus(written, visit):
+    tab = visit(written)
+    tab_to(tab, "Chunk")
+    for direction in ("descending", "ascending"):
         tab.keyboard.press("Enter")
-        assert (
-            tab.locator("#chunk-table th", has_text="Chunk").get_attribute("aria-sort") == direction
-        )
+        head = tab.locator("#chunk-table th", has_text="Chunk")
+        assert head.get_attribute("aria-sort") == direction
         assert tab.locator("#chunk-table [aria-sort]").count() == 1
-        found = numbers(cells(tab, "#chunk-table", 3))
-        assert found == ordered(found)
-        assert len(found) > 5
-    assert (
-        tab.evaluate("document.activeElement.textContent") == "Chunk"
-    )  # the header keeps the focus
-    for title, column in (("Domain", 2), ("Loss", 5), ("Step", 4)):
-        tab.locator("#chunk-table").get_by_role("button", name=title).click()
-        found = cells(tab, "#chunk-table", column)
-        found = found if column == 2 else numbers(text.split()[0] for text in found)
-        assert found == sorted(found, key=str.lower if column == 2 else float, reverse=column != 2)
+        chunks = numbers(cells(tab, "#chunk-table", 3))
+        assert chunks == sorted(chunks, reverse=direction == "descending")
+        assert len(chunks) > 5
+    assert tab.evaluate("document.activeElement.textContent") == "Chunk"
 
 
-def test_tokens_are_coloured_and_named(trained, written, visit, tmp_path):
-    run, tab = open_run(trained), visit(written)
-    content = json.loads(tab.locator("#data").text_content())
+def test_a_click_on_a_head_sorts_the_list_by_it(written, visit):
+    tab = visit(written)
+    head = tab.locator("#chunk-table")
+    head.get_by_role("button", name="Domain").click()
+    domains = cells(tab, "#chunk-table", 2)
+    assert domains == sorted(domains, key=str.lower)
+    for title, column in (("Loss", 5), ("Step", 4)):
+        head.get_by_role("button", name=title).click()
+        figures = numbers(text.split()[0] for text in cells(tab, "#chunk-table", column))
+        assert figures == sorted(figures, reverse=True)
+
+
+@pytest.fixture
+def coloured(trained, written, visit):
+    """-> the page with the tokens of its first chunk open, and that chunk's number."""
+    tab = visit(written)
+    tab.locator("#chunk-table .open").first.click()
+    return tab, int(numbers(cells(tab, "#chunk-table", 3))[0])
+
+
+def test_twenty_chunks_have_coloured_tokens(trained, coloured):
+    run = open_run(trained)
+    tab, chunk = coloured
+    content = content_of(tab)
     assert sum("tokens" in row for row in content["chunks"]) == 20
     assert content["token_step"] == 60
-    tab.locator("#chunk-table .open").first.click()
-    spans = tab.locator(".tokens span")
-    chunk = int(numbers(cells(tab, "#chunk-table", 3))[0])
-    assert spans.count() == run.width
-    assert chunk == content["chunks"][0]["chunk"]
-    assert "".join(spans.all_text_contents()) == "".join(run.pieces(chunk)[:-1])
+    assert content["chunks"][0]["chunk"] == chunk
+    pieces = tab.locator(".tokens span").all_text_contents()
+    assert len(pieces) == run.width
+    assert "".join(pieces) == "".join(run.pieces(chunk)[:-1])
+    assert "after step 60" in tab.locator(".detail:visible").inner_text()
+
+
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+
+
+def value_in_title(span):
+    """A token's value as its title says it, as "+26 \u00b7 10⁻⁶ nats"."""
+    title = span.get_attribute("title").removesuffix(" nats")
+    figure, _, power = title.partition(" \u00b7 10")
+    return number(figure) * 10.0 ** int(power.translate(SUPERSCRIPTS) or 0)
+
+
+def level(span):
+    """A token's colour, from -5 to 5."""
+    name = span.get_attribute("class") or ""
+    return int(name.removeprefix("v") or 0)
+
+
+def test_tokens_have_the_values_of_the_chosen_target(trained, coloured):
+    """An open chunk stays open and is coloured for the other target."""
+    run = open_run(trained)
+    tab, chunk = coloured
     _, expected = revalue.tokens(run, [chunk])  # (1, 32, 2)
-
-    def shown(span):
-        """A token's value as its title says it, as "+26 . 10^-6 nats", and its colour, from -5 to 5."""
-        figure, *power = span.get_attribute("title").removesuffix(" nats").split(" \u00b7 10")
-        power = (
-            power[0].translate(
-                str.maketrans(
-                    "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079",
-                    "-0123456789",
-                )
-            )
-            if power
-            else "0"
-        )
-        return float(figure.replace("\u2212", "-").replace(",", "") + "e" + power), int(
-            (span.get_attribute("class") or "").removeprefix("v") or 0
-        )
-
-    for k, target in enumerate(
-        run.names
-    ):  # an open chunk stays open and is coloured for the other target
+    for k, target in enumerate(run.names):
         tab.get_by_label("Target").select_option(target)
         tab.get_by_role("searchbox").fill(str(chunk))
         largest = np.abs(expected[0, :, k]).max()
         for t in range(run.width):
-            value, level = shown(spans.nth(t))
-            assert value == pytest.approx(
-                expected[0, t, k], rel=0.05, abs=1e-3 * largest
-            )  # two digits, of thousandths of the largest
-            assert level == 0 or (level > 0) == (value > 0)
-    assert "after step 60" in tab.locator(".detail:visible").inner_text()
+            span = tab.locator(".tokens span").nth(t)
+            value = value_in_title(span)
+            # two digits, of thousandths of the largest
+            assert value == pytest.approx(expected[0, t, k], rel=0.05, abs=1e-3 * largest)
+            assert level(span) == 0 or (level(span) > 0) == (value > 0)
+
+
+def test_keys_and_the_mouse_name_a_token(coloured):
+    tab, _ = coloured
+    output = tab.locator("output")
     tab.locator(".tokens").focus()
     tab.keyboard.press("ArrowRight")
-    assert "Token 1 of 32" in tab.locator("output").inner_text()
+    assert "Token 1 of 32" in output.inner_text()
     tab.keyboard.press("ArrowDown")
     tab.keyboard.press("ArrowLeft")
-    assert "Token 10 of 32" in tab.locator("output").inner_text()
-    spans.nth(20).hover()
-    assert "Token 21 of 32" in tab.locator("output").inner_text()
+    assert "Token 10 of 32" in output.inner_text()
+    tab.locator(".tokens span").nth(20).hover()
+    assert "Token 21 of 32" in output.inner_text()
+
+
+def test_the_whole_text_takes_the_place_of_coloured_tokens(coloured):
+    tab, chunk = coloured
     tab.get_by_role("button", name=f"Whole text of chunk {chunk}").click()
     assert tab.locator(".tokens").count() == 0
-    # none asked for, or no checkpoint: the page goes without
+
+
+def test_no_tokens_are_coloured_where_none_are_asked_for(trained, visit, tmp_path):
     report(Config(run=str(trained), out=str(tmp_path / "none.html"), tokens=0))
-    assert visit(tmp_path / "none.html").locator(".open", has_text="coloured").count() == 0
+    tab = visit(tmp_path / "none.html")
+    assert tab.locator(".open").count() > 0
+    assert tab.locator(".open", has_text="coloured").count() == 0
 
 
-def test_without_a_checkpoint_the_page_goes_without_tokens(trained, tmp_path, capsys):
+def test_no_tokens_are_coloured_without_a_checkpoint(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("ckpt*"))
     report(Config(run=str(tmp_path / "run")))
     assert "without coloured tokens: " in capsys.readouterr().out
     assert b'"tokens":{' not in (tmp_path / "run" / "report.html").read_bytes()
 
 
-def test_a_drop_of_early_steps_alone(tmp_path, visit):
-    """The loss fell in the early steps and rose after them: there is no share of the later drop to speak of."""
+def test_a_loss_that_fell_in_early_steps_alone_has_no_share_of_the_later_drop(tmp_path, visit):
     run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000), 400)
     books = np.load(run / "books.npy")
-    books["after"][0], books["after"][20:] = 1, books["before"][20:] + 0.01
+    books["after"][0] = 1
+    books["after"][20:] = books["before"][20:] + 0.01
     replace_records(run, "books", books)
     report(Config(run=str(run)))
     cards = visit(run / "report.html").locator("#trust").inner_text()
     assert "of the drop is what values" in cards
-    assert not any(word in cards for word in ("null", "undefined", "NaN", "marked early"))
+    for word in ("null", "undefined", "NaN", "marked early"):
+        assert word not in cards
 
 
 @pytest.mark.parametrize("replay", [True, False])
 def test_values_that_came_later_have_a_report_too(trained, tmp_path, visit, replay):
-    folder = revalue.revalue(
-        revalue.Config(
-            run=str(trained), replay=replay, start=30, target_batch=2, name=f"later-{replay}"
-        )
-    )
+    options = {"replay": replay, "start": 30, "target_batch": 2, "name": f"later-{replay}"}
+    folder = revalue.revalue(revalue.Config(run=str(trained), **options))
     report(Config(run=str(folder), out=str(tmp_path / "report.html")))
     tab = visit(tmp_path / "report.html")
-    warnings = tab.locator(".warning").all_inner_texts()
-    assert (
-        any(
-            "approximate: weights and moments are those of the nearest checkpoint" in text
-            for text in warnings
-        )
-        != replay
-    )
-    content = json.loads(tab.locator("#data").text_content())
+    warnings = " ".join(tab.locator(".warning").all_inner_texts())
+    nearest = "approximate: weights and moments are those of the nearest checkpoint"
+    assert (nearest in warnings) == (not replay)
+    content = content_of(tab)
     assert content["run"]["first"] == 30
     assert min(row["step"] for row in content["chunks"]) >= 30
     assert content["token_step"] == 60
     total = np.nansum(open_run(folder).values, 0)
-    np.testing.assert_allclose(
-        np.array(content["time"]["cumulative"])[:, :, -1].sum(1), total, rtol=1e-3
-    )
+    shown = np.array(content["time"]["cumulative"])[:, :, -1].sum(1)
+    np.testing.assert_allclose(shown, total, rtol=1e-3)
 
 
+# texts of a chart that overlap, or that leave it
 COLLISIONS = """() => [...document.querySelectorAll("svg")].flatMap((svg) => {
-  const frame = svg.getBoundingClientRect(), texts = [...svg.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
-  const over = (a, b, from, to) => Math.min(a[to], b[to]) - Math.max(a[from], b[from]);
-  const out = texts.filter(([, b]) => b.left < frame.left - 2 || b.right > frame.right + 2 || b.bottom > frame.bottom + 3).map(([t]) => "out: " + t);
-  return out.concat(texts.flatMap(([t, a], i) => texts.slice(i + 1)
-    .filter(([, b]) => over(a, b, "left", "right") > 1 && over(a, b, "top", "bottom") > 3).map(([u]) => t + " | " + u)));
+  const frame = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll("text")].map(
+    (text) => [text.textContent, text.getBoundingClientRect()]);
+  const overlap = (a, b, from, to) => Math.min(a[to], b[to]) - Math.max(a[from], b[from]);
+  const collide = (a, b) =>
+    overlap(a, b, "left", "right") > 1 && overlap(a, b, "top", "bottom") > 3;
+  const isOut = (box) =>
+    box.left < frame.left - 2 || box.right > frame.right + 2 || box.bottom > frame.bottom + 3;
+  const out = texts.filter(([, box]) => isOut(box)).map(([text]) => "out: " + text);
+  return out.concat(texts.flatMap(([text, box], i) =>
+    texts.slice(i + 1).filter(([, other]) => collide(box, other))
+      .map(([other]) => text + " | " + other)));
 })"""
+CUT_HEADS = """[...document.querySelectorAll("th")]
+  .filter((head) => head.scrollWidth > head.clientWidth + 1).length"""
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_labels_do_not_collide(tmp_path, visit, width):
-    """Twenty domains, most with long names: no two texts of a chart overlap, none leaves it, and the page does not scroll sideways."""
-    run = make_run(
-        tmp_path / "run",
-        make_data(tmp_path / "data", 3000),
-        400,
-        targets=("a target with a long name, as it happens", "b"),
-    )
+    """Twenty domains, most with long names: no two texts of a chart overlap, none leaves it, and
+    the page does not scroll sideways."""
+    data_dir = make_data(tmp_path / "data", 3000)
+    targets = ("a target with a long name, as it happens", "b")
+    run = make_run(tmp_path / "run", data_dir, 400, targets=targets)
     report(Config(run=str(run), tokens=3))
     tab = visit(run / "report.html", width)
-    for label in (
-        "share of the loss drop",
-        "summed up, in nats",
-        "share of the values of the same steps",
-    ):
-        tab.get_by_label(label).check()
-        bad = tab.evaluate(COLLISIONS)
-        assert bad == []
     assert tab.locator("svg text").count() > 100
-    assert (
-        tab.evaluate(
-            "[...document.querySelectorAll('th')].filter((head) => head.scrollWidth > head.clientWidth + 1).length"
-        )
-        == 0
-    )
+    for label in UNITS:
+        tab.get_by_label(label).check()
+        assert tab.evaluate(COLLISIONS) == []
+    assert tab.evaluate(CUT_HEADS) == 0
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_without_scripts_a_line_says_so(written, browser):
+def test_a_page_without_scripts_says_that_it_needs_them(written, browser):
     context = browser.new_context(java_script_enabled=False)
     tab = context.new_page()
     tab.goto(written.as_uri())
@@ -625,27 +749,34 @@ def test_without_scripts_a_line_says_so(written, browser):
 # --- text that means harm -----------------------------------------------------------
 
 
-def test_hostile_text_is_shown_as_text(tmp_path, visit):
-    documents = [dict(text=text * 40, meta=dict(pile_set_name=text)) for text in HOSTILE] * 8
-    documents += [dict(text="x" * 1_000_000, meta=dict(pile_set_name="a line of a megabyte"))]
-    source = tmp_path / "<img src=y onerror=window.hit=1>.jsonl"
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A page of a run whose texts and names mean harm."""
+    folder = tmp_path_factory.mktemp("hostile")
+    documents = [{"text": text * 40, "meta": {"pile_set_name": text}} for text in HOSTILE] * 8
+    long_name = {"pile_set_name": "a line of a megabyte"}
+    documents.append({"text": "x" * 1_000_000, "meta": long_name})
+    source = folder / "<img src=y onerror=window.hit=1>.jsonl"
     source.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    options = dict(
-        tokenizer="byte",
-        block_size=61,
-        val_fraction=0.1,
-        data_dir=str(tmp_path / "data"),
-        workers=1,
+    options = {"tokenizer": "byte", "block_size": 61, "val_fraction": 0.1, "workers": 1}
+    prepare_pile.prepare(
+        prepare_pile.Config(source=str(source), data_dir=str(folder / "data"), **options)
     )
-    prepare_pile.prepare(prepare_pile.Config(source=str(source), **options))
-    run = make_run(tmp_path / "run", tmp_path / "data", 600, B=40, targets=HOSTILE[:2])
+    run = make_run(folder / "run", folder / "data", 600, B=40, targets=HOSTILE[:2])
     report(Config(run=str(run), tokens=40))
-    text = (run / "report.html").read_text(encoding="utf-8")
+    return run / "report.html"
+
+
+def test_hostile_text_adds_no_element_to_the_source_of_the_page(hostile):
+    text = hostile.read_text(encoding="utf-8")
     assert text.count("<script") == 2
     assert text.count("</script") == 2
     assert "<img" not in text
     assert "\u2028" not in text
-    tab = visit(run / "report.html")
+
+
+def test_hostile_text_adds_no_element_to_the_page_in_use(hostile, visit):
+    tab = visit(hostile)
     while tab.locator("#more").is_visible():
         tab.locator("#more").click()
     for button in tab.locator("#chunk-table .open").all()[:60]:
@@ -653,29 +784,44 @@ def test_hostile_text_is_shown_as_text(tmp_path, visit):
     tab.get_by_label("Target").select_option(index=1)
     tab.get_by_role("searchbox").fill("window.hit = 1")
     assert len(cells(tab, "#chunk-table", 1)) > 3
-    for _ in range(2):
+    for search in ("window.hit = 1", ""):
+        tab.get_by_role("searchbox").fill(search)
         assert tab.locator("img, iframe, object, link, svg script, td script, bdi *").count() == 0
         assert tab.evaluate("window.hit") is None
-        tab.get_by_role("searchbox").fill("")
-    names = tab.locator("#heat th[scope=row]").all_inner_texts()
-    assert HOSTILE[0] in names
-    assert HOSTILE[1] in names
-    assert any("[U+202E]" in name and "\u2400" in name and "\u202e" not in name for name in names)
-    shown = tab.locator("body").inner_text()
-    assert not {"\u202e", "\u2066", "\x00", "\x07"} & set(shown)
-    assert "\ufffd" in shown
-    tab.locator("#chunk-table .open").first.click()
-    tab.locator("#chunk-table .open").last.click()
-    assert tab.locator(".detail:visible bdi", has_text="<img src=y").count() > 0
     assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
-def test_what_the_policy_forbids_does_not_run(written, tmp_path, browser):
-    """The policy itself, against a page that was tampered with: another script, a style attribute and an image are refused."""
+def test_hostile_names_are_shown_with_their_control_characters_made_visible(hostile, visit):
+    tab = visit(hostile)
+    names = tab.locator("#heat th[scope=row]").all_inner_texts()
+    assert HOSTILE[0] in names
+    assert HOSTILE[1] in names
+    (turned,) = [name for name in names if "[U+202E]" in name]
+    assert "\u2400" in turned
+    assert "\u202e" not in turned
+
+
+def test_hostile_text_of_chunks_is_shown_as_text(hostile, visit):
+    tab = visit(hostile)
+    while tab.locator("#more").is_visible():
+        tab.locator("#more").click()
+    for button in tab.locator("#chunk-table .open").all()[:60]:
+        button.click()
+    text = tab.locator("body").inner_text()
+    assert not {"\u202e", "\u2066", "\x00", "\x07"} & set(text)
+    assert "\ufffd" in text
+    assert tab.locator(".detail:visible bdi", has_text="<img src=y").count() > 0
+
+
+def test_the_policy_refuses_another_script_a_style_attribute_and_an_image(
+    written, tmp_path, browser
+):
+    """The policy itself, against a page that was tampered with."""
     harm = '<script>window.hit = 1</script><p id="styled" style="color: rgb(1, 2, 3)">x</p>'
     harm += '<img src="https://example.org/x.png" onerror="window.hit = 1">'
     (tmp_path / "bad.html").write_text(written.read_text().replace("</main>", harm + "</main>"))
-    tab, refused = browser.new_page(), []
+    tab = browser.new_page()
+    refused = []
     tab.on("console", lambda message: refused.append(message.text))
     tab.goto((tmp_path / "bad.html").as_uri())
     assert tab.evaluate("window.hit") is None
@@ -684,13 +830,19 @@ def test_what_the_policy_forbids_does_not_run(written, tmp_path, browser):
     tab.close()
 
 
-def test_json_that_ends_no_script_element():
+def test_encoded_json_ends_no_script_element():
     text = "</script>\u2028\u2029&\ud800\x00é"
-    encoded = payload.encode(dict(a=text))
-    assert json.loads(encoded) == dict(a=text)
+    encoded = payload.encode({"a": text})
+    assert json.loads(encoded) == {"a": text}
     assert not set(b"<>&") & set(encoded)
-    assert encoded.decode().count("\u2028") == 0
+    assert "\u2028" not in encoded.decode()
+
+
+def test_numbers_have_four_digits_and_none_stands_for_no_number():
     assert payload.num([[1 / 3, np.nan], [np.inf, 2]]) == [[0.3333, None], [None, 2.0]]
+
+
+def test_a_text_is_cut_to_the_bytes_of_its_json():
     assert len(payload.encode(payload.fit("<\x00é" * 1000, 500))) <= 502
     assert payload.fit("abc", 500) == "abc"
 
@@ -698,82 +850,85 @@ def test_json_that_ends_no_script_element():
 # --- the command ---------------------------------------------------------------------
 
 
-def test_the_command_line(trained, tmp_path, capsys):
-    """In a process of its own: it says where the page is; what is wrong is one line and exit code 2."""
+def test_report_says_where_the_page_is(trained):
+    """In a process of its own."""
     command = [sys.executable, ROOT / "report.py", str(trained), "--tokens=0"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"{trained}/report.html: 0."), (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{trained}/report.html: 0.")
     assert b"tokens_step" not in (trained / "report.html").read_bytes()
     assert not list(trained.glob("*.tmp"))
-    for argv, answer in {
-        (): "name one that train.py wrote",
-        (str(tmp_path / "none"),): "does not exist",
-        (str(trained), "--tokens=100000"): "type --tokens=",
-        (str(trained), f"--data_dir={tmp_path}"): "no prepared data",
-        (str(trained), "--tokes=1"): "did you mean 'tokens'",
-        (str(trained), "--tokens=0", f"--out={tmp_path}/none/x.html"): "No such file",
-    }.items():
-        with pytest.raises(SystemExit) as stop:
-            config.main(lambda argv=argv: report(config.load(Config, argv)))
-        line = capsys.readouterr().err
-        assert stop.value.code == 2 and answer in line and line.count("\n") == 1, line
 
 
-def test_the_page_has_one_style_no_style_attribute_and_parses_nothing(written):
+@pytest.mark.parametrize(
+    "argv, answer",
+    [
+        ([], "name one that train.py wrote"),
+        (["nowhere"], "does not exist"),
+        (["RUN", "--tokens=100000"], "type --tokens="),
+        (["RUN", "--data_dir=."], "no prepared data"),
+        (["RUN", "--tokes=1"], "did you mean 'tokens'"),
+        (["RUN", "--tokens=0", "--out=none/x.html"], "No such file"),
+    ],
+)
+def test_report_refuses_wrong_arguments_in_one_line(
+    trained, tmp_path, monkeypatch, capsys, argv, answer
+):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(trained) if word == "RUN" else word for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        config.main(lambda: report(config.load(Config, argv)))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert answer in line
+    assert line.count("\n") == 1, line
+
+
+def test_the_page_has_one_style_element_and_no_style_attribute(written):
     text = written.read_text()
     assert text.count("<style") == 1
     assert " style=" not in text.split("<script>")[0]
     assert "default-src 'none'" in text
-    source = (ROOT / "show" / "report.js").read_text()
-    assert not any(
-        word in source
-        for word in (
-            "innerHTML",
-            "outerHTML",
-            "insertAdjacent",
-            "document.write",
-            "eval(",
-            "Function(",
-        )
-    )
 
 
-def test_ten_million_visits_of_a_million_chunks(tmp_path):
-    """Within 20 s and 1 GB, and a page below 2 MB. The peak is the new process's own: getrusage's would begin with that of this one."""
-    run = make_run(
-        tmp_path / "run", make_data(tmp_path / "data", 1_000_000), 625_000, B=16, audits=4
-    )
+PARSING = ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(")
+
+
+@pytest.mark.parametrize("word", PARSING)
+def test_the_script_of_the_page_parses_nothing(word):
+    assert word not in (ROOT / "show" / "report.js").read_text()
+
+
+# --- how large a page gets ------------------------------------------------------------
+
+
+def test_ten_million_visits_of_a_million_chunks_are_shown_in_20_s_and_1_gb(tmp_path):
+    """And on a page below 2 MB. The peak is the new process's own: getrusage's would begin with
+    that of this one."""
+    data_dir = make_data(tmp_path / "data", 1_000_000)
+    run = make_run(tmp_path / "run", data_dir, 625_000, B=16, audits=4)
     code = f"import report; report.report(report.Config(run={str(run)!r}, tokens=0)); "
     code += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    took = time.perf_counter() - began
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=alone)
+    seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
-    peak, size = int(done.stdout.split()[-1]) / 1e6, (run / "report.html").stat().st_size / 1e6
-    assert took < 20 and peak < 1 and size < 2, (took, peak, size)
+    kilobytes = int(done.stdout.split()[-1])
+    assert seconds < 20
+    assert kilobytes < 1e6
+    assert (run / "report.html").stat().st_size < 2e6
 
 
 def test_the_page_stays_small_with_long_chunks_and_many_targets(tmp_path):
-    run = open_run(
-        make_run(
-            tmp_path / "run",
-            make_data(tmp_path / "data", 3000, width=1024),
-            400,
-            targets=[f"target {k}" for k in range(8)],
-        )
-    )
+    data_dir = make_data(tmp_path / "data", 3000, width=1024)
+    targets = [f"target {k}" for k in range(8)]
+    run = open_run(make_run(tmp_path / "run", data_dir, 400, targets=targets))
     content = payload.gather(run, Documents(run))
-    payload.add_tokens(
-        content, run, 7, np.random.default_rng(2).normal(size=(payload.room(run), run.width, 8))
-    )  # of no model: their size counts
+    shape = (payload.room(run), run.width, 8)
+    values = np.random.default_rng(2).normal(size=shape)  # of no model: their size counts
+    payload.add_tokens(content, run, 7, values)
     assert 0.5e6 < len(payload.encode(content)) < 1.9e6
 
 
