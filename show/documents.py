@@ -212,13 +212,13 @@ class Documents:
         streams = {}  # domain's name -> its chunks
         for i in range(len(self.first)):
             columns = self.group(i)
-            found = [np.zeros((4, 0), np.int64)]
+            tables = [np.zeros((4, 0), np.int64)]
             for name in dict.fromkeys(columns["domain"]):
                 if name not in streams:
                     streams[name] = self.stream(number_of[name])
                 rows = np.flatnonzero(columns["domain"] == name)
-                found.append(self.lay_out(columns, rows, streams[name]))
-            table = np.concatenate(found, axis=1)
+                tables.append(self.lay_out(columns, rows, streams[name]))
+            table = np.concatenate(tables, axis=1)
             order = np.argsort(table[0], kind="stable")
             yield columns, Pieces(*table[:, order])
 

@@ -12,6 +12,9 @@ from system import store, terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, load_array, read_json
 
+END_OF_TEXT = "\n<|endoftext|>\n"  # what stands between two documents of a chunk
+LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most
+
 
 @dataclass
 class Run:
@@ -87,8 +90,10 @@ class Run:
 
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""
-        found = [visits[np.isin(visits["chunk"], chunks)] for visits in self.blocks()]
-        return np.concatenate([self.visits[:0], *found])
+        selected = [self.visits[:0]]
+        for visits in self.blocks():
+            selected.append(visits[np.isin(visits["chunk"], chunks)])
+        return np.concatenate(selected)
 
     def pieces(self, chunk):
         """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by
@@ -123,16 +128,10 @@ class Run:
         documents = np.split(tokens, np.flatnonzero(tokens == eot))
         texts = [self.tokenizer.decode(document[document != eot]) for document in documents]
         text = END_OF_TEXT.join(texts)
-        return text if limit is None else shorten_to(text, limit)
+        if limit is None or len(text) <= limit:
+            return text
+        return text[:limit] + "\u2026"
 
-
-def shorten_to(text, limit):
-    """The first limit characters of a text, and an ellipsis behind them where that is not all."""
-    return text if len(text) <= limit else text[:limit] + "\u2026"
-
-
-LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most
-END_OF_TEXT = "\n<|endoftext|>\n"
 
 # what readers take from config.json
 SETTINGS = {
