@@ -13,8 +13,8 @@ import pytest
 import test_damage
 from commands import on_terminal, readers, run
 
-from system.terminal import with_commas
 from system import files, terminal
+from system.terminal import with_commas
 
 FORGED = "error: forged"
 folders = test_damage.folders  # the fixture
