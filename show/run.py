@@ -280,6 +280,9 @@ def read_records(path, name, dtype, files):
     file = path / f"{name}.npy"
     counted = files[file.name]
     store.check(path, {name: counted}, repair)
+    if "momentum_by_domain" in (store.read(path, name).dtype.names or ()):
+        what = f"{file} has momentum by domain, which this version does not read"
+        raise UserError(f"{what}: go on with the version that made it, or train again")
     records = load_array(file, repair, dtype)
     if len(records) < counted["rows"] or records.dtype.itemsize != counted["itemsize"]:
         what = f"{records.dtype} {records.shape} does not fit values.json"

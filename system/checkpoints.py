@@ -215,23 +215,6 @@ MAY_CHANGE = (
     "compile",
     "shard",
 )
-# settings of earlier versions, and the values of them that change nothing
-REMOVED = {
-    "target_interval": (1,),
-    "domain_momentum": (False,),
-    "tensorboard_log": (False, True),
-}
-
-
-def without_removed(settings, path):
-    """A run's settings, which an earlier version may have written. Raises UserError where the run
-    needs what this version does not have."""
-    for key, harmless in REMOVED.items():
-        if key in settings and settings[key] not in harmless:
-            what = f"{path} is of a run with --{key}={settings[key]}, which this version has not"
-            cure = "go on with the version that made it, or start over without it"
-            raise UserError(f"{what}: {cure}")
-    return {key: value for key, value in settings.items() if key not in REMOVED}
 
 
 def settings_of(path):
@@ -245,7 +228,7 @@ def settings_of(path):
         if settings is None:
             raise
         warn(f"{e.args[0].rpartition(':')[0]}: its settings are those of the checkpoint beside it")
-    settings = without_removed(settings, path)
+    settings = store.without_removed(settings, path)
     for key in STARTS:
         settings.pop(key, None)
     settings["out_dir"] = str(folder)
@@ -307,7 +290,7 @@ def repair_or_start_over(out, checkpoints):
 def check_resumption(cfg, data, targets, checkpoint, path):
     """Raises UserError where this configuration would go on with another run's values."""
     out = cfg.out_dir
-    settings = without_removed(checkpoint["config"], path)
+    settings = store.without_removed(checkpoint["config"], path)
     may_change = {*MAY_CHANGE, *STARTS}
     with fitting(path):
         if np.prod([settings.get(key) for key in BATCH]) == cfg.batch:

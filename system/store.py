@@ -92,6 +92,27 @@ def record(dtype, entries):
     return made
 
 
+# --- earlier versions ---------------------------------------------------------
+
+# settings of earlier versions, and the values of them that change nothing
+REMOVED = {
+    "target_interval": (1,),
+    "domain_momentum": (False,),
+    "tensorboard_log": (False, True),
+}
+
+
+def without_removed(settings, path):
+    """A run's settings, which an earlier version may have written. Raises UserError where the run
+    needs what this version does not have."""
+    for key, harmless in REMOVED.items():
+        if key in settings and settings[key] not in harmless:
+            what = f"{path} is of a run with --{key}={settings[key]}, which this version has not"
+            cure = "go on with the version that made it, or start over without it"
+            raise UserError(f"{what}: {cure}")
+    return {key: value for key, value in settings.items() if key not in REMOVED}
+
+
 # --- writing ------------------------------------------------------------------
 
 

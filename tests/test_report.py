@@ -129,7 +129,7 @@ def make_run(
         "books.npy": books.counted(),
     }
     if audits:
-        audit = np.repeat(store.empty(store.audit_dtype(K)), audits)
+        audit = np.repeat(store.record(store.audit_dtype(K), {}), audits)
         for name in store.AUDIT_ENTRIES:
             audit[name] = np.linspace(0.5, 0.9, audits)[:, None]
         records = store.Records(out / "audit.npy", audit.dtype)
@@ -153,7 +153,7 @@ def make_run(
 
 def made_visits(dtype, step, B, steps, n_chunks, rng):
     """The visits of some of a run's steps (n,)."""
-    rows = np.repeat(store.empty(dtype), len(step) * B)
+    rows = np.repeat(store.record(dtype, {}), len(step) * B)
     first = step[0] * B
     rows["step"] = np.repeat(step, B)
     rows["chunk"] = np.arange(first, first + len(rows)) * 7919 % n_chunks
@@ -165,7 +165,7 @@ def made_visits(dtype, step, B, steps, n_chunks, rng):
 
 
 def made_books(dtype, step, visits, measured):
-    book = np.repeat(store.empty(dtype), len(step))
+    book = np.repeat(store.record(dtype, {}), len(step))
     by_step = visits["value"].reshape(len(step), -1, visits["value"].shape[1])
     book["step"] = step
     book["data"] = by_step.sum(1)
