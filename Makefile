@@ -6,7 +6,7 @@ PY = .venv/bin/python
 
 demo: .venv/run
 	$(PY) prepare_pile.py --source=python --tokenizer=byte --block_size=256 --val_fraction=0.05 --data_dir=data/python
-	$(PY) train.py config/demo.py --overwrite
+	$(PY) train.py configs/demo.py --overwrite
 
 test: .venv/dev
 	$(PY) -m pytest -n auto --dist worksteal

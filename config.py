@@ -1,6 +1,6 @@
 """One grammar for every script: a config file, then --key=value.
 
-    python train.py config/gpt2_inrun.py --max_iters=100 --compile
+    python train.py configs/gpt2_inrun.py --max_iters=100 --compile
 
 A script's options are the fields of a flat dataclass; where the first is `run`, a run's folder
 stands in the config file's place. A config file is Python, run in a namespace of its own: it is

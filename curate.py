@@ -11,7 +11,7 @@ A run's values -> keep.npy: the chunks to train on next, and what was dropped, a
         only what is negative beyond two standard errors of its visits
     python curate.py out/gpt2_inrun --out=out/d --by=document --export=kept.jsonl.zst
         whole documents; the text of those kept for other trainers
-    python train.py config/gpt2_curated.py
+    python train.py configs/gpt2_curated.py
         trains on out/gpt2_inrun/keep.npy
 
 Leaves three files. keep.npy: int64, the numbers of chunks, ascending. keep.json: how it was made,

@@ -199,6 +199,8 @@ class Documents:
         import pyarrow.parquet
 
         options = {"filters": [("doc", "==", doc)], "page_checksum_verification": True}
+        # Arrow's own threads sometimes abort a process as it ends (apache/arrow#34314): none
+        options.update(use_threads=False, pre_buffer=False)
         try:
             with open(self.path, "rb") as raw:
                 return pyarrow.parquet.read_table(raw, **options).to_pylist()
