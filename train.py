@@ -242,6 +242,35 @@ def run_settings(cfg):
     return {key: value for key, value in vars(cfg).items() if key not in STARTS}
 
 
+def valuation_settings(cfg):
+    return Settings(
+        rule=cfg.rule,
+        batch=cfg.batch,
+        target_batch=cfg.target_batch,
+        target_sampling=cfg.target_sampling,
+        micro_batch=cfg.batch_size,
+        seed=cfg.seed,
+        grad_clip=cfg.grad_clip,
+        compile=cfg.compile,
+        book_interval=cfg.book_interval,
+        audit_interval=cfg.audit_interval,
+        audit_permutations=cfg.audit_permutations,
+    )
+
+
+def build_writer(cfg, out_dir, data, targets, state, counted):
+    """counted: how far the run's files went at its checkpoint, None for a new run."""
+    return Writer(
+        out_dir,
+        len(data.train.rows),
+        len(targets),
+        audits=cfg.audit_interval > 0,
+        about={"data_hash": data.hash},
+        step=state.iter_num,
+        counted=counted,
+    )
+
+
 def micro_batches(n_chunks, batch_size):
     """n_chunks in as few equal micro-batches as batch_size allows: slices. (8, 3) -> 4 slices of 2
     chunks."""
@@ -340,7 +369,7 @@ def train(cfg):
         return run(cfg, folder, device, data, targets)
 
 
-def run(cfg, folder, device, data, targets):
+def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, as nanoGPT's)
     """The run in its folder, from the newest checkpoint or from nothing."""
     # various inits, derived attributes, I/O setup
     out_dir = folder.path
@@ -389,9 +418,8 @@ def run(cfg, folder, device, data, targets):
 
     # compile the model
     model = machine.compile_model(raw_model) if cfg.compile else raw_model
-    unwrapped_model = model
 
-    def compute_loss(X, Y, ledger=None, model=unwrapped_model):
+    def compute_loss(X, Y, ledger=None, model=model):
         with torch.amp.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             # the logits are not kept: they are the largest tensor of the step
             return model(*to_device(X, Y), ledger)[1]
@@ -418,31 +446,13 @@ def run(cfg, folder, device, data, targets):
         files.write_json(out_dir / "config.json", about)
 
     # valuation
-    valuation, writer = NoValuation(), None
+    counted = checkpoint["valuation"].get("records") if checkpoint else None
+    valuation = NoValuation()
     if targets:
+        writer = None
         if master_process:
-            writer = Writer(
-                out_dir,
-                len(data.train.rows),
-                len(targets),
-                audits=cfg.audit_interval > 0,
-                about={"data_hash": data.hash},
-                step=state.iter_num,
-                counted=checkpoint["valuation"]["records"] if checkpoint else None,
-            )
-        settings = Settings(
-            rule=cfg.rule,
-            batch=cfg.batch,
-            target_batch=cfg.target_batch,
-            target_sampling=cfg.target_sampling,
-            micro_batch=cfg.batch_size,
-            seed=cfg.seed,
-            grad_clip=cfg.grad_clip,
-            compile=cfg.compile,
-            book_interval=cfg.book_interval,
-            audit_interval=cfg.audit_interval,
-            audit_permutations=cfg.audit_permutations,
-        )
+            writer = build_writer(cfg, out_dir, data, targets, state, counted)
+        settings = valuation_settings(cfg)
         valuation = Valuation(
             raw_model, optimizer, compute_loss, targets, settings, writer, step=state.iter_num
         )
@@ -489,14 +499,8 @@ def run(cfg, folder, device, data, targets):
         }
         checkpoints.write(state.iter_num, checkpoint)
 
-    chunks = f"{len(data.train.rows):,} chunks"
-    if cfg.keep:
-        chunks = f"{len(data.keep):,} of {chunks}"
-    devices = device if ddp_world_size == 1 else f"{device} x {ddp_world_size}"
-    size = f"{raw_model.get_num_params() / 1e6:.2f}M parameters"
-    batch = f"B = {cfg.batch}, {devices} {cfg.dtype}"
-    print0(f"{size}, {chunks} of {cfg.block_size} tokens, {batch}")
     names = [target.name for target in targets]
+    print0(describe_start(cfg, raw_model, data, device))
     valued = f"rule {cfg.rule}, targets: {', '.join(names) or 'none'}"
     print0(f"steps {state.iter_num} to {cfg.max_iters}, {valued} -> {out_dir}")
 
@@ -571,7 +575,7 @@ def run(cfg, folder, device, data, targets):
         if is_saved:
             save_checkpoint()
             if board and targets:
-                totals = board.totals(writer.total, writer.used, state.iter_num)
+                totals = board.totals(valuation.writer.total, valuation.writer.used, state.iter_num)
                 board.log(totals, step=state.iter_num)
         if stopping:
             print0(f"stopped after step {state.iter_num}; to go on: {resume_command(out_dir)}")
@@ -582,12 +586,8 @@ def run(cfg, folder, device, data, targets):
     # the end: what was found
     if first_iter_num >= cfg.max_iters:
         print0(f"already at step {first_iter_num}: raise --max_iters to go on")
-    if writer and writer.used.any():
-        books = store.read(out_dir, "books")
-        audits = store.read(out_dir, "audit") if cfg.audit_interval else []
-        for line in tables.domains(writer.total, writer.used, data, names):
-            print0(line)
-        for line in tables.account(books, audits, names):
+    if valuation.writer and valuation.writer.used.any():
+        for line in end_table(cfg, valuation.writer, data, names):
             print0(line)
     written = [name for name in RUN_FILES if (out_dir / name).exists()]
     print0("")
@@ -595,6 +595,24 @@ def run(cfg, folder, device, data, targets):
     if board:
         board.finish()
     return progress.history
+
+
+def describe_start(cfg, model, data, device):
+    """The run in a line: its size, its data, where it runs."""
+    size = f"{model.get_num_params() / 1e6:.2f}M parameters"
+    chunks = f"{len(data.train.rows):,} chunks"
+    if cfg.keep:
+        chunks = f"{len(data.keep):,} of {chunks}"
+    devices = device if parallel.size() == 1 else f"{device} x {parallel.size()}"
+    return f"{size}, {chunks} of {cfg.block_size} tokens, B = {cfg.batch}, {devices} {cfg.dtype}"
+
+
+def end_table(cfg, writer, data, names):
+    """The lines that say what was found: values by domain, the books, the audit."""
+    books = store.read(writer.run, "books")
+    audits = store.read(writer.run, "audit") if cfg.audit_interval else []
+    domains = tables.domains(writer.total, writer.used, data, names)
+    return [*domains, *tables.account(books, audits, names)]
 
 
 def resume_command(out_dir):

@@ -364,6 +364,7 @@ class NoValuation:
     """In Valuation's place where nothing is valued: training is nanoGPT's to the bit."""
 
     seconds = 0.0
+    writer = None
 
     def begin_step(self, step, lr, tokens=None):
         pass
