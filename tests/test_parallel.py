@@ -181,13 +181,11 @@ def test_where_values_depend_on_the_processes_they_are_marked_early(python_data,
         assert np.allclose(*sums, rtol=1e-4)
 
 
-def test_reused_gradients_audits_and_domain_momentum_by_two(python_data, tmp_path):
+def test_audits_are_the_same_by_two_processes(python_data, tmp_path):
     more = (
         *MORE,
         "--dtype=float64",
-        "--target_interval=3",
         "--audit_interval=5",
-        "--domain_momentum",
     )
     run(python_data, tmp_path / "alone", *more)
     ranks_run(2, tmp_path / "log", arguments(python_data, tmp_path / "two", *more))
@@ -203,7 +201,7 @@ def test_reused_gradients_audits_and_domain_momentum_by_two(python_data, tmp_pat
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_checkpoint_goes_on_with_another_number_of_processes(python_data, tmp_path, shard):
     """From two ranks, stopped after step 5 and again after step 8, to one and to four, sharded and not: the values of a run that was not."""
-    log, more = tmp_path / "log", (*MORE, "--target_interval=3")
+    log, more = tmp_path / "log", MORE
     run(python_data, tmp_path / "alone", *more)
     ranks_run(
         2, log, arguments(python_data, tmp_path / "0", *more, f"--shard={shard}", "--max_iters=5")
@@ -246,7 +244,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(python_data, tmp_
     [
         (2, ()),
         (2, ("--shard", "--rule=adamw2")),
-        (4, ("--background", "--dropout=0.1", "--target_interval=3")),
+        (4, ("--background", "--dropout=0.1")),
     ],
 )
 def test_ranks_killed_at_random(python_data, tmp_path, world, more):

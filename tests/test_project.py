@@ -26,10 +26,10 @@ ROOT = Path(config.__file__).parent
 
 @dataclass
 class Small:
-    # of numbers
+    # --- numbers
     rate: float = 0.1  # how fast
     steps: int = 3  # how long
-    # of words
+    # --- words
     name: str = "a=b"  # a name
     kind: Literal["x", "y"] = "x"
     fast: bool = False  # no waiting
