@@ -46,6 +46,8 @@ Sources. First order: Wang et al., arXiv 2406.11011, eq. 5; second order: their 
 without a Hessian. Adam-aware: Ding et al., arXiv 2602.00329 (`adamw_linear`, here with a floor).
 """
 
+from itertools import chain
+
 import numpy as np
 import torch
 
@@ -170,7 +172,7 @@ def follow_clip_path(weights, step, batch, adam, compile):
     if not is_clipped:
         return
     # <u, p_k> |kappa g| and |kappa g|^2
-    products = torch.stack([product for block in along_blocks for product in block])
+    products = torch.stack(list(chain.from_iterable(along_blocks)))
     along = weights.sum_over_ranks(products.view(-1, len(weights.params[0].h)).sum(0))
     square = torch.stack(torch._foreach_norm(batch)).square().sum()
     square = weights.sum_over_ranks(square).clamp(min=TINY)

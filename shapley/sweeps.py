@@ -137,9 +137,9 @@ class Job(NamedTuple):
 def sweep(work: Callable, jobs: list[Job], compile=False) -> list:
     """Does the jobs: in one compiled call, whose kernels read and write everything once, or
     on CPU by blocks that fit in cache. Returns what the calls of work returned."""
-    jobs = [Job(job.numbers, [flat(row) for row in job.rows]) for job in jobs if job.rows]
+    jobs = [flattened(job) for job in jobs if job.rows]
     if compile and jobs:
-        return compiled(work)([Job(list(map(as_tensors, job.numbers)), job.rows) for job in jobs])
+        return compiled(work)([with_tensors(job) for job in jobs])
     results = []
     for job in jobs:
         for row in job.rows:
@@ -148,8 +148,11 @@ def sweep(work: Callable, jobs: list[Job], compile=False) -> list:
     return results
 
 
-def flat(row):
-    return [x.view(-1) if x.dim() else x for x in row]
+def flattened(job):
+    rows = []
+    for row in job.rows:
+        rows.append([x.view(-1) if x.dim() else x for x in row])
+    return Job(job.numbers, rows)
 
 
 def blocks(row):
@@ -173,6 +176,10 @@ def compiled(work):
         return results
 
     return torch.compile(all_jobs, fullgraph=True, dynamic=False)
+
+
+def with_tensors(job):
+    return Job([as_tensors(number) for number in job.numbers], job.rows)
 
 
 def as_tensors(x):
