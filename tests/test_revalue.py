@@ -106,6 +106,18 @@ def test_a_replay_from_a_checkpoint_is_the_runs_end(run, capsys):
     np.testing.assert_array_equal(opened.values[used], total[used].astype(np.float32))
 
 
+def test_a_replay_for_a_new_text_from_a_checkpoint_has_the_rows_of_the_whole_replay(run):
+    mine = f"mine={run.parent}/later.txt"
+    whole = revalue.revalue(
+        revalue.Config(run=str(run), replay=True, targets=mine, name="mine-whole")
+    )
+    end = revalue.revalue(revalue.Config(run=str(run), replay=True, targets=mine, start=12))
+    assert end.name == "mine"
+    rows = store.read(whole)
+    assert store.read(end).tobytes() == rows[rows["step"] >= 12].tobytes()
+    assert column(end, "step")[0] == 12
+
+
 def test_a_replay_killed_goes_on(run):
     command = [sys.executable, SCRIPT, f"{run}", "--replay", "--name=killed"]
     folder = run / "revalued" / "killed"

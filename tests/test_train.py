@@ -23,6 +23,7 @@ from data import global_batch, open_dataset, parse_targets
 from model import GPT, GPTConfig
 from shapley import exact, ghost, rules
 from system.checkpoints import Checkpoints
+from system.files import write_json
 from system.folder import RunFolder
 from system.store import add_visits, read
 from train import Config, train
@@ -48,14 +49,20 @@ def run(data_dir, out_dir, *more):
     return train(config.load(Config, arguments(data_dir, out_dir, *more)))
 
 
-def refused(capsys, data_dir, out_dir, *more):
-    """The one line that a command leaves on stderr when it ends with exit code 2."""
+def refused_argv(capsys, argv):
+    """The one line that train.py leaves on stderr when it ends with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        config.main(lambda: run(data_dir, out_dir, *more))
+        config.main(lambda: train(config.load(Config, argv)))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def refused(capsys, data_dir, out_dir, *more):
+    """As refused_argv, of a run with the tests' own options."""
+    return refused_argv(capsys, arguments(data_dir, out_dir, *more))
 
 
 def in_process(target, *args):
@@ -80,6 +87,15 @@ def read_bytes(out_dir):
 
 def weights(out_dir):
     return torch.load(Path(out_dir, "ckpt.pt"), weights_only=True)["model"]
+
+
+def assert_same_weights(one, other):
+    """The newest checkpoints of two runs hold the same weights, to the bit."""
+    theirs = weights(other)
+    ours = weights(one)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
 
 
 # --- what a run leaves behind -------------------------------------------------
@@ -522,6 +538,59 @@ def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, 
     assert (out / "ckpt.pt").read_bytes() == spoiled
 
 
+# --- runs of earlier versions ---------------------------------------------------
+
+
+REMOVED = {"target_interval": 1, "domain_momentum": False, "tensorboard_log": False}
+
+
+def as_earlier_version(out, **removed):
+    """Rewrites a run's config.json and newest checkpoint as an earlier version left them: with
+    settings that are gone, and with entries of the valuation that nobody reads now."""
+    content = torch.load(out / "ckpt.pt", weights_only=True)
+    content["config"] = {**content["config"], **removed}
+    content["valuation"] = {**content["valuation"], "grads": None, "domain_momentum": None}
+    step = content["iter_num"]
+    with RunFolder(out) as folder:
+        Checkpoints(folder, 2, False, out / "ckpt.pt", step).write(step, content)
+    about = json.loads((out / "config.json").read_text())
+    del about["crc32"]
+    about["config"] = {**about["config"], **removed}
+    write_json(out / "config.json", about)
+
+
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_bytes(python_data, tmp_path):
+    out = tmp_path / "run"
+    run(python_data, tmp_path / "whole", TWO, "--book_interval=3")
+    run(python_data, out, TWO, "--book_interval=3", "--max_iters=5", "--lr_decay_iters=12")
+    as_earlier_version(out, **REMOVED)
+    argv = [str(out / "config.json"), "--init_from=resume", "--max_iters=12"]
+    train(config.load(Config, argv))
+    assert read_bytes(out) == read_bytes(tmp_path / "whole")
+    assert_same_weights(out, tmp_path / "whole")
+    assert not REMOVED.keys() & json.loads((out / "config.json").read_text())["config"].keys()
+
+
+@pytest.mark.parametrize("named_by", ["config.json", "ckpt.pt"])
+def test_a_run_that_used_a_removed_setting_is_refused_by_its_name(
+    python_data, tmp_path, capsys, named_by
+):
+    """By config.json where the settings come from there, else by the checkpoint."""
+    out = tmp_path / "run"
+    run(python_data, out, "--max_iters=2", "--n_layer=1")
+    as_earlier_version(out, **{**REMOVED, "target_interval": 4})
+    before = (out / "ckpt.pt").read_bytes()
+    argv = arguments(python_data, out, "--max_iters=2", "--n_layer=1", "--init_from=resume")
+    if named_by == "config.json":
+        argv = [str(out / "config.json"), "--init_from=resume"]
+    line = refused_argv(capsys, argv)
+    assert f"{out}/{named_by} is of a run with --target_interval=4" in line
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+# --- a full disk, a folder that cannot be written, damaged data -------------------
+
+
 def starved_run(argv, log, limit):
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (limit, limit)
@@ -728,6 +797,19 @@ def test_wandb_goes_offline_without_a_login(python_data, tmp_path, monkeypatch):
     tokens = data.train.rows[best]
     assert last["data"][0][1] == data.domains[data.train.domain[best]]
     assert last["data"][0][3] == bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
+
+
+@pytest.mark.parametrize("n_chunks", [1, 7, 8, 12, 30])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 12, 64])
+def test_micro_batches_are_equal_and_as_few_as_the_batch_size_allows(n_chunks, batch_size):
+    slices = train_module.micro_batches(n_chunks, batch_size)
+    rows = [list(range(n_chunks))[rows] for rows in slices]
+    assert sum(rows, []) == list(range(n_chunks))
+    sizes = {len(chunks) for chunks in rows}
+    assert len(sizes) == 1
+    assert max(sizes) <= batch_size
+    for fewer in range(1, len(slices)):
+        assert n_chunks % fewer or n_chunks // fewer > batch_size
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
