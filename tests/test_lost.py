@@ -16,8 +16,8 @@ import commands
 import numpy as np
 import pytest
 import torch
+from runs import SMALL, in_process
 from sealed import change
-from test_train import SMALL, in_process
 
 import config
 import data
@@ -36,7 +36,7 @@ MORE += ("--lr_decay_iters=20",)
 
 
 def arguments(data_dir, out_dir, *more):
-    return [*SMALL.split(), f"--data_dir={data_dir}", f"--out_dir={out_dir}", *MORE, *more]
+    return [*SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *MORE, *more]
 
 
 def run(data_dir, out_dir, *more):

@@ -1,58 +1,63 @@
-"""train.py for real: whole runs on real text, killed, resumed, starved of disk, and compared with the rules' definitions."""
+"""train.py for real: whole runs on real text, killed, resumed, starved of disk, and compared with
+the rules by their definitions."""
 
+import contextlib
+import io
 import json
-import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import piles
 import pytest
 import torch
+from runs import (
+    TWO_TARGETS,
+    arguments,
+    assert_same_run,
+    in_process,
+    quiet_run,
+    read_bytes,
+    run,
+    wait_for,
+    weights,
+)
 from torch._dynamo.utils import counters
 
 import config
+import data
+import prepare_pile
 import shapley.head
-import train as train_module
-from data import global_batch, open_dataset, parse_targets
+import train
 from model import GPT, GPTConfig
+from pile.installed import installed_text
+from pile.records import opened
 from shapley import exact, ghost, rules
 from system.checkpoints import Checkpoints
 from system.files import write_json
 from system.folder import RunFolder
 from system.store import add_visits, read
-from train import Config, train
 from valuation import NoValuation
 
-SMALL = "--n_layer=2 --n_head=2 --n_embd=16 --batch_size=2 --gradient_accumulation_steps=2 --warmup_iters=5 --learning_rate=5e-3 "
-SMALL += "--eval_chunks=2 --log_interval=1 --device=cpu --dtype=float32 --grad_clip=0.5"
-TWO = "--targets=val:Python code,val:Docstrings"
+SCRIPT = Path(train.__file__)
 
 
-def arguments(data_dir, out_dir, *more):
-    return [
-        *SMALL.split(),
-        f"--data_dir={data_dir}",
-        f"--out_dir={out_dir}",
-        "--max_iters=12",
-        "--checkpoint_interval=5",
-        *more,
-    ]
-
-
-def run(data_dir, out_dir, *more):
-    return train(config.load(Config, arguments(data_dir, out_dir, *more)))
+def run_argv(argv):
+    return train.train(config.load(train.Config, argv))
 
 
 def refused_argv(capsys, argv):
     """The one line that train.py leaves on stderr when it ends with exit code 2."""
     with pytest.raises(SystemExit) as stop:
-        config.main(lambda: train(config.load(Config, argv)))
+        config.main(lambda: run_argv(argv))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(lines) == 1, lines
@@ -61,485 +66,532 @@ def refused_argv(capsys, argv):
 
 
 def refused(capsys, data_dir, out_dir, *more):
-    """As refused_argv, of a run with the tests' own options."""
+    """As refused_argv, of a small run."""
     return refused_argv(capsys, arguments(data_dir, out_dir, *more))
 
 
-def in_process(target, *args):
-    """A process that has everything imported: forked from a server that never computed anything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
-    process = context.Process(target=target, args=args)
-    process.start()
-    return process
+def relative_distance(values, truth):
+    return np.linalg.norm(values - truth) / np.linalg.norm(truth)
 
 
-def quiet_run(argv, log):
-    torch.set_num_threads(1)
-    for fd in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    config.main(lambda: train(config.load(Config, argv)))
-
-
-def read_bytes(out_dir):
-    return {path.name: path.read_bytes() for path in Path(out_dir).glob("*.npy")}
-
-
-def weights(out_dir):
-    return torch.load(Path(out_dir, "ckpt.pt"), weights_only=True)["model"]
-
-
-def assert_same_weights(one, other):
-    """The newest checkpoints of two runs hold the same weights, to the bit."""
-    theirs = weights(other)
-    ours = weights(one)
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
+def summed(visits, n_chunks):
+    """The values that visits add up to, as values.npy has them: float32 (n_chunks,) or
+    (n_chunks, K), NaN where a chunk was never used."""
+    total = np.full((n_chunks, *visits["value"].shape[1:]), np.nan)
+    for visit in visits:
+        before = np.nan_to_num(total[visit["chunk"]])
+        total[visit["chunk"]] = before + visit["value"]
+    return np.squeeze(total.astype(np.float32))
 
 
 # --- what a run leaves behind -------------------------------------------------
 
 
-def test_values_are_the_sum_of_the_ledger_and_map_to_documents(python_data, tmp_path, capsys):
-    import pyarrow.parquet
+@dataclass
+class ValuedRun:
+    """Twelve steps of four chunks, for two targets, every third step measured."""
 
-    run(python_data, tmp_path / "run", TWO, "--book_interval=3")
-    table = capsys.readouterr().out
-    data = open_dataset(python_data)
-    values, visits, books = (
-        np.load(tmp_path / "run" / f"{name}.npy") for name in ("values", "ledger", "books")
-    )
-    n = len(data.train.rows)
-    assert values.shape == (n, 2)
-    assert values.dtype == np.float32
+    folder: Path
+    printed: list  # lines
+    data: data.Dataset
+
+    @property
+    def values(self):
+        return np.load(self.folder / "values.npy")
+
+    @property
+    def visits(self):
+        return np.load(self.folder / "ledger.npy")
+
+    @property
+    def books(self):
+        return np.load(self.folder / "books.npy")
+
+    @property
+    def measured(self):
+        books = self.books
+        return books[books["step"] % 3 == 0]
+
+
+@pytest.fixture(scope="module")
+def valued(python_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("valued") / "run"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run(python_data, folder, TWO_TARGETS, "--book_interval=3")
+    return ValuedRun(folder, printed.getvalue().splitlines(), data.open_dataset(python_data))
+
+
+def test_the_ledger_has_a_row_for_each_chunk_of_each_step(valued):
+    visits = valued.visits
+    n_chunks = len(valued.data.train.rows)
+    batches = [data.global_batch(step, 4, n_chunks, 1337) for step in range(12)]
     assert visits.dtype.names == ("step", "chunk", "loss", "value", "grad_norm", "early")
-    assert len(visits) == 12 * 4
     assert (visits["step"] == np.repeat(np.arange(12), 4)).all()
-    assert len(set(visits["chunk"])) == len(visits)  # without replacement
-    assert (
-        visits["chunk"] == np.concatenate([global_batch(s, 4, n, 1337) for s in range(12)])
-    ).all()
-    total = np.zeros((n, 2))
-    for visit in visits:
-        total[visit["chunk"]] += visit["value"]
-    used = np.isin(np.arange(n), visits["chunk"])
-    assert np.isnan(values[~used]).all()
-    assert (values[used] == total[used].astype(np.float32)).all()
-    assert np.isfinite(values[used]).all()
-    # the books: the data column is the sum of the step's values; what is not computed is NaN
+    assert (visits["chunk"] == np.concatenate(batches)).all()
+    assert (visits["grad_norm"] > 0).all()
+
+
+def test_the_ledger_marks_the_first_three_steps_as_early(valued):
+    visits = valued.visits
+    assert (visits["early"] == (visits["step"] < 3)).all()
+
+
+def test_values_are_the_sum_of_the_ledger(valued):
+    n_chunks = len(valued.data.train.rows)
+    values = valued.values
+    assert values.shape == (n_chunks, 2)
+    assert values.dtype == np.float32
+    assert np.array_equal(values, summed(valued.visits, n_chunks), equal_nan=True)
+
+
+def test_chunks_have_a_value_exactly_where_they_were_used(valued):
+    values = valued.values
+    used = np.isin(np.arange(len(values)), valued.visits["chunk"])
+    assert (np.isfinite(values) == used[:, None]).all()
+
+
+def test_books_have_the_sums_of_each_step(valued):
+    visits = valued.visits
+    books = valued.books
     assert np.allclose(books["data"], visits["value"].reshape(12, 4, 2).sum(1), rtol=1e-5)
     assert np.allclose(books["loss"], visits["loss"].reshape(12, 4).mean(1), rtol=1e-5)
-    assert (visits["early"] == (visits["step"] < 3)).all()
-    assert (visits["grad_norm"] > 0).all()
-    measured = books["step"] % 3 == 0
+
+
+def test_books_are_complete_in_measured_steps_only(valued):
+    books = valued.books
+    is_measured = books["step"] % 3 == 0
     for name in ("after", "momentum", "decay", "residual"):
-        assert (np.isfinite(books[name]) == measured[:, None]).all()
-    drop = books["data"] + books["momentum"] + books["decay"] + books["residual"]
-    assert np.allclose((books["before"] - books["after"])[measured], drop[measured], atol=1e-6)
-    assert (
-        f"Python code: accounted for {1 - books['residual'][measured, 0].sum() / (books['before'] - books['after'])[measured, 0].sum():.1%}"
-        in table
-    )
-    assert (books["kappa"] <= 1).all()
-    assert (books["kappa"] < 1).any()
-    about = json.loads((tmp_path / "run" / "values.json").read_text())
+        assert (np.isfinite(books[name]) == is_measured[:, None]).all(), name
+
+
+def test_books_account_for_the_whole_drop(valued):
+    measured = valued.measured
+    parts = [measured[name] for name in ("data", "momentum", "decay", "residual")]
+    assert np.allclose(measured["before"] - measured["after"], sum(parts), atol=1e-6)
+
+
+def test_books_have_the_clip_coefficients(valued):
+    kappa = valued.books["kappa"]
+    assert (kappa <= 1).all()
+    assert (kappa < 1).any()
+
+
+def test_values_json_describes_the_values(valued):
+    about = json.loads((valued.folder / "values.json").read_text())
     assert about["committed_step"] == 12
     assert about["unit"] == "nats"
-    assert about["data_hash"] == data.hash
-    assert [t["name"] for t in about["targets"]] == ["Python code", "Docstrings"]
-    # the table on the terminal says the same
-    for d, name in enumerate(data.domains):
-        chosen = used & (data.train.domain == d)
-        line = next(
-            (
-                line
-                for line in table.splitlines()
-                if line.startswith(f"{name} ") and line.endswith("%")
-            ),
-            None,
-        )
-        assert bool(line) == chosen.any()
-        if line:
-            assert int(line[24:32]) == chosen.sum()
+    assert about["data_hash"] == valued.data.hash
+    assert [target["name"] for target in about["targets"]] == ["Python code", "Docstrings"]
+
+
+def test_the_end_of_a_run_prints_the_share_of_the_drop_that_is_accounted_for(valued):
+    measured = valued.measured
+    drop = (measured["before"] - measured["after"])[:, 0].sum()
+    share = 1 - measured["residual"][:, 0].sum() / drop
+    beginning = f"Python code: accounted for {share:.1%} of the drop"
+    assert any(line.startswith(beginning) for line in valued.printed)
+
+
+def test_the_end_of_a_run_prints_the_values_of_each_domain(valued):
+    """A line: the domain, its chunks, and for each target mean, median and share of negatives."""
+    values = valued.values.astype(float)
+    used = np.isfinite(values[:, 0])
+    for number, name in enumerate(valued.data.domains):
+        of_domain = values[used & (valued.data.train.domain == number), 0]
+        lines = [line for line in valued.printed if line.startswith(f"{name} ")]
+        lines = [line for line in lines if line.endswith("%")]
+        assert len(lines) == (1 if len(of_domain) else 0)
+        for line in lines:
             mean, median, negative = line.split()[-6:-3]
-            assert float(mean) == pytest.approx(1e6 * total[chosen, 0].mean(), abs=0.06)
-            assert float(median) == pytest.approx(1e6 * np.median(total[chosen, 0]), abs=0.06)
-            assert negative == f"{(total[chosen, 0] < 0).mean():.0%}"
-    # chunk -> domain and document -> chunk
-    docs = pyarrow.parquet.read_table(python_data / "train_docs.parquet").to_pylist()
-    chunk = int(visits["chunk"][0])
-    in_domain = np.flatnonzero(data.train.domain == data.train.domain[chunk])
-    holders = []
-    for doc in docs:
-        first = np.searchsorted(in_domain, doc["first_chunk"])
-        span = in_domain[first : first + -(-(doc["first_token"] + doc["n_tokens"] + 1) // 33)]
-        if doc["domain"] == data.domains[data.train.domain[chunk]] and chunk in span:
-            holders.append(doc["doc"])
-    assert holders
+            assert int(line[24:32]) == len(of_domain)
+            assert float(mean) == pytest.approx(1e6 * of_domain.mean(), abs=0.06)
+            assert float(median) == pytest.approx(1e6 * np.median(of_domain), abs=0.06)
+            assert negative == f"{(of_domain < 0).mean():.0%}"
+
+
+def source_texts(rows):
+    """The texts of documents as the source has them, bytes by (domain, source). rows: of the table
+    of documents."""
+    wanted = {(row["domain"], row["source"]) for row in rows}
+    texts = {}
+    for document in opened(installed_text(), prepare_pile.Config(source="python")):
+        key = (document.domain, document.source)
+        if key in wanted:
+            text = document.text
+            texts[key] = text if isinstance(text, bytes) else text.encode()
+        if len(texts) == len(wanted):
+            break
+    return texts
+
+
+def laid_out(dataset):
+    """What train.npy must hold: the documents' bytes where the table of documents places them, an
+    <eot> behind each, -1 elsewhere."""
+    rows = piles.table(dataset, "train")
+    texts = source_texts(rows)
+    width = dataset.train.rows.shape[1]
+    expected = np.full(dataset.train.rows.shape, -1)
+    for number, domain in enumerate(dataset.domains):
+        chunks = np.flatnonzero(dataset.train.domain == number)
+        stream = np.full(len(chunks) * width, -1)
+        for row in rows:
+            if row["domain"] == domain:
+                start = np.searchsorted(chunks, row["first_chunk"]) * width + row["first_token"]
+                tokens = [*texts[domain, row["source"]][: row["n_tokens"]], dataset.meta["eot"]]
+                end = min(len(stream), start + len(tokens))
+                stream[start:end] = tokens[: end - start]
+        expected[chunks] = stream.reshape(-1, width)
+    return expected
+
+
+def test_chunks_of_the_ledger_hold_the_tokens_of_their_documents(valued):
+    expected = laid_out(valued.data)
+    chunks = valued.visits["chunk"]
+    assert len(chunks) == 48
+    np.testing.assert_array_equal(valued.data.train.rows[chunks], expected[chunks])
+
+
+# --- what the values are ------------------------------------------------------
+
+
+def tensors(arrays):
+    return [torch.from_numpy(array) for array in arrays]
 
 
 @pytest.mark.parametrize("rule", ["sgd", "sgd2", "adamw_linear", "adamw", "adamw2"])
-def test_a_step_of_a_run_is_what_exact_says(python_data, tmp_path, rule):
-    """From the checkpoint of step 5 the ledger's rows of step 5: order of chunks, drawn targets, clipping, accumulation."""
+def test_values_of_a_run_equal_the_rule_by_its_definition(python_data, tmp_path, rule):
+    """The ledger's rows of step 5, computed from the checkpoint of step 5: the order of chunks,
+    drawn targets, clipping and accumulation are as documented."""
+    text = tmp_path / "own.txt"
+    text.write_text("def main():\n    return 'a short text, padded and masked'\n")
+    targets = f"val:Python code,val:Docstrings,own={text}"
+    options = [f"--targets={targets}", f"--rule={rule}", "--dtype=float64", "--target_batch=3"]
+    options += ["--lr_decay_iters=12"]
     out = tmp_path / "run"
-    argv = (
-        TWO + f",own={tmp_path / 'own.txt'}",
-        f"--rule={rule}",
-        "--dtype=float64",
-        "--target_batch=3",
-    )
-    (tmp_path / "own.txt").write_text("def main():\n    return 'a short text, padded and masked'\n")
-    run(python_data, out, *argv, "--max_iters=5", "--lr_decay_iters=12")
+    run(python_data, out, *options, "--max_iters=5")
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    run(python_data, out, *argv, "--max_iters=7", "--lr_decay_iters=12", "--init_from=resume")
-    visits, books = np.load(out / "ledger.npy"), np.load(out / "books.npy")
+    run(python_data, out, *options, "--max_iters=7", "--init_from=resume")
+    books = np.load(out / "books.npy")
 
-    data = open_dataset(python_data)
+    dataset = data.open_dataset(python_data)
     model = GPT(GPTConfig(**checkpoint["model_args"])).double()
     model.load_state_dict(checkpoint["model"])
     optimizer = model.configure_optimizers(0.1, 0.0, (0.9, 0.95), "cpu")
     optimizer.load_state_dict(checkpoint["optimizer"])
-    ids = global_batch(5, 4, len(data.train.rows), 1337)
-    X, Y = map(torch.from_numpy, data.train.batch(ids, 32))
-    chosen = []
-    for k, target in enumerate(parse_targets(argv[0].removeprefix("--targets="), data, 32)):
-        picks = np.random.default_rng((1337, k, 5)).choice(
-            len(target), min(3, len(target)), replace=False
-        )
-        chosen.append(tuple(map(torch.from_numpy, target.batch(picks))))
-    x, known, losses = (
-        exact.chunk_gradients(model, X, Y),
-        rules.known_rows(model, X, Y),
-        [exact.batch_loss(*pair) for pair in chosen],
-    )
+    ids = data.global_batch(5, 4, len(dataset.train.rows), 1337)
+    X, Y = tensors(dataset.train.batch(ids, 32))
+    losses = []
+    for k, target in enumerate(data.parse_targets(targets, dataset, 32)):
+        rng = np.random.default_rng((1337, k, 5))
+        picks = rng.choice(len(target), min(3, len(target)), replace=False)
+        losses.append(exact.batch_loss(*tensors(target.batch(picks))))
     truth = rules.rule_values(
         model,
         optimizer,
-        x,
+        exact.chunk_gradients(model, X, Y),
         losses,
         rule,
-        float(books["lr"][5].astype(np.float64)),
-        0.5,
-        known=known,
+        lr=float(books["lr"][5]),
+        grad_clip=0.5,
+        known=rules.known_rows(model, X, Y),
     )
-    rows = visits[5 * 4 : 6 * 4]
-    assert (rows["chunk"] == ids).all()
-    assert np.linalg.norm(rows["value"] - truth.numpy()) < 1e-6 * np.linalg.norm(
-        truth
-    )  # the ledger's float32
+    rows = np.load(out / "ledger.npy")[5 * 4 : 6 * 4]
     assert books["kappa"][5] < 1
+    assert (rows["chunk"] == ids).all()
+    # the ledger is float32
+    assert relative_distance(rows["value"], truth.numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 1e-4)])
-def test_valuation_leaves_training_alone(python_data, tmp_path, dtype, tolerance):
-    """50 steps with and without: the valued backward adds the chunks' weight gradients in another order, so float32 differs in
-    its last bits and 50 steps make that grow; 1e-4 is far above it and far below anything a user would see."""
-    more = (f"--dtype={dtype}", "--max_iters=50", "--checkpoint_interval=50", "--dropout=0.1", TWO)
-    plain = run(python_data, tmp_path / "off", *more, "--rule=off")
-    valued = run(python_data, tmp_path / "on", *more)
-    assert len(plain) == len(valued) == 50
-    assert max(abs(a - b) for (_, a), (_, b) in zip(plain, valued)) < tolerance
-    assert not (tmp_path / "off" / "values.npy").exists()
+def test_training_with_values_has_the_losses_of_training_without(
+    python_data, tmp_path, dtype, tolerance
+):
+    """Over 50 steps. The valued backward adds the chunks' weight gradients in another order, so
+    float32 differs in its last bits, which 50 steps let grow."""
+    options = [f"--dtype={dtype}", "--max_iters=50", "--checkpoint_interval=50", "--dropout=0.1"]
+    plain = run(python_data, tmp_path / "off", *options, TWO_TARGETS, "--rule=off")
+    valued = run(python_data, tmp_path / "on", *options, TWO_TARGETS)
+    assert len(plain) == 50
+    assert [step for step, _ in plain] == [step for step, _ in valued]
+    differences = np.array(plain) - np.array(valued)
+    assert np.abs(differences).max() < tolerance
+
+
+def test_training_without_values_writes_none(python_data, tmp_path):
+    run(python_data, tmp_path / "run", "--rule=off", "--max_iters=2", "--n_layer=1")
+    assert (tmp_path / "run" / "ckpt.pt").exists()
+    assert not list((tmp_path / "run").glob("*.npy"))
+    assert not (tmp_path / "run" / "values.json").exists()
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw2"])
-def test_the_batch_may_be_cut_in_any_way(python_data, tmp_path, rule):
-    """The same global batch as 1, 2 and 4 micro-steps: equal values for equal chunks, in equal rows."""
-    runs = []
+def test_values_do_not_depend_on_how_a_batch_is_cut(python_data, tmp_path, rule):
+    """The same global batch as 1, 2 and 4 micro-batches: the same rows of the ledger."""
+    ledgers = []
     for n in (1, 2, 4):
-        run(
-            python_data,
-            tmp_path / str(n),
-            "--dtype=float64",
-            f"--rule={rule}",
-            f"--batch_size={4 // n}",
-            f"--gradient_accumulation_steps={n}",
-        )
-        runs.append(np.load(tmp_path / str(n) / "ledger.npy"))
-    for other in runs[1:]:
-        assert (other["chunk"] == runs[0]["chunk"]).all()
-        assert np.linalg.norm(other["value"] - runs[0]["value"]) < 1e-6 * np.linalg.norm(
-            runs[0]["value"]
-        )
+        cut = [f"--batch_size={4 // n}", f"--gradient_accumulation_steps={n}"]
+        run(python_data, tmp_path / str(n), "--dtype=float64", f"--rule={rule}", *cut)
+        ledgers.append(np.load(tmp_path / str(n) / "ledger.npy"))
+    for ledger in ledgers[1:]:
+        assert (ledger["chunk"] == ledgers[0]["chunk"]).all()
+        assert relative_distance(ledger["value"], ledgers[0]["value"]) < 1e-6
 
 
-def test_a_second_epoch_adds_to_the_first(python_data, tmp_path):
-    """With more visits than chunks every chunk has one, and values sum over both epochs."""
-    data = open_dataset(python_data)
-    n = len(data.train.rows)
-    B, steps = 512, -(-n // 512) + 2
-    run(
-        python_data,
-        tmp_path / "run",
-        f"--batch_size={B}",
-        "--gradient_accumulation_steps=1",
-        f"--max_iters={steps}",
-        "--n_layer=1",
-    )
-    visits, values = read(tmp_path / "run"), np.load(tmp_path / "run" / "values.npy")
-    assert len(set(visits["chunk"][:n])) == n
-    total, used = np.zeros((n, 1)), np.zeros(n, bool)
-    add_visits(visits, total, used)
-    assert used.all()
-    assert (values == total[:, 0].astype(np.float32)).all()
+def test_values_sum_over_epochs(python_data, tmp_path):
+    """Of a run with more visits than there are chunks, which meets every chunk."""
+    n_chunks = len(data.open_dataset(python_data).train.rows)
+    batch = 512
+    steps = -(-n_chunks // batch) + 2
+    cut = [f"--batch_size={batch}", "--gradient_accumulation_steps=1"]
+    run(python_data, tmp_path / "run", *cut, f"--max_iters={steps}", "--n_layer=1")
+    visits = read(tmp_path / "run")
+    assert len(set(visits["chunk"][:n_chunks])) == n_chunks
+    assert len(visits) > n_chunks
+    values = np.load(tmp_path / "run" / "values.npy")
+    np.testing.assert_array_equal(values, summed(visits, n_chunks))
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--rule=adamw2", "--dropout=0.2"),
-        ("--batch_size=7", "--audit_permutations=20"),
-        ("--grad_clip=0",),
-    ],
-)
-def test_an_audit_disturbs_nothing(python_data, tmp_path, capsys, more):
-    """The same losses and files with the audit on and off, dropout and 14 chunks a step (permutations) included."""
-    more = (TWO, "--max_iters=9", "--book_interval=3", *more)
-    plain = run(python_data, tmp_path / "plain", *more)
-    audited = run(python_data, tmp_path / "audited", *more, "--audit_interval=4")
-    assert audited == plain
-    files = read_bytes(tmp_path / "audited")
-    audits = np.load(tmp_path / "audited" / "audit.npy")
-    assert files.pop("audit.npy")
-    assert files == read_bytes(tmp_path / "plain")
+def test_values_of_plain_sgd_sum_to_the_drop_of_the_loss_within_15_percent(python_data, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(40)))
+    options = ["--optimizer=sgd", "--rule=sgd", "--decay_lr=False", "--learning_rate=0.05"]
+    options += [f"--targets=t={text}", "--target_batch=1000", "--target_sampling=fixed"]
+    options += ["--dtype=float64", "--max_iters=60", "--batch_size=8"]
+    run(python_data, tmp_path / "run", *options)
+    books = np.load(tmp_path / "run" / "books.npy")
+    drop = books["before"][0, 0] - books["before"][-1, 0]
+    assert drop > 0.1
+    assert books["data"][:-1].sum() == pytest.approx(drop, rel=0.15)
+
+
+# --- audits -------------------------------------------------------------------
+
+DROPOUT = ["--rule=adamw2", "--dropout=0.2"]
+# fourteen chunks a step: the truth is found by permutations
+PERMUTED = ["--batch_size=7", "--audit_permutations=20"]
+ENUMERATED = ["--grad_clip=0"]
+BY_NAME = {"dropout": DROPOUT, "permuted": PERMUTED, "enumerated": ENUMERATED}
+
+
+@dataclass
+class AuditedRun:
+    """Nine steps, two of them audited, and the same run without audits."""
+
+    folder: Path
+    history: list
+    printed: str
+    plain_folder: Path
+    plain_history: list
+
+    @property
+    def audits(self):
+        return np.load(self.folder / "audit.npy")
+
+
+@pytest.fixture(scope="module", params=BY_NAME)
+def audited(request, python_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audited")
+    options = [TWO_TARGETS, "--max_iters=9", "--book_interval=3", *BY_NAME[request.param]]
+    plain = run(python_data, folder / "plain", *options)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        history = run(python_data, folder / "audited", *options, "--audit_interval=4")
+    return AuditedRun(folder / "audited", history, printed.getvalue(), folder / "plain", plain)
+
+
+def test_an_audit_leaves_the_losses_and_files_of_a_run_as_they_are(audited):
+    assert audited.history == audited.plain_history
+    files = read_bytes(audited.folder)
+    del files["audit.npy"]
+    assert files == read_bytes(audited.plain_folder)
+
+
+def test_audits_have_a_row_for_each_audited_step(audited):
+    audits = audited.audits
     assert list(audits["step"]) == [3, 7]
     for name in ("pearson", "spearman", "loo_pearson"):
-        assert (np.abs(audits[name]) <= 1).all()
+        assert (np.abs(audits[name]) <= 1).all(), name
     assert (audits["rel_l2"] > 0).all()
     assert np.isfinite(audits["efficiency_gap"]).all()
-    permuted = "--batch_size=7" in more
-    assert ((audits["standard_error"] > 0) == permuted).all()
-    if (
-        "--dropout=0.2" not in more and not permuted
-    ):  # with dropout the target is free of it, and 20 permutations are few
-        assert (
-            audits["pearson"][-1].min() > 0.8
-        )  # the first audit is of the fourth step, where every rule is rough
-    assert (
-        f"Docstrings: audit of 2 steps: Pearson {audits['pearson'][:, 1].mean():.4f}"
-        in capsys.readouterr().out
-    )
+
+
+def test_an_audit_is_summed_up_at_the_end_of_a_run(audited):
+    mean = audited.audits["pearson"][:, 1].mean()
+    assert f"Docstrings: audit of 2 steps: Pearson {mean:.4f}" in audited.printed
+
+
+@pytest.mark.parametrize("audited", ["dropout", "enumerated"], indirect=True)
+def test_the_truth_of_an_audit_has_no_error_where_all_subsets_are_tried(audited):
+    assert (audited.audits["standard_error"] == 0).all()
+
+
+@pytest.mark.parametrize("audited", ["permuted"], indirect=True)
+def test_the_truth_of_an_audit_has_an_error_where_permutations_are_drawn(audited):
+    assert (audited.audits["standard_error"] > 0).all()
+
+
+@pytest.mark.parametrize("audited", ["enumerated"], indirect=True)
+def test_audited_values_correlate_with_the_truth(audited):
+    """In the last audit, for the first one is of the fourth step, where every rule is rough."""
+    assert audited.audits["pearson"][-1].min() > 0.8
 
 
 # --- kill and resume ----------------------------------------------------------
 
-
 KILLED = [
-    (0, 5, ("--rule=adamw_linear",)),
-    (1, 1, ("--book_interval=2",)),
-    (
-        2,
-        4,
-        (
-            "--rule=adamw2",
-            "--dropout=0.2",
-            "--book_interval=3",
-            "--audit_interval=15",
-        ),
-    ),
+    (0, 5, ["--rule=adamw_linear"]),
+    (1, 1, ["--book_interval=2"]),
+    (2, 4, ["--rule=adamw2", "--dropout=0.2", "--book_interval=3", "--audit_interval=15"]),
 ]
 
 
 @pytest.mark.parametrize("seed, interval, more", KILLED)
-def test_killed_runs_end_like_one_that_was_not(python_data, tmp_path, seed, interval, more):
-    """SIGKILL at random moments (6 in each of three settings; with a checkpoint every step, mostly while one is written)."""
-    more = (TWO, "--max_iters=40", f"--checkpoint_interval={interval}", "--eval_interval=10", *more)
+def test_a_run_killed_six_times_ends_in_the_bytes_of_an_undisturbed_one(
+    python_data, tmp_path, seed, interval, more
+):
+    """SIGKILL at random moments. With a checkpoint every step most of them are while one is
+    written."""
+    options = [TWO_TARGETS, "--max_iters=40", "--eval_interval=10", *more]
+    options += [f"--checkpoint_interval={interval}"]
     log = tmp_path / "log"
     in_process(int).join()  # the server's imports are no part of the duration
     began = time.monotonic()
-    whole = in_process(quiet_run, arguments(python_data, tmp_path / "whole", *more), log)
-    whole.join()
+    undisturbed = in_process(quiet_run, arguments(python_data, tmp_path / "whole", *options), log)
+    undisturbed.join()
     duration = time.monotonic() - began
-    assert whole.exitcode == 0, log.read_text()
+    assert undisturbed.exitcode == 0, log.read_text()
 
-    rng, kills, out = random.Random(seed), 0, tmp_path / "killed"
+    rng = random.Random(seed)
+    out = tmp_path / "killed"
+    argv = arguments(python_data, out, *options, "--init_from=auto")
+    kills = 0
     while kills < 6:
-        resume = ["--init_from=resume"] if out.exists() else []
-        process = in_process(quiet_run, arguments(python_data, out, *more, *resume), log)
-        process.join(rng.uniform(0.3, 1.0) * duration * (0.5 if kills else 0.8))
+        # a run that goes on has less to do than the first
+        share = rng.uniform(0.15, 0.5) if kills else rng.uniform(0.24, 0.8)
+        process = in_process(quiet_run, argv, log)
+        process.join(share * duration)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
         else:
+            # it was done before it was killed: begin anew
             assert process.exitcode == 0, log.read_text()
-            for path in out.iterdir():
-                path.unlink()
-            out.rmdir()
-    if not (out / "config.json").exists():
-        out.mkdir(exist_ok=True)
-        final = in_process(quiet_run, arguments(python_data, out, *more), log)
-    else:
-        final = in_process(quiet_run, arguments(python_data, out, *more, "--init_from=resume"), log)
-    final.join()
-    assert final.exitcode == 0, log.read_text()
-    assert read_bytes(out) == read_bytes(tmp_path / "whole")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(weights(out).values(), weights(tmp_path / "whole").values())
-    )
+            shutil.rmtree(out)
+    last = in_process(quiet_run, argv, log)
+    last.join()
+    assert last.exitcode == 0, log.read_text()
+    assert_same_run(out, tmp_path / "whole")
 
 
-def test_the_files_of_a_killed_run_agree(python_data, tmp_path):
-    """Right after a kill, and after the resumption's first moment, values.npy is the sum of the rows that ledger.npy shows."""
-    out, log = tmp_path / "run", tmp_path / "log"
-    process = in_process(
-        quiet_run, arguments(python_data, out, "--max_iters=4000", "--checkpoint_interval=3"), log
-    )
-    while not (out / "ckpt.pt").exists():
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.01)
-    time.sleep(0.3)
+def test_values_of_a_killed_run_are_the_sum_of_its_ledger(python_data, tmp_path):
+    """As of its last checkpoint, from which the run goes on without a step."""
+    out = tmp_path / "run"
+    log = tmp_path / "log"
+    argv = arguments(python_data, out, "--max_iters=4000", "--checkpoint_interval=3")
+    process = in_process(quiet_run, argv, log)
+    wait_for(out / "ckpt.pt", process, log)
+    time.sleep(0.3)  # some checkpoints later, at any moment
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
-    run(
-        python_data,
-        out,
-        "--init_from=resume",
-        f"--max_iters={checkpoint['iter_num']}",
-        "--lr_decay_iters=4000",
-    )
-    visits, values = read(out), np.load(out / "values.npy")
-    assert len(visits) == 4 * checkpoint["iter_num"]
-    total, used = np.zeros((len(values), 1)), np.zeros(len(values), bool)
+    step = torch.load(out / "ckpt.pt", weights_only=True)["iter_num"]
+    options = ["--init_from=resume", f"--max_iters={step}", "--lr_decay_iters=4000"]
+    run(python_data, out, *options)
+    visits = read(out)
+    values = np.load(out / "values.npy")
+    total = np.zeros((len(values), 1))
+    used = np.zeros(len(values), bool)
     add_visits(visits, total, used)
-    assert np.array_equal(
-        values, np.where(used, total[:, 0], np.nan).astype(np.float32), equal_nan=True
+    expected = np.where(used, total[:, 0], np.nan).astype(np.float32)
+    assert len(visits) == 4 * step
+    assert np.array_equal(values, expected, equal_nan=True)
+
+
+# --- a folder that holds a run already ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(python_data, tmp_path_factory):
+    """A run of twelve steps. Tests that write take a copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(python_data, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(python_data, tmp_path_factory):
+    """The first five steps of the same run."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(python_data, folder, "--max_iters=5", "--lr_decay_iters=12")
+    return folder
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "finished")
+
+
+@pytest.fixture
+def stopped_copy(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "stopped")
+
+
+def test_a_new_run_is_refused_in_the_folder_of_another(python_data, finished, capsys):
+    before = read_bytes(finished)
+    line = refused(capsys, python_data, finished)
+    assert "--init_from=resume goes on, --overwrite starts over" in line
+    assert read_bytes(finished) == before
+
+
+@pytest.mark.parametrize(
+    "argument, had",
+    [
+        ("--rule=sgd", "rule=adamw"),
+        ("--n_embd=32", "n_embd=16"),
+        ("--batch_size=4", "batch_size=2"),
+        ("--seed=1", "seed=1337"),
+        (TWO_TARGETS, "targets=val"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(python_data, finished, capsys, argument, had):
+    before = read_bytes(finished)
+    line = refused(capsys, python_data, finished, "--init_from=resume", argument)
+    assert f"was run with {had}: type --{had}" in line
+    assert read_bytes(finished) == before
+
+
+def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, capsys):
+    options = {"tokenizer": "byte", "block_size": 32, "val_fraction": 0.1}
+    other = prepare_pile.Config(
+        source="python", limit_tokens=300_000, data_dir=str(tmp_path / "other"), **options
     )
-
-
-# --- what goes wrong ----------------------------------------------------------
-
-
-def test_wrong_input_is_one_line_and_exit_code_2(python_data, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
-    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
-    empty.write_text(" \n")
-    latin.write_bytes("café".encode("latin-1"))
-    cases = {
-        "--batch_sise=3": "did you mean 'batch_size'",
-        "--learning_rate=fast": "--learning_rate=<float>",
-        "--max_iters=2.5": "--max_iters=<int>",
-        "--rule=adamw3": "choose one of off, sgd, sgd2, adamw_linear",
-        "--block_size=64": "type --block_size=32",
-        "--targets=val:Nothing": "it has Topics, Python code",
-        "--targets=Python code": "write val, val:<domain> or <name>=<file.txt>",
-        "--targets=val,val": "a name stands twice",
-        f"--targets=x={tmp_path}/none.txt": "No such file",
-        f"--targets=x={empty}": "holds no text",
-        f"--targets=x={latin}": "cannot be read as UTF-8 text ('utf-8' codec can't decode byte",
-        "--data_dir=nowhere": "python prepare_pile.py --data_dir=nowhere",
-        "--n_head=3": "not a multiple",
-        "--batch_size=0": "at least 1",
-        "--learning_rate=nan": "not a float",
-        "--optimizer=sgd": "write --rule=sgd",
-        "--device=cuda:7": "--device=cpu",
-        "--init_from=resume": "nothing to resume",
-    }
-    for argument, answer in cases.items():
-        assert answer in refused(capsys, python_data, out, argument), argument
-        assert not out.exists()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "needs a C++ compiler" in refused(capsys, python_data, out, "--compile")
-    assert not out.exists()
-
-
-def test_a_command_line_with_an_error(tmp_path):
-    """As typed in a shell: the config file's typo is found too, and nothing is written."""
-    (tmp_path / "mine.py").write_text("from configs.demo import *\nlearing_rate = 1\n")
-    root = Path(config.__file__).parent
-    done = subprocess.run(
-        [sys.executable, root / "train.py", "mine.py"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: unknown key 'learing_rate' in mine.py: did you mean 'learning_rate'?\n"
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.py"]
-
-
-def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(python_data, tmp_path, capsys):
-    out = tmp_path / "run"
-    run(python_data, out)
-    before = read_bytes(out)
-    assert "--init_from=resume goes on, --overwrite starts over" in refused(
-        capsys, python_data, out
-    )
-    for argument, had in {
-        "--rule=sgd": "rule=adamw",
-        "--n_embd=32": "n_embd=16",
-        "--batch_size=4": "batch_size=2",
-        "--seed=1": "seed=1337",
-        TWO: "targets=val",
-    }.items():
-        assert f"was run with {had}: type --{had}" in refused(
-            capsys, python_data, out, "--init_from=resume", argument
-        )
-    from prepare_pile import Config as Prepare
-    from prepare_pile import prepare
-
-    prepare(
-        Prepare(
-            source="python",
-            tokenizer="byte",
-            block_size=32,
-            val_fraction=0.1,
-            limit_tokens=300_000,
-            data_dir=str(tmp_path / "other"),
-        )
-    )
+    prepare_pile.prepare(other)
     capsys.readouterr()
-    assert "is not the data of" in refused(capsys, tmp_path / "other", out, "--init_from=resume")
-    assert read_bytes(out) == before
-    run(python_data, out, "--init_from=resume")
+    before = read_bytes(finished)
+    line = refused(capsys, tmp_path / "other", finished, "--init_from=resume")
+    assert "is not the data of" in line
+    assert read_bytes(finished) == before
+
+
+def test_a_finished_run_stays_as_it_is_when_it_is_resumed(python_data, finished_copy, capsys):
+    before = read_bytes(finished_copy)
+    run(python_data, finished_copy, "--init_from=resume")
     assert "already at step 12" in capsys.readouterr().out
-    assert read_bytes(out) == before
-    run(python_data, out, "--overwrite", "--max_iters=3")
-    assert len(read(out)) == 12
-    # config.json runs again, and a run asked for more steps goes on
-    train(config.load(Config, [str(out / "config.json"), "--init_from=resume", "--max_iters=4"]))
-    assert len(read(out)) == 16
+    assert read_bytes(finished_copy) == before
 
 
-@pytest.mark.parametrize("rule", ["sgd", "off"])
-def test_a_loss_that_is_not_finite_stops_the_run(python_data, tmp_path, capsys, rule):
-    """The step and the chunks are named, and the checkpoint before it stays whole."""
-    out = tmp_path / "run"
-    more = ("--optimizer=sgd", f"--rule={rule}", "--grad_clip=0", "--decay_lr=False")
-    run(python_data, out, *more, "--max_iters=3", "--learning_rate=1e-3", "--lr_decay_iters=3")
-    state = torch.load(out / "ckpt.pt", weights_only=True)
-    state["model"]["transformer.ln_f.weight"][0] = (
-        3e38  # the weights diverge: the next losses overflow
-    )
-    state["config"]["max_iters"] = 9
-    with RunFolder(out) as folder:
-        Checkpoints(folder, 1, False, out / "ckpt.pt", 3).write(3, state)
-    spoiled = (out / "ckpt.pt").read_bytes()
-    line = refused(
-        capsys,
-        python_data,
-        out,
-        *more,
-        "--max_iters=9",
-        "--learning_rate=1e-3",
-        "--lr_decay_iters=3",
-        "--init_from=resume",
-    )
-    ids = global_batch(3, 4, len(open_dataset(python_data).train.rows), 1337)
-    assert "not finite" in line
-    assert "step" in line
-    if rule == "sgd":
-        assert line.startswith("error: step 3: the loss of chunks")
-        assert all(str(i) in line for i in ids)
-        assert len(read(out)) == 12
-    assert (out / "ckpt.pt").read_bytes() == spoiled
+def test_overwrite_starts_over(python_data, finished_copy):
+    run(python_data, finished_copy, "--overwrite", "--max_iters=3")
+    assert len(read(finished_copy)) == 12
 
 
-# --- runs of earlier versions ---------------------------------------------------
+def test_a_finished_run_goes_on_by_its_config_json_with_more_steps(finished_copy):
+    run_argv([str(finished_copy / "config.json"), "--init_from=resume", "--max_iters=13"])
+    assert len(read(finished_copy)) == 52
 
+
+# --- runs of earlier versions -------------------------------------------------
 
 REMOVED = {"target_interval": 1, "domain_momentum": False, "tensorboard_log": False}
 
@@ -559,278 +611,359 @@ def as_earlier_version(out, **removed):
     write_json(out / "config.json", about)
 
 
-def test_a_run_of_an_earlier_version_goes_on_to_the_same_bytes(python_data, tmp_path):
-    out = tmp_path / "run"
-    run(python_data, tmp_path / "whole", TWO, "--book_interval=3")
-    run(python_data, out, TWO, "--book_interval=3", "--max_iters=5", "--lr_decay_iters=12")
-    as_earlier_version(out, **REMOVED)
-    argv = [str(out / "config.json"), "--init_from=resume", "--max_iters=12"]
-    train(config.load(Config, argv))
-    assert read_bytes(out) == read_bytes(tmp_path / "whole")
-    assert_same_weights(out, tmp_path / "whole")
-    assert not REMOVED.keys() & json.loads((out / "config.json").read_text())["config"].keys()
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_bytes(stopped_copy, finished):
+    as_earlier_version(stopped_copy, **REMOVED)
+    run_argv([str(stopped_copy / "config.json"), "--init_from=resume", "--max_iters=12"])
+    assert_same_run(stopped_copy, finished)
+    settings = json.loads((stopped_copy / "config.json").read_text())["config"]
+    assert not REMOVED.keys() & settings.keys()
 
 
-@pytest.mark.parametrize("named_by", ["config.json", "ckpt.pt"])
-def test_a_run_that_used_a_removed_setting_is_refused_by_its_name(
-    python_data, tmp_path, capsys, named_by
+@pytest.mark.parametrize("read_from", ["config.json", "ckpt.pt"])
+def test_a_run_that_needs_a_removed_setting_is_refused_by_its_name(
+    python_data, stopped_copy, capsys, read_from
 ):
-    """By config.json where the settings come from there, else by the checkpoint."""
-    out = tmp_path / "run"
-    run(python_data, out, "--max_iters=2", "--n_layer=1")
-    as_earlier_version(out, **{**REMOVED, "target_interval": 4})
-    before = (out / "ckpt.pt").read_bytes()
-    argv = arguments(python_data, out, "--max_iters=2", "--n_layer=1", "--init_from=resume")
-    if named_by == "config.json":
-        argv = [str(out / "config.json"), "--init_from=resume"]
+    """Where the settings come from config.json, and where only the checkpoint has it."""
+    as_earlier_version(stopped_copy, **{**REMOVED, "target_interval": 4})
+    before = (stopped_copy / "ckpt.pt").read_bytes()
+    argv = [str(stopped_copy / "config.json"), "--init_from=resume"]
+    if read_from == "ckpt.pt":
+        argv = arguments(python_data, stopped_copy, "--init_from=resume")
     line = refused_argv(capsys, argv)
-    assert f"{out}/{named_by} is of a run with --target_interval=4" in line
-    assert (out / "ckpt.pt").read_bytes() == before
+    assert f"{stopped_copy}/{read_from} is of a run with --target_interval=4" in line
+    assert (stopped_copy / "ckpt.pt").read_bytes() == before
 
 
-# --- a full disk, a folder that cannot be written, damaged data -------------------
+# --- wrong input --------------------------------------------------------------
+
+WRONG = [
+    ("--batch_sise=3", "did you mean 'batch_size'"),
+    ("--learning_rate=fast", "--learning_rate=<float>"),
+    ("--max_iters=2.5", "--max_iters=<int>"),
+    ("--rule=adamw3", "choose one of off, sgd, sgd2, adamw_linear"),
+    ("--block_size=64", "type --block_size=32"),
+    ("--targets=val:Nothing", "it has Topics, Python code"),
+    ("--targets=Python code", "write val, val:<domain> or <name>=<file.txt>"),
+    ("--targets=val,val", "a name stands twice"),
+    ("--targets=x={folder}/none.txt", "No such file"),
+    ("--targets=x={folder}/empty.txt", "holds no text"),
+    ("--targets=x={folder}/latin.txt", "UTF-8 text ('utf-8' codec can't decode byte"),
+    ("--data_dir=nowhere", "python prepare_pile.py --data_dir=nowhere"),
+    ("--n_head=3", "not a multiple"),
+    ("--batch_size=0", "at least 1"),
+    ("--learning_rate=nan", "not a float"),
+    ("--optimizer=sgd", "write --rule=sgd"),
+    ("--device=cuda:7", "--device=cpu"),
+    ("--init_from=resume", "nothing to resume"),
+]
 
 
-def starved_run(argv, log, limit):
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (limit, limit)
-    )  # no file may grow beyond it, as on a full disk
-    quiet_run(argv, log)
+@pytest.mark.parametrize("argument, answer", WRONG)
+def test_wrong_input_is_answered_in_one_line(python_data, tmp_path, capsys, argument, answer):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    argument = argument.format(folder=tmp_path)
+    assert answer in refused(capsys, python_data, tmp_path / "run", argument)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_loses_nothing(python_data, tmp_path):
-    """Refused in the middle of a checkpoint: one line, exit code 2, the checkpoint before is whole and the run goes on from it."""
-    out, log = tmp_path / "run", tmp_path / "log"
-    run(python_data, tmp_path / "whole")
-    run(python_data, out, "--max_iters=5", "--lr_decay_iters=12")
-    size = (out / "ckpt.pt").stat().st_size
-    more = ("--init_from=resume", "--lr_decay_iters=12")
-    for limit in (size // 2, 200):  # in the checkpoint, in the ledger
-        log.unlink(missing_ok=True)
-        process = in_process(
-            starved_run,
-            arguments(python_data, out, *more),
-            log,
-            max(limit, 100_000 if limit == size // 2 else 2_000),
-        )
-        process.join()
-        assert process.exitcode == 2
-        last = log.read_text().strip().splitlines()[-1]
-        assert last.startswith("error: ")
-        assert "File too large" in last
-        assert torch.load(out / "ckpt.pt", weights_only=True)["iter_num"] == 5
-        assert not list(out.glob("*.tmp"))
-    run(python_data, out, *more)
-    assert read_bytes(out) == read_bytes(tmp_path / "whole")
+def test_compile_without_a_compiler_is_answered_in_one_line(
+    python_data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = refused(capsys, python_data, tmp_path / "run", "--compile")
+    assert "needs a C++ compiler" in line
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_read_only_out_folder(python_data, tmp_path, capsys):
+def test_a_config_file_with_a_typo_is_refused_in_a_shell(tmp_path):
+    (tmp_path / "mine.py").write_text("from configs.demo import *\nlearing_rate = 1\n")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "mine.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    answer = "unknown key 'learing_rate' in mine.py: did you mean 'learning_rate'?"
+    assert done.returncode == 2
+    assert done.stderr == f"error: {answer}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(python_data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, python_data, tmp_path / "file" / "run")
     assert "/proc/run" in refused(capsys, python_data, "/proc/run")
 
 
-def test_damaged_data_is_named(python_data, tmp_path, capsys):
-    import shutil
+def half(content):
+    return content[: len(content) // 2]
 
-    for name, damage, answer in [
-        ("train.npy", lambda b: b[: len(b) // 2], "train.npy is missing or damaged"),
+
+def another_block_size(content):
+    return content.replace(b'"block_size": 32', b'"block_size": 31')
+
+
+@pytest.mark.parametrize(
+    "name, damage, answer",
+    [
+        ("train.npy", half, "train.npy is missing or damaged"),
         ("val_domain.npy", None, "val_domain.npy is missing or damaged (No such file"),
-        ("meta.json", lambda b: b[:50], "meta.json is damaged"),
-        (
-            "meta.json",
-            lambda b: b.replace(b'"block_size": 32', b'"block_size": 31'),
-            "its checksum does not fit",
-        ),
-    ]:
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)
-        shutil.copytree(python_data, tmp_path / "data")
-        path = tmp_path / "data" / name
-        content = path.read_bytes()
-        path.unlink()
-        if damage:
-            path.write_bytes(damage(content))
-        assert answer in refused(capsys, tmp_path / "data", tmp_path / "run")
-        assert not (tmp_path / "run").exists()
+        ("meta.json", half, "meta.json is damaged"),
+        ("meta.json", another_block_size, "its checksum does not fit"),
+    ],
+)
+def test_damaged_data_is_named(python_data, tmp_path, capsys, name, damage, answer):
+    folder = shutil.copytree(python_data, tmp_path / "data")
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage:
+        (folder / name).write_bytes(damage(content))
+    assert answer in refused(capsys, folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-# --- the rest of the trainer --------------------------------------------------
+# --- losses that are not finite, a full disk ----------------------------------
+
+STEEP = ["--optimizer=sgd", "--grad_clip=0", "--decay_lr=False", "--learning_rate=1e-3"]
+STEEP += ["--lr_decay_iters=3"]
 
 
-def test_plain_sgd_wins_nothing_by_chance(python_data, tmp_path):
-    """SGD trains, its values add up to most of what the target's loss fell by."""
+def overflowing(python_data, out, *more):
+    """A run of three steps whose next losses overflow: its weights are as if they had diverged."""
+    run(python_data, out, *STEEP, *more, "--max_iters=3")
+    content = torch.load(out / "ckpt.pt", weights_only=True)
+    content["model"]["transformer.ln_f.weight"][0] = 3e38
+    content["config"]["max_iters"] = 9
+    with RunFolder(out) as folder:
+        Checkpoints(folder, 1, False, out / "ckpt.pt", 3).write(3, content)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "off"])
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(
+    python_data, tmp_path, capsys, rule
+):
     out = tmp_path / "run"
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(40)))
-    more = (
-        "--optimizer=sgd",
-        "--rule=sgd",
-        "--decay_lr=False",
-        "--learning_rate=0.05",
-        "--dtype=float64",
-    )
-    run(
-        python_data,
-        out,
-        *more,
-        f"--targets=t={text}",
-        "--target_batch=1000",
-        "--target_sampling=fixed",
-        "--max_iters=60",
-        "--batch_size=8",
-    )
-    books = np.load(out / "books.npy")
-    drop = books["before"][0, 0] - books["before"][-1, 0]
-    assert drop > 0.1
-    assert books["data"][:-1].sum() == pytest.approx(drop, rel=0.15)
+    overflowing(python_data, out, f"--rule={rule}")
+    before = (out / "ckpt.pt").read_bytes()
+    options = [*STEEP, f"--rule={rule}", "--max_iters=9", "--init_from=resume"]
+    line = refused(capsys, python_data, out, *options)
+    assert "not finite" in line
+    assert "step" in line
+    assert (out / "ckpt.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_its_chunks(python_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    overflowing(python_data, out, "--rule=sgd")
+    options = [*STEEP, "--rule=sgd", "--max_iters=9", "--init_from=resume"]
+    line = refused(capsys, python_data, out, *options)
+    n_chunks = len(data.open_dataset(python_data).train.rows)
+    assert line.startswith("error: step 3: the loss of chunks")
+    for chunk in data.global_batch(3, 4, n_chunks, 1337):
+        assert str(chunk) in line
+    assert len(read(out)) == 12
+
+
+def starved_run(argv, log, limit):
+    """No file may grow beyond a limit, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    quiet_run(argv, log)
+
+
+@pytest.mark.parametrize("full", ["in the checkpoint", "in the ledger"])
+def test_a_full_disk_loses_nothing(python_data, stopped_copy, finished, tmp_path, full):
+    """One line and exit code 2. The checkpoint before is whole, and the run goes on from it."""
+    log = tmp_path / "log"
+    limit = 2_000
+    if full == "in the checkpoint":
+        limit = max((stopped_copy / "ckpt.pt").stat().st_size // 2, 100_000)
+    options = ["--init_from=resume", "--lr_decay_iters=12"]
+    argv = arguments(python_data, stopped_copy, *options)
+    process = in_process(starved_run, argv, log, limit)
+    process.join()
+    last_line = log.read_text().strip().splitlines()[-1]
+    assert process.exitcode == 2
+    assert last_line.startswith("error: ")
+    assert "File too large" in last_line
+    assert torch.load(stopped_copy / "ckpt.pt", weights_only=True)["iter_num"] == 5
+    assert not list(stopped_copy.glob("*.tmp"))
+    run(python_data, stopped_copy, *options)
+    assert_same_run(stopped_copy, finished)
+
+
+# --- compiled, in low precision -----------------------------------------------
 
 
 @pytest.mark.parametrize(
     "rule, head", [("adamw", "chunked"), ("adamw", "whole"), ("adamw2", "chunked")]
 )
-def test_compiled_values_equal_eager_ones(python_data, tmp_path, monkeypatch, rule, head):
-    """In float64: in float32 AdamW's first step takes the sign of elements that are zero but for rounding, which the two round differently.
-    After three steps nothing is compiled again, a graph break is an error (fullgraph), and two-pass rules read their tape, as in eager."""
-    monkeypatch.setattr(shapley.head, "FORM", head)
+def test_a_compiled_run_equals_an_eager_one_and_compiles_nothing_after_three_steps(
+    python_data, tmp_path, monkeypatch, rule, head
+):
+    """In float64, for in float32 AdamW's first step takes the sign of elements that are zero but
+    for rounding, which the two round differently. A graph break is an error (fullgraph). Rules of
+    two passes read a tape in each step, as in eager mode."""
+    options = [f"--rule={rule}", TWO_TARGETS, "--n_layer=1", "--max_iters=8", "--book_interval=2"]
+    options += ["--batch_size=4", "--gradient_accumulation_steps=1"]
+    options += ["--eval_interval=0", "--dtype=float64"]
+    graphs = []  # how many there are at the beginning of each step
+    tapes = []  # how many operations has each tape that is read
+    get_lr = train.get_lr
+    tape_values = ghost.Tape.values
+
+    def counting_graphs(cfg, iter_num):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return get_lr(cfg, iter_num)
+
+    def counting_ops(tape):
+        tapes.append(len(tape.ops))
+        return tape_values(tape)
+
     torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
-    graphs, get_lr = [], train_module.get_lr
-    monkeypatch.setattr(
-        train_module,
-        "get_lr",
-        lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or get_lr(*args),
-    )
-    more = (
-        f"--rule={rule}",
-        "--n_layer=1",
-        "--max_iters=8",
-        "--book_interval=2",
-        "--batch_size=4",
-        "--gradient_accumulation_steps=1",
-    )
-    more += ("--eval_interval=0", "--dtype=float64", TWO)
-    run(python_data, tmp_path / "eager", *more)
-    graphs.clear()
-    read_tape, reads = ghost.Tape.values, []
-    monkeypatch.setattr(
-        ghost.Tape, "values", lambda tape: reads.append(len(tape.ops)) or read_tape(tape)
-    )
-    run(python_data, tmp_path / "compiled", *more, "--compile")
+    monkeypatch.setattr(shapley.head, "FORM", head)
+    run(python_data, tmp_path / "eager", *options)
+    monkeypatch.setattr(train, "get_lr", counting_graphs)
+    monkeypatch.setattr(ghost.Tape, "values", counting_ops)
+    run(python_data, tmp_path / "compiled", *options, "--compile")
+
+    eager = read(tmp_path / "eager")["value"]
+    # the ledger is float32
+    assert relative_distance(read(tmp_path / "compiled")["value"], eager) < 1e-6
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
     assert len(graphs) == 8
-    assert 0 < graphs[3] == graphs[-1]
-    assert len(reads) == (8 if rule == "adamw2" else 0)
-    assert len(set(reads)) <= 1
-    eager, compiled = read(tmp_path / "eager"), read(tmp_path / "compiled")
-    assert np.linalg.norm(compiled["value"] - eager["value"]) < 1e-6 * np.linalg.norm(
-        eager["value"]
-    )  # of what float32 on disk holds
-    assert not any(key.startswith("_orig_mod") for key in weights(tmp_path / "compiled"))
+    assert graphs[3] > 0
+    assert graphs[3] == graphs[-1]
+    assert len(tapes) == (8 if rule == "adamw2" else 0)
+    assert len(set(tapes)) <= 1
 
 
-def test_bfloat16_trains(python_data, tmp_path):
+def test_bfloat16_trains_float32_weights(python_data, tmp_path):
     history = run(python_data, tmp_path / "run", "--dtype=bfloat16", "--max_iters=30")
     assert history[-1][1] < history[0][1]
     assert weights(tmp_path / "run")["lm_head.weight"].dtype == torch.float32
 
 
-def test_wandb_goes_offline_without_a_login(python_data, tmp_path, monkeypatch):
-    """The real wandb, with an empty home: it says so, and its files hold what was logged."""
-    for key in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    root, out = Path(config.__file__).parent, tmp_path / "run"
-    argv = arguments(
-        python_data,
-        out,
-        TWO,
-        "--wandb_log",
-        "--wandb_histogram_interval=4",
-        "--audit_interval=6",
-    )
+# --- wandb --------------------------------------------------------------------
+
+
+@dataclass
+class LoggedRun:
+    """Twelve steps logged by the real wandb, in a process with an empty home."""
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def logged(python_data, tmp_path_factory):
+    home = tmp_path_factory.mktemp("logged")
+    options = [TWO_TARGETS, "--wandb_log", "--wandb_histogram_interval=4", "--audit_interval=6"]
+    argv = arguments(python_data, home / "run", *options)
+    environment = {**os.environ, "HOME": str(home)}
+    environment.pop("WANDB_MODE", None)
+    environment.pop("WANDB_API_KEY", None)
     done = subprocess.run(
-        [sys.executable, root / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, SCRIPT, *argv], cwd=home, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "no login found, so this run is logged offline" in done.stdout
-    logged = next(out.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
-    scalars, histograms, curves, tables = (
-        [
-            "train/loss",
-            "train/lr",
-            "overhead/mfu",
-            "overhead/valuation_share",
-            "val/loss",
-            "val_loss/Python code",
-        ],
-        [],
-        [],
-        [],
-    )
-    scalars += ["val_loss/Python code", "val_loss/Docstrings"]
-    for name in ("Python code", "Docstrings"):
-        scalars += [f"books/{name}/{x}" for x in ("drop", "data", "momentum", "residual")] + [
-            f"audit/{name}/{x}" for x in ("pearson", "rel_l2")
-        ]
-        scalars += [f"value/{name}/{x}" for x in ("mean", "p5", "p95", "negative")] + [
-            f"value_by_domain/{name}/Topics"
-        ]
-        histograms += [f"histogram/{name}"]
-        curves += [f"domains/{name}"]
-        tables += [f"chunks/{name}/top", f"chunks/{name}/bottom"]
-    assert [
-        key for key in [*scalars, *histograms, *curves, *tables] if key.encode() not in logged
-    ] == []
+    return LoggedRun(home / "run", done.stdout)
 
-    values, data = np.load(out / "values.npy"), open_dataset(python_data)
+
+def test_wandb_goes_offline_without_a_login(logged):
+    assert "no login found, so this run is logged offline" in logged.printed
+
+
+def test_wandb_has_every_metric_by_its_name(logged):
+    names = ["train/loss", "train/lr", "overhead/mfu", "overhead/valuation_share", "val/loss"]
+    for target in ("Python code", "Docstrings"):
+        names += [f"val_loss/{target}", f"value_by_domain/{target}/Topics"]
+        names += [f"books/{target}/{x}" for x in ("drop", "data", "momentum", "residual")]
+        names += [f"audit/{target}/{x}" for x in ("pearson", "rel_l2")]
+        names += [f"value/{target}/{x}" for x in ("mean", "p5", "p95", "negative")]
+        names += [f"histogram/{target}", f"domains/{target}"]
+        names += [f"chunks/{target}/top", f"chunks/{target}/bottom"]
+    (path,) = logged.folder.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    missing = [name for name in names if name.encode() not in content]
+    assert missing == []
+
+
+def test_wandb_has_a_table_of_the_best_chunks_for_each_checkpoint(logged, python_data):
+    values = np.load(logged.folder / "values.npy")
+    dataset = data.open_dataset(python_data)
     best = int(np.nanargmax(values[:, 0]))
-    found = [
-        json.loads(path.read_text())
-        for path in out.glob(
-            "wandb/offline-run-*/files/media/table/chunks/Python code/top_*.table.json"
-        )
-    ]
-    assert len(found) == 3  # one a checkpoint
-    last = next(
-        table
-        for table in found
-        if table["data"][0][0] == best and abs(table["data"][0][2] - values[best, 0]) < 1e-6
-    )
-    tokens = data.train.rows[best]
-    assert last["data"][0][1] == data.domains[data.train.domain[best]]
-    assert last["data"][0][3] == bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
+    tables = "wandb/offline-run-*/files/media/table/chunks/Python code/top_*.table.json"
+    first_rows = []
+    for path in logged.folder.glob(tables):
+        first_rows.append(json.loads(path.read_text())["data"][0])
+    assert len(first_rows) == 3  # after steps 5, 10 and 12
+    tokens = dataset.train.rows[best]
+    domain = dataset.domains[dataset.train.domain[best]]
+    text = bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
+    expected = [best, domain, pytest.approx(values[best, 0], abs=1e-6), text]
+    assert expected in [row[:4] for row in first_rows]
 
 
-@pytest.mark.parametrize("n_chunks", [1, 7, 8, 12, 30])
+# --- the order of chunks, and how a batch is cut ------------------------------
+
+
+def order(steps, batch, n_chunks, seed=7):
+    """The chunks of the first steps, one after another."""
+    return np.concatenate([data.global_batch(s, batch, n_chunks, seed) for s in range(steps)])
+
+
+def test_each_epoch_is_another_permutation_of_all_chunks():
+    ids = order(steps=42, batch=48, n_chunks=1000)
+    first = ids[:1000]
+    second = ids[1000:2000]
+    assert sorted(first) == list(range(1000))
+    assert sorted(second) == list(range(1000))
+    assert (first != second).mean() > 0.9
+
+
+def test_the_order_does_not_depend_on_the_batch():
+    assert (order(42, 48, 1000) == order(21, 96, 1000)).all()
+
+
+def test_the_order_depends_on_the_seed():
+    assert (order(42, 48, 1000, seed=8) != order(42, 48, 1000)).mean() > 0.9
+
+
+def test_a_late_step_of_a_large_set_costs_no_more_than_the_first(monkeypatch):
+    """A position walks through the network until it lands in the set: in 8 rounds each time, and on
+    the average at most 4 times."""
+    mixed = []
+    mix = data.mix
+
+    def counting_mix(z):
+        mixed.append(len(z))
+        return mix(z)
+
+    monkeypatch.setattr(data, "mix", counting_mix)
+    ids = data.global_batch(10**6, 480, 300_000_000, 1)
+    assert ids.min() >= 0
+    assert ids.max() < 300_000_000
+    assert 8 * 480 <= sum(mixed) < 8 * 480 * 5
+
+
+def test_batches_are_as_even_as_chance():
+    """Each has about as many chunks of the first half of the set as of the second."""
+    ids = order(steps=100, batch=100, n_chunks=10_000, seed=1).reshape(100, 100)
+    share = (ids < 5000).mean(1)
+    assert share.mean() == pytest.approx(0.5, abs=0.01)
+    assert share.std() < 0.1
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 12, 64])
-def test_micro_batches_are_equal_and_as_few_as_the_batch_size_allows(n_chunks, batch_size):
-    slices = train_module.micro_batches(n_chunks, batch_size)
-    rows = [list(range(n_chunks))[rows] for rows in slices]
-    assert sum(rows, []) == list(range(n_chunks))
-    sizes = {len(chunks) for chunks in rows}
-    assert len(sizes) == 1
-    assert max(sizes) <= batch_size
-    for fewer in range(1, len(slices)):
-        assert n_chunks % fewer or n_chunks // fewer > batch_size
-
-
-def test_the_order_is_a_pure_function_of_seed_and_step():
-    n, B = 1000, 48
-    ids = np.concatenate([global_batch(s, B, n, 7) for s in range(42)])
-    assert sorted(ids[:n]) == list(range(n))
-    assert sorted(ids[n : 2 * n]) == list(range(n))
-    assert (ids[:n] != ids[n : 2 * n]).mean() > 0.9  # each epoch anew
-    assert (global_batch(17, B, n, 7) == ids[17 * B : 18 * B]).all()
-    assert (global_batch(17, B, n, 8) != ids[17 * B : 18 * B]).any()
-    assert (
-        np.concatenate([global_batch(s, 2 * B, n, 7) for s in range(21)]) == ids
-    ).all()  # not of B
-    began = time.perf_counter()
-    far = global_batch(10**6, 480, 300_000_000, 1)
-    assert time.perf_counter() - began < 1
-    assert far.min() >= 0
-    assert far.max() < 300_000_000
-    # as even as chance: the halves of the set meet in every batch
-    share = np.mean([(global_batch(s, 100, 10_000, 1) < 5000).mean() for s in range(100)])
-    assert share == pytest.approx(0.5, abs=0.01)
+def test_micro_batches_are_equal_and_as_few_as_the_batch_size_allows(batch_size):
+    for n_chunks in range(1, 31):
+        chunks = np.arange(n_chunks)
+        micro_batches = [chunks[rows] for rows in train.micro_batches(n_chunks, batch_size)]
+        sizes = {len(micro_batch) for micro_batch in micro_batches}
+        assert (np.concatenate(micro_batches) == chunks).all()
+        assert len(sizes) == 1
+        assert max(sizes) <= batch_size
+        for fewer in range(1, len(micro_batches)):
+            is_equal = n_chunks % fewer == 0
+            assert not is_equal or n_chunks // fewer > batch_size
 
 
 def test_no_valuation_does_nothing():
