@@ -23,7 +23,8 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(scope="session")
 def python_data(tmp_path_factory):
-    """A prepared folder of real text: chunks of 32 bytes in the three domains that do not depend on which packages are installed."""
+    """A prepared folder of real text: chunks of 32 bytes in the three domains that do not depend
+    on which packages are installed."""
     from prepare_pile import Config, prepare
 
     path = tmp_path_factory.mktemp("data") / "python"

@@ -224,7 +224,7 @@ MALFORMED += ['{"crc32": "00000000"}', "\ufeff{}", "{}{}"]
 @pytest.mark.parametrize(
     "name", ["run/values.json", "run/config.json", "data/meta.json", "kept/keep.json"]
 )
-def test_json_that_is_none_of_ours_is_one_line(folders, undamaged, name):
+def test_foreign_json_is_refused_in_one_line(folders, undamaged, name):
     path = folders.work / name
     for i, content in enumerate(MALFORMED):
         folders.restore()
@@ -303,7 +303,7 @@ def read_checkpoint_by_all(folders, turn=slice(None)):
     return [(script, argv, run(script, argv)) for script, argv in chosen[turn]]
 
 
-def test_a_checkpoint_of_a_strangers_is_not_run(folders, tmp_path):
+def test_code_in_a_foreign_checkpoint_is_not_run(folders, tmp_path):
     """torch's own message says how to load it all the same; ours does not."""
     folders.restore()
     (folders.run / "ckpt-8.pt").unlink()
@@ -440,7 +440,7 @@ def test_chunks_to_train_on_are_checked(folders):
     assert len(data.open_dataset(folders.data, path).keep) == n
 
 
-def test_what_is_to_be_typed_comes_from_checked_options(folders):
+def test_a_line_to_type_is_built_from_checked_options_only(folders):
     """Not from a stranger's meta.json, which may say anything."""
     folders.restore()
     content = read_json(folders.data / "meta.json", "")

@@ -116,7 +116,7 @@ def test_a_revaluation_is_one_folder_below_its_run(python_data, tmp_path, name):
     assert {k: after.get(k) for k in before} == before
 
 
-def test_what_revalue_did_not_write_stays(python_data, tmp_path):
+def test_revalue_leaves_files_it_did_not_write(python_data, tmp_path):
     out = run(python_data, tmp_path / "run")
     thesis = out / "revalued" / "mine" / "thesis.tex"
     for file in (thesis, out / "revalued" / "walk.partial" / "notes.md"):
@@ -340,7 +340,7 @@ def test_damaged_rows_are_made_again(python_data, tmp_path, blocks_of_eight, cap
     assert whole_run(out) == before
 
 
-def test_what_follows_from_checkpoint_and_rows_is_made_again(python_data, tmp_path):
+def test_repair_makes_again_the_files_that_follow_from_checkpoint_and_rows(python_data, tmp_path):
     out = run(python_data, tmp_path / "run")
     before = whole_run(out)
     for name, at in (("values.npy", -3), ("values.json", 40), ("evaluations.jsonl", 30)):
@@ -394,7 +394,7 @@ def test_chunks_are_there_at_any_moment(python_data, tmp_path, monkeypatch):
     assert len(np.load(out / "chunks.npy")) == 40
 
 
-def test_a_targets_text_that_has_changed_is_refused(python_data, tmp_path):
+def test_a_target_whose_text_has_changed_is_refused(python_data, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("to be or not to be")
     out = run(python_data, tmp_path / "run", f"--targets=mine={text},val")

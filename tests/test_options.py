@@ -77,7 +77,7 @@ def test_numbers_and_devices_that_cannot_work_are_refused(python_data, tmp_path,
     ["--device=cuda", "--device=foo", "--seed=1e20", "--top_k=-1", "--temperature=nan"]
     + ["--temperature=1e-46", "--temperature=0", "--num_samples=-1", "--num_samples=0"],
 )
-def test_samples_options_are_checked(argument):
+def test_options_of_sample_are_checked(argument):
     if "cuda" in argument and torch.cuda.is_available():
         pytest.skip("here it works")
     outcome = run("sample.py", [argument])

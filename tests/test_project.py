@@ -127,11 +127,12 @@ def test_a_config_is_found_by_any_of_its_names(name, tmp_path, monkeypatch):
 
 
 def test_every_config_loads_and_opens_with_its_command():
-    for path in (ROOT / "configs").glob("*.py"):
+    paths = list((ROOT / "configs").glob("*.py"))
+    assert len(paths) >= 3
+    for path in paths:
         config.load(train.Config, [str(path)])
-        assert f"python train.py configs/{path.name}" in ast.get_docstring(
-            ast.parse(path.read_text())
-        )
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert f"python train.py configs/{path.name}" in docstring
 
 
 def test_a_json_config_from_a_run(tmp_path):
@@ -168,13 +169,33 @@ for script in sys.argv[1:]:
 """
 
 
+@dataclass
+class Commented:
+    # --- numbers
+    # how many steps there are,
+    # all in all
+    steps: int = 3
+    rate: float = 6e-4  # how fast
+    # --- words
+    name: str = "a"
+
+
+def test_help_shows_the_comments_behind_and_above_a_field():
+    lines = [line.split() for line in config.describe(Commented).splitlines()]
+    assert ["--steps=3", "how", "many", "steps", "there", "are,", "all", "in", "all"] in lines
+    assert ["--rate=0.0006", "how", "fast"] in lines
+    assert ["--name='a'"] in lines
+    assert ["numbers"] in lines
+
+
 @pytest.fixture(scope="module")
 def helps():
     """{script: what its --help prints}, all asked by one process, for torch takes seconds."""
     done = subprocess.run(
         [sys.executable, "-c", ASK_ALL, *SCRIPTS], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
     parts = re.split(r"^=== (\S+) 0$", done.stdout, flags=re.M)
     return dict(zip(parts[1::2], parts[0::2]))
 
@@ -184,13 +205,19 @@ def test_help_lists_every_key(helps):
     for script in SCRIPTS:
         shown = helps[script]
         tree = ast.parse((ROOT / script).read_text())
-        fields = next(
-            node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"
-        ).body
-        for field in fields:
+        (options,) = [node for node in tree.body if getattr(node, "name", "") == "Config"]
+        for field in options.body:
             if isinstance(field, ast.AnnAssign):
                 assert f"--{field.target.id}=" in shown, (script, field.target.id)
         assert f"python {script}" in shown
+
+
+WITH_AOT = """
+import functools, runpy, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize(
@@ -202,11 +229,10 @@ def test_help_lists_every_key(helps):
     ],
 )
 def test_benchmarks_end_with_one_line_of_json(command, rows):
-    """Compiled as far as graphs, by the backend aot_eager: inductor and a C++ compiler, which test_train.py uses, would take a minute more."""
+    """Compiled as far as graphs, by the backend aot_eager: inductor and a C++ compiler, which
+    test_train.py uses, would take a minute more."""
     argv = f"{ROOT}/bench/{command} --rounds=1 --device=cpu --dtype=float32".split(" ")
-    code = "import functools, runpy, sys, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager'); "
-    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WITH_AOT, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["torch"]
@@ -220,7 +246,7 @@ def ended(work, capsys):
     return stop.value.code, capsys.readouterr().err
 
 
-def test_what_a_user_can_mend_is_one_line(capsys):
+def test_an_error_a_user_can_mend_is_one_line(capsys):
     def users():
         raise UserError("no such domain\x1b[31m\nerror: forged")
 
@@ -238,7 +264,7 @@ def test_a_bug_keeps_its_traceback(bug):
         config.main(bug)
 
 
-def test_a_bugs_traceback_obeys_nothing(tmp_path):
+def test_a_traceback_shows_control_characters_and_obeys_none(tmp_path):
     code = "import config\ndef bug(): raise RuntimeError('\\x1b[31m')\nconfig.main(bug)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -246,7 +272,7 @@ def test_a_bugs_traceback_obeys_nothing(tmp_path):
     assert "\x1b" not in done.stderr
 
 
-def test_what_anybody_prints_obeys_nothing(capsys):
+def test_output_of_a_library_shows_control_characters_and_obeys_none(capsys):
     """A library's print, which knows nothing of our functions."""
 
     def library():
@@ -263,7 +289,7 @@ CURED = {errno.ENOSPC: "make room", errno.EACCES: "permissions", errno.EROFS: "w
 
 
 @pytest.mark.parametrize("number", CURED)
-def test_what_the_system_refuses_has_its_path_and_a_cure(tmp_path, capsys, number):
+def test_an_error_of_the_system_has_its_path_and_a_cure(tmp_path, capsys, number):
     """Also of a write, where the system's own error knows no path."""
 
     def full():
@@ -283,7 +309,7 @@ BROKEN |= {"a = 1\nraise KeyError(3)": "line 2: KeyError", "def f(): f()\nf()": 
 
 
 @pytest.mark.parametrize("script", [name for name in ENTRIES if name != "values.py"])
-def test_what_is_no_config_file_is_not_run(tmp_path, monkeypatch, script):
+def test_a_file_that_is_no_config_is_not_run(tmp_path, monkeypatch, script):
     """Data in its place is said to be data; a broken one is a line that says where."""
     monkeypatch.chdir(tmp_path)
     for name in ("my.txt", "my.jsonl", "my.PY", "my", "py", "my.parquet"):
@@ -309,14 +335,19 @@ def test_what_is_no_config_file_is_not_run(tmp_path, monkeypatch, script):
 
 
 def test_training_needs_none_of_the_optional_libraries():
-    """datasets, wandb, tiktoken and pyarrow are imported only where they are used: a GPU machine may lack them."""
-    code = "import sys, train, sample; print([m for m in 'datasets wandb tiktoken pyarrow scipy matplotlib'.split() if m in sys.modules])"
+    """datasets, wandb, tiktoken and pyarrow are imported only where they are used: a GPU machine
+    may lack them."""
+    code = "import sys, train, sample; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    imported = set(done.stdout.split())
+    assert "torch" in imported, done.stderr
+    optional = {"datasets", "wandb", "tiktoken", "pyarrow", "scipy", "matplotlib", "pandas"}
+    assert not imported & optional
 
 
-def test_the_faster_pattern_gives_gpt2s_own_tokens():
-    """Against tiktoken's own pattern, on text of every kind this installation has and on blanks, digits, quotes, other scripts."""
+def test_the_faster_pattern_gives_the_same_tokens_as_gpt2():
+    """Against tiktoken's own pattern, on text of every kind this installation has and on blanks,
+    digits, quotes, other scripts."""
     import tiktoken
     from tiktoken_ext import openai_public
 

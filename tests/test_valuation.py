@@ -1,4 +1,5 @@
-"""The values are what shapley/rules.py says they are: in float64 to 1e-10, in float32 to 1e-4, for all parameters at once."""
+"""The values are what shapley/rules.py says they are: in float64 to 1e-10, in float32 to 1e-4,
+for all parameters at once."""
 
 import itertools
 
@@ -10,13 +11,12 @@ from valued import settled
 
 from data import Target
 from model import GPT, GPTConfig
-from shapley import contract, exact, head, rules
-from shapley.directions import RULES as CLASSES
+from shapley import contract, directions, exact, head, rules
 from system.writer import Writer
 from valuation import NoValuation, Settings, Valuation
 
 T, B, VOCAB = 12, 4, 61
-RULES = list(CLASSES)
+RULES = list(directions.RULES)
 
 
 def relative(a, b):
@@ -24,7 +24,8 @@ def relative(a, b):
 
 
 def text(n, seed):
-    """Chunks as real text has them: a few words again and again, most words hardly ever, one in every chunk once."""
+    """Chunks as real text has them: a few words again and again, most words hardly ever, one in
+    every chunk once."""
     rng = np.random.default_rng(seed)
     rows = np.minimum(rng.zipf(1.5, (n, T + 1)) - 1, VOCAB - 5)
     rows[:, 5] = VOCAB - 4 + seed % 3
@@ -109,11 +110,11 @@ class Run:
         return *settled(self.valuation), truth
 
 
-FORMS = [
-    "running chunked",
-    "running whole",
-    "matmul whole",
-]  # of the contraction, and of the head with its cross-entropy
+# of the contraction, and of the head with its cross-entropy
+FORMS = ["running chunked", "running whole", "matmul whole"]
+
+
+CLIP_AND_MICRO_STEPS = [(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]  # step by step
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +128,8 @@ def auto_form():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("K", [1, 3])
 def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
-    """First step and later, clip off and on, tied and untied, bias on and off, 1, 2 and 4 micro-steps."""
+    """First step and later, clip off and on, tied and untied, bias on and off, 1, 2 and 4
+    micro-steps."""
     contract.FORM, head.FORM = form.split()
     if K == 1:
         kinds = [(True, False)]
@@ -136,13 +138,12 @@ def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
     else:  # all of the algebra, where it shows to 1e-10
         kinds = [*itertools.product([True, False], [True, False])]
     for i, (tie, bias) in enumerate(kinds):
-        (run_dir := tmp_path / str(i)).mkdir()
+        run_dir = tmp_path / str(i)
         run = Run(run_dir, dtype, rule, K, tie, bias)
-        for step, (clip, micro_steps) in enumerate(
-            [(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 4), (0.05, 1)]
-        ):
+        for step, (clip, micro_steps) in enumerate(CLIP_AND_MICRO_STEPS):
             for group in run.optimizer.param_groups if "adamw" in rule else []:
-                # the first step is g / (|g| + eps), by elements: in float32 the sign of one that is zero but for rounding is noise
+                # the first step is g / (|g| + eps): in float32 an element that is zero but for
+                # rounding has the sign of the noise
                 group["eps"] = 1e-3 if step == 0 and dtype == torch.float32 else 1e-8
             values, _, truth = run.step(step, clip=clip, micro_steps=micro_steps)
             assert relative(values, truth) < tolerance, (tie, bias, step)
@@ -150,10 +151,10 @@ def test_values_equal_the_definition(tmp_path, dtype, tolerance, form, rule, K):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
+def test_values_are_the_same_with_any_number_of_micro_batches(tmp_path, rule):
     runs = {}
     for micro_steps in (1, 2, 4):
-        (run_dir := tmp_path / str(micro_steps)).mkdir()
+        run_dir = tmp_path / str(micro_steps)
         run = Run(run_dir, torch.float64, rule)
         runs[micro_steps] = torch.cat(
             [run.step(s, clip=0.05, micro_steps=micro_steps)[0] for s in range(3)]
@@ -164,7 +165,7 @@ def test_values_do_not_depend_on_the_micro_batches(tmp_path, rule):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tie, bias", [*itertools.product([True, False], [True, False])])
-def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias):
+def test_a_ledger_changes_no_weight_gradient_and_no_loss(form, tie, bias):
     contract.FORM, head.FORM = form.split()
     torch.manual_seed(0)
     model = GPT(
@@ -187,7 +188,7 @@ def test_weight_gradients_and_losses_are_those_without_a_ledger(form, tie, bias)
     assert relative(model.chunk_loss, each.detach()) < 1e-14
 
 
-def test_the_chunked_head_refuses_a_word_that_is_none():
+def test_the_chunked_head_refuses_a_label_outside_the_vocabulary():
     x, w = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
     w.h = torch.randn(1, 5, 4)
     with pytest.raises(IndexError, match="out of bounds"):
@@ -196,13 +197,12 @@ def test_the_chunked_head_refuses_a_word_that_is_none():
         )
 
 
-def test_tiles_of_a_large_weight_add_up(monkeypatch):
-    """The running form works through a weight in tiles; their number does not show in the result."""
-    gy, x, h = (
-        torch.randn(3, 5, 37).double(),
-        torch.randn(3, 5, 11).double(),
-        torch.randn(2, 37, 11).double(),
-    )
+def test_the_running_form_gives_the_same_in_any_number_of_tiles(monkeypatch):
+    """The running form works through a weight in tiles; their number does not show in the
+    result."""
+    gy = torch.randn(3, 5, 37).double()
+    x = torch.randn(3, 5, 11).double()
+    h = torch.randn(2, 37, 11).double()
     monkeypatch.setattr(contract, "TILE", 50)
     gw, values = contract.weight_grad(gy, x, h, "running")
     truth = torch.einsum("bto,bti->boi", gy, x)
@@ -214,7 +214,8 @@ def test_tiles_of_a_large_weight_add_up(monkeypatch):
 
 
 def test_sgd_values_sum_to_the_first_order_drop(tmp_path):
-    """Under plain SGD the values of a small step add up to what the target's loss fell by: the sign is the documented one."""
+    """Under plain SGD the values of a small step add up to what the target's loss fell by: the
+    sign is the documented one."""
     run = Run(tmp_path, torch.float64, "sgd", optimizer="sgd")
     batch = tuple(map(torch.from_numpy, run.targets[0].batch(np.arange(3))))
     before = float(run.model(*batch)[1].detach())
@@ -224,7 +225,7 @@ def test_sgd_values_sum_to_the_first_order_drop(tmp_path):
     assert float(values.sum()) == pytest.approx(drop, rel=1e-3)
 
 
-def test_adamw_values_of_the_first_step_are_of_the_size_of_the_step(tmp_path):
+def test_adamw_linear_values_of_the_first_step_are_as_large_as_its_drop(tmp_path):
     """At t = 1 there is no second moment; the values must still be nats, not 1 / eps."""
     run = Run(tmp_path, torch.float64, "adamw_linear")
     batch = tuple(map(torch.from_numpy, run.targets[0].batch(np.arange(3))))
@@ -234,8 +235,9 @@ def test_adamw_values_of_the_first_step_are_of_the_size_of_the_step(tmp_path):
     assert 0.5 * drop < float(values.sum()) < 2 * drop
 
 
-def test_second_moment_floor_bounds_rare_rows(tmp_path):
-    """A word that no batch held until now has v = 0: without the floor its values would be about 1 / eps times too large."""
+def test_the_floor_under_v_bounds_the_directions_of_rare_rows(tmp_path):
+    """A word that no batch held until now has v = 0: without the floor its values would be about
+    1 / eps times too large."""
     run = Run(tmp_path, torch.float64, "adamw_linear")
     for step in range(3):
         run.step(step)
@@ -247,18 +249,17 @@ def test_second_moment_floor_bounds_rare_rows(tmp_path):
     assert float(wte.h[0, 7].abs().max()) < 1 / (0.5 * floor) ** 0.5
 
 
-def test_micro_batched_targets_have_the_gradient_of_the_whole(tmp_path):
+def test_a_target_in_slices_has_the_gradient_of_the_whole_target(tmp_path):
     """Slices of a target count by their tokens, padding left out."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
     whole = Run(tmp_path / "a", torch.float64, "sgd", K=2).step(0)[0]
     sliced = Run(tmp_path / "b", torch.float64, "sgd", K=2, micro_batch=2).step(0)[0]
     assert relative(sliced, whole) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_values_stay_close(tmp_path, form):
-    """Under autocast the operands have 8 bits; the values keep the float64 truth to a few per cent, in both forms."""
+def test_values_under_autocast_stay_close_to_float64(tmp_path, form):
+    """Under autocast the operands have 8 bits; the values keep the float64 truth to a few per
+    cent, in both forms."""
     contract.FORM, head.FORM = form.split()
     run = Run(tmp_path, torch.float32, autocast=True)
     for step in range(3):
@@ -279,19 +280,23 @@ def target_losses(run):
     return [exact.batch_loss(*map(torch.from_numpy, t.batch(np.arange(3)))) for t in run.targets]
 
 
-def test_sgd2_is_the_second_order_value_with_an_explicit_hessian(tmp_path):
-    """lr <x_i, g_k> - lr^2 / 2 <x_i, H_k g> (Wang et al., their second order), to O(lr^3): halving lr divides the difference by 8."""
+def test_sgd2_equals_the_second_order_value_with_an_explicit_hessian(tmp_path):
+    """lr <x_i, g_k> - lr^2 / 2 <x_i, H_k g> (Wang et al., their second order), to O(lr^3):
+    halving lr divides the difference by 8."""
     errors = []
     for i, lr in enumerate((0.2, 0.1, 0.05)):
-        (run_dir := tmp_path / str(i)).mkdir()
+        run_dir = tmp_path / str(i)
         run = Run(run_dir, torch.float64, "sgd2", optimizer="sgd")
         X, Y = tokens(run, 0)
-        x, (loss,) = exact.chunk_gradients(run.model, X, Y), target_losses(run)
-        g, g_k = [sum(parts) for parts in zip(*x)], exact.gradient(run.model, loss)
+        x = exact.chunk_gradients(run.model, X, Y)
+        (loss,) = target_losses(run)
+        g = [sum(parts) for parts in zip(*x)]
+        g_k = exact.gradient(run.model, loss)
         hessian_g = rules.hvp(run.model, loss, g)
-        truth = torch.stack(
-            [lr * exact.dot(x_i, g_k) - lr**2 / 2 * exact.dot(x_i, hessian_g) for x_i in x]
-        )
+        truth = []
+        for x_i in x:
+            truth.append(lr * exact.dot(x_i, g_k) - lr**2 / 2 * exact.dot(x_i, hessian_g))
+        truth = torch.stack(truth)
         values, _, _ = run.step(0, lr=lr)
         errors.append(float((values[:, 0] - truth).norm()))
     assert 6.5 < errors[0] / errors[1] < 9.5
@@ -300,12 +305,15 @@ def test_sgd2_is_the_second_order_value_with_an_explicit_hessian(tmp_path):
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("steps", [0, 5])
-def test_adamw2_values_sum_to_what_the_step_does_along_the_gradient(tmp_path, clip, steps):
-    """sum_i value_i = lr <g_k(w_mid), D(kappa g) - D(0)>, from the weights before and after the real step. First step: m = v = 0."""
-    run, lr = Run(tmp_path, torch.float64, "adamw2"), 1e-2
+def test_adamw2_values_sum_to_the_drop_along_the_gradient_in_the_middle(tmp_path, clip, steps):
+    """sum_i value_i = lr <g_k(w_mid), D(kappa g) - D(0)>, from the weights before and after the
+    real step. First step: m = v = 0."""
+    lr = 1e-2
+    run = Run(tmp_path, torch.float64, "adamw2")
     for step in range(steps):
         run.step(step)
-    params, (loss,) = list(run.model.parameters()), target_losses(run)
+    params = list(run.model.parameters())
+    (loss,) = target_losses(run)
     # where nobody's step lands: the optimizer on a zero gradient
     nobody = exact.Step(
         run.model,
@@ -327,8 +335,9 @@ def test_adamw2_values_sum_to_what_the_step_does_along_the_gradient(tmp_path, cl
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw2"])
 @pytest.mark.parametrize("clip", [0.0, 1e-4])
-def test_degenerate_first_steps_are_finite_and_right(tmp_path, rule, clip):
-    """v = 0, kappa = 1 and far below 1, an untied embedding with rows that no chunk read (g = 0), biases without decay."""
+def test_first_steps_with_unread_rows_are_finite_and_equal_the_definition(tmp_path, rule, clip):
+    """v = 0, kappa = 1 and far below 1, an untied embedding with rows that no chunk read (g =
+    0), biases without decay."""
     run = Run(tmp_path, torch.float64, rule, K=3, tie=False, bias=True)
     values, _, truth = run.step(0, clip=clip)
     assert torch.isfinite(values).all()
@@ -340,25 +349,24 @@ def test_degenerate_first_steps_are_finite_and_right(tmp_path, rule, clip):
     assert unread.any()
     assert torch.isfinite(wte.h).all()
     state = run.optimizer.state[wte]
-    assert (
-        state["exp_avg_sq"][unread] == 0
-    ).all()  # and again with m = v = 0 in an optimizer that has moved
+    # and again with m = v = 0 in an optimizer that has moved
+    assert (state["exp_avg_sq"][unread] == 0).all()
     values, _, truth = run.step(1, clip=clip)
     assert torch.isfinite(values).all()
     assert relative(values, truth) < 1e-10
-    groups = {
-        p: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]
-    }
-    assert {groups[p] for p in run.model.parameters()} == {0.0, 0.1}
+    assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.0, 0.1}
+    assert all(group["params"] for group in run.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
-    """The game of the real step, by all 2^4 subsets, after a warm-up of 20 steps; the clip acts on all of the steps judged."""
+    """The game of the real step, by all 2^4 subsets, after a warm-up of 20 steps; the clip acts
+    on all of the steps judged."""
     agreements, kappas = {}, []
     for rule in ("sgd", "adamw", "adamw2"):
-        (run_dir := tmp_path / rule).mkdir()
-        run, agreements[rule] = Run(run_dir, torch.float64, rule), []
+        run_dir = tmp_path / rule
+        run = Run(run_dir, torch.float64, rule)
+        agreements[rule] = []
         for step in range(26):
             X, Y = tokens(run, step)
             if step >= 20:
@@ -366,40 +374,42 @@ def test_adamw2_is_close_to_exact_shapley_and_sgd_is_not(tmp_path, clip):
                 kappas.append(rules.clip_coefficient([sum(parts) for parts in zip(*x)], clip))
                 for group in run.optimizer.param_groups:
                     group["lr"] = 1e-3
-                truth = exact.shapley(
-                    exact.Step(run.model, run.optimizer, x, target_losses(run), clip), B
-                )[:, 0]
+                game = exact.Step(run.model, run.optimizer, x, target_losses(run), clip)
+                truth = exact.shapley(game, B)[:, 0]
             values, _, _ = run.step(step, lr=1e-3, clip=clip)
             if step >= 20:
                 agreements[rule].append(exact.agreement(values[:, 0].numpy(), truth))
-    l2 = {rule: np.median([a["rel_l2"] for a in of]) for rule, of in agreements.items()}
+    l2 = {}
+    for rule, figures in agreements.items():
+        l2[rule] = np.median([figure["rel_l2"] for figure in figures])
     assert np.mean([a["pearson"] for a in agreements["adamw2"]]) > 0.999
     assert l2["adamw2"] < 0.1
     assert l2["adamw2"] < l2["adamw"] < l2["sgd"]
     assert (max(kappas) < 0.8) == bool(clip)
 
 
-def test_the_books_close(tmp_path):
-    """before - after = data + momentum + decay up to third order, and momentum and decay are what the real optimizer does alone."""
+def test_the_residual_of_the_books_is_of_third_order(tmp_path):
+    """before - after = data + momentum + decay up to third order, and momentum and decay are
+    what the real optimizer does alone."""
     residuals = []
     for i, lr in enumerate((4e-3, 2e-3)):
-        (run_dir := tmp_path / str(i)).mkdir()
+        run_dir = tmp_path / str(i)
         run = Run(run_dir, torch.float64, "adamw2", K=3)
         for step in range(4):
             run.step(step, lr=1e-3)
         run.step(4, lr=lr)
-        book, values = run.valuation.pending[-1].book, settled(run.valuation)[0]
-        residuals.append(
-            (book["before"] - book["after"] - values.sum(0) - book["momentum"] - book["decay"])
-            .abs()
-            .max()
-        )
-        assert (book["before"] - book["after"]).abs().min() > 20 * residuals[-1]
+        book = run.valuation.pending[-1].book
+        values, _ = settled(run.valuation)
+        drop = book["before"] - book["after"]
+        residual = (drop - values.sum(0) - book["momentum"] - book["decay"]).abs().max()
+        assert drop.abs().min() > 20 * residual
+        residuals.append(residual)
     assert residuals[0] / residuals[1] > 5
 
 
 class WaitsForNothing(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU, on any device: reading a number, or a shape that depends on numbers."""
+    """Refuses what makes the host wait for a GPU, on any device: reading a number, or a shape
+    that depends on numbers."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -418,18 +428,15 @@ class WaitsForNothing(TorchDispatchMode):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
-    """From open to close, measured steps too: values, losses and books are read in flush."""
+    """Nor does a measured step: values, losses and books are read in flush."""
     run = Run(tmp_path, torch.float32, rule, K=2)
     for step in range(3):
         X, Y = tokens(run, step)
         with WaitsForNothing():
             run.valuation.begin_step(step, 1e-2, torch.cat([X, Y[:, -1:]], 1).numpy())
             for ids in np.split(np.arange(B), 2 if step == 1 else 1):
-                (
-                    run.loss(X[ids], Y[ids], run.valuation.new_ledger(ids, X[ids], Y[ids]))
-                    * len(ids)
-                    / B
-                ).backward()
+                ledger = run.valuation.new_ledger(ids, X[ids], Y[ids])
+                (run.loss(X[ids], Y[ids], ledger) * len(ids) / B).backward()
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.05)
             run.valuation.before_update((0.05 / (norm + 1e-6)).clamp(max=1.0))
         run.optimizer.step()
@@ -440,12 +447,13 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, rule):
             run.valuation.flush()
 
 
-def test_two_pass_rules_leave_the_backward_alone(tmp_path):
-    """With a tape the ops are PyTorch's own: the weights of a two-pass run are those of a run without valuation, to the bit
-    (but for the chunked head, which adds up in another order: test_weight_gradients_... bounds that)."""
-    head.FORM, weights = "whole", []
+def test_two_pass_rules_train_the_same_weights_as_no_valuation(tmp_path):
+    """To the bit, for with a tape the ops are PyTorch's own. (The chunked head adds up in another
+    order: test_a_ledger_changes_no_weight_gradient_and_no_loss bounds that.)"""
+    head.FORM = "whole"
+    weights = []
     for rule in ("off", "adamw2", "sgd2"):
-        (run_dir := tmp_path / rule).mkdir()
+        run_dir = tmp_path / rule
         run = Run(run_dir, torch.float32, rule)
         for step in range(3):
             X, Y = tokens(run, step)

@@ -1,4 +1,5 @@
-"""shapley/wrap.py: the values of models that know nothing of the ledger are those of the rules' definitions, in float64 to 1e-10."""
+"""shapley/wrap.py: the values of models that know nothing of the ledger are those of the rules'
+definitions, in float64 to 1e-10."""
 
 import copy
 import functools
@@ -21,16 +22,15 @@ B, CLASSES = 5, 4
 
 
 class Reader(nn.Module):
-    """Embeddings of words and places, a LayerNorm, a layer used twice, and a head tied to the words."""
+    """Embeddings of words and places, a LayerNorm, a layer used twice, and a head tied to the
+    words."""
 
     def __init__(self, bias=True):
         super().__init__()
-        self.word, self.place, self.norm, self.twice = (
-            nn.Embedding(9, 6),
-            nn.Embedding(7, 6),
-            nn.LayerNorm(6),
-            nn.Linear(6, 6, bias=bias),
-        )
+        self.word = nn.Embedding(9, 6)
+        self.place = nn.Embedding(7, 6)
+        self.norm = nn.LayerNorm(6)
+        self.twice = nn.Linear(6, 6, bias=bias)
 
     def forward(self, X):
         x = self.norm(self.word(X) + self.place(torch.arange(X.shape[1]).expand(X.shape)))
@@ -64,12 +64,28 @@ def images(n, seed):
     return torch.randn(n, 2, 7, 7, generator=torch.Generator().manual_seed(seed)).double()
 
 
-MODELS = {
-    "mlp": (mlp, lambda n, seed: torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)).double()),
-    "mlp of tokens": (lambda bias: nn.Sequential(mlp(bias), nn.Flatten(), nn.Linear(12, CLASSES)), lambda n, seed: images(n, seed)[:, 0, :3, :6]),
-    "reader": (Reader, lambda n, seed: torch.randint(9, (n, 7), generator=torch.Generator().manual_seed(seed))),
+def mlp_of_tokens(bias=True):
+    return nn.Sequential(mlp(bias), nn.Flatten(), nn.Linear(12, CLASSES))
+
+
+def vectors(n, seed):
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def three_vectors(n, seed):
+    return images(n, seed)[:, 0, :3, :6]
+
+
+def words(n, seed):
+    return torch.randint(9, (n, 7), generator=torch.Generator().manual_seed(seed))
+
+
+MODELS = {  # name: its class, and what draws its inputs
+    "mlp": (mlp, vectors),
+    "mlp of tokens": (mlp_of_tokens, three_vectors),
+    "reader": (Reader, words),
     "cnn": (cnn, images),
-}  # fmt: skip
+}
 
 
 def labels(n, seed, loss):
@@ -107,7 +123,7 @@ def auto_form():
 @pytest.mark.parametrize(
     "K, bias, form", [(1, True, "running"), (3, False, "matmul"), (3, True, "tape")]
 )
-def test_values_are_each_examples_gradient_along_the_direction(name, loss, K, bias, form):
+def test_a_value_is_the_gradient_of_its_example_along_the_direction(name, loss, K, bias, form):
     net, X, Y = build(name, loss, bias), MODELS[name][1](B, 1), labels(B, 2, loss)
     plain, mean = net(X, Y)
     assert torch.equal(plain, net.model(X))
@@ -142,8 +158,9 @@ def test_values_are_each_examples_gradient_along_the_direction(name, loss, K, bi
     )
 
 
-def test_labels_that_are_none_do_not_count():
-    """-1 among integers, NaN among floats; an example's loss is the mean over its own, and one without any counts for nothing."""
+def test_missing_labels_do_not_count():
+    """-1 among integers, NaN among floats; an example's loss is the mean over its own, and one
+    without any counts for nothing."""
     torch.manual_seed(0)
     X, Y = torch.randn(3, 6).double(), torch.randn(3, CLASSES).double()
     Y[0, 1:] = np.nan
@@ -165,7 +182,7 @@ def test_labels_that_are_none_do_not_count():
     assert all(torch.isfinite(p.grad).all() for p in net.model.parameters() if p.grad is not None)
 
 
-def test_a_net_is_copied_saved_and_left_as_it_was():
+def test_a_wrapped_model_is_copied_and_saved_and_stays_as_it_was():
     net, X, Y = build("cnn"), MODELS["cnn"][1](B, 1), labels(B, 2, F.cross_entropy)
     model, keys = net.model, list(net.model.state_dict())
     for p in net.parameters():
@@ -241,8 +258,9 @@ def target_loss(target):
     "name, loss, K",
     [("mlp", F.mse_loss, 3), ("reader", F.cross_entropy, 1), ("cnn", F.cross_entropy, 1)],
 )
-def test_a_runs_values_equal_the_rules_definitions(name, loss, K, rule):
-    """First steps and later, clipping off and on, one micro-batch and two, the target at once and in slices."""
+def test_values_of_a_run_equal_the_definitions_of_the_rules(name, loss, K, rule):
+    """First steps and later, clipping off and on, one micro-batch and two, the target at once
+    and in slices."""
     net = build(name, loss)
     optimizer, targets, valuation = account(
         net, loss, name, rule, K, micro_batch=4 * (name == "mlp")
@@ -270,7 +288,8 @@ def test_a_runs_values_equal_the_rules_definitions(name, loss, K, rule):
 
 @pytest.mark.parametrize("name, loss", [("cnn", F.cross_entropy), ("mlp", F.mse_loss)])
 def test_adamw2_is_close_to_the_exact_shapley_values(tmp_path, name, loss):
-    """Of the step AdamW took, by all subsets; the audit finds the same truth, and the files hold the values."""
+    """Of the step AdamW took, by all subsets; the audit finds the same truth, and the files hold
+    the values."""
     net = build(name, loss)
     optimizer, targets, valuation = account(
         net, loss, name, "adamw2", run=tmp_path, audit_interval=12
@@ -297,8 +316,9 @@ def test_adamw2_is_close_to_the_exact_shapley_values(tmp_path, name, loss):
 
 
 @pytest.mark.parametrize("name, loss", [("mlp", F.mse_loss), ("mlp", F.cross_entropy)])
-def test_with_dropout_an_examples_gradient_is_that_of_the_steps_own_masks(name, loss):
-    """gradient_of, which audits and momentum by domain rest on: the others' labels are struck out, whole rows or single numbers."""
+def test_the_audit_replays_the_dropout_masks_of_the_step(name, loss):
+    """gradient_of, which audits and momentum by domain rest on: the others' labels are struck
+    out, whole rows or single numbers."""
     net = build(name, loss)
     net.model = nn.Sequential(net.model[:3], nn.Dropout(0.5), net.model[3])
     _, _, valuation = account(net, loss, name, "adamw2")
@@ -328,33 +348,70 @@ def frozen(layer):
     return layer
 
 
-WORDS, ROWS, IMAGES = (
-    torch.zeros(B, B, dtype=torch.int64),
-    torch.randn(B, B),
-    torch.randn(B, 2, 4, 4),
-)
-REFUSED = {
-    "1.weight, 1.bias.*mixes examples: take nn.LayerNorm": (nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3)), ROWS),
+WORDS = torch.zeros(B, B, dtype=torch.int64)
+ROWS = torch.randn(B, B)
+IMAGES = torch.randn(B, 2, 4, 4)
+SEQUENCES = torch.randn(B, 3, 4)
+
+
+def attend(model, X):
+    return model.attention(X, X, X)[0]
+
+
+def recur(model, X):
+    return model.lstm(X)[0]
+
+
+def multiply(model, X):
+    return X * model.scale
+
+
+def transpose(model, X):
+    return X @ model.layer.weight.T
+
+
+def share_positions(model, X):
+    return X @ model.place(torch.arange(B))
+
+
+def share_a_grid(model, X):
+    return model.grid(torch.ones(3, 2)).sum() * X
+
+
+REFUSED = {  # the message: a model that gets it, and inputs
+    "1.weight, 1.bias.*mixes examples: take nn.LayerNorm": (
+        nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3)),
+        ROWS,
+    ),
     "batch norm .*mixes": (nn.Sequential(nn.Linear(B, 3), nn.BatchNorm1d(3, affine=False)), ROWS),
     "^weight: nn.Conv2d with groups": (nn.Conv2d(2, 4, 2, groups=2), IMAGES),
     "0.weight: nn.LayerNorm over several": (nn.Sequential(nn.LayerNorm([2, 4, 4])), IMAGES),
     "weight: nn.Embedding with padding_idx": (nn.Embedding(3, 4, padding_idx=0), WORDS),
     "with padding_idx, max_norm": (nn.Embedding(3, 4, max_norm=1.0), WORDS),
     "max_norm, scale_grad_by_freq or sparse": (nn.Embedding(3, 4, sparse=True), WORDS),
-    "in_proj_weight meets multi_head_attention": (With(lambda m, X: m.a(X, X, X)[0], a=nn.MultiheadAttention(4, 2)), torch.randn(B, 3, 4)),
-    "lstm.weight_ih_l0 meets lstm": (With(lambda m, X: m.lstm(X)[0], lstm=nn.LSTM(4, 2)), torch.randn(B, 3, 4)),
-    "scale meets mul": (With(lambda m, X: X * m.scale, scale=nn.Parameter(torch.ones(B))), ROWS),
-    "layer.weight meets __get__": (With(lambda m, X: X @ m.layer.weight.T, layer=nn.Linear(B, 3)), ROWS),
-    "0.bias: the rest of its layer is frozen": (nn.Sequential(frozen(nn.Linear(B, 3)), nn.Linear(3, 2)), ROWS),
-    "place.weight: its indices .*expand": (With(lambda m, X: X @ m.place(torch.arange(B)), place=nn.Embedding(B, B)), ROWS),
-    r"grid.weight meets a tensor \(3, 2\) in a batch of 5": (With(lambda m, X: m.grid(torch.ones(3, 2)).sum() * X, grid=nn.Linear(2, 4)), ROWS),
-    "^weight: nn.Conv2d of one image": (nn.Conv2d(B, 4, 2), torch.randn(B, 4, 4)),
-}  # fmt: skip
+    "in_proj_weight meets multi_head_attention": (
+        With(attend, attention=nn.MultiheadAttention(4, 2)),
+        SEQUENCES,
+    ),
+    "lstm.weight_ih_l0 meets lstm": (With(recur, lstm=nn.LSTM(4, 2)), SEQUENCES),
+    "scale meets mul": (With(multiply, scale=nn.Parameter(torch.ones(B))), ROWS),
+    "layer.weight meets __get__": (With(transpose, layer=nn.Linear(B, 3)), ROWS),
+    "0.bias: the rest of its layer is frozen": (
+        nn.Sequential(frozen(nn.Linear(B, 3)), nn.Linear(3, 2)),
+        ROWS,
+    ),
+    "place.weight: its indices .*expand": (With(share_positions, place=nn.Embedding(B, B)), ROWS),
+    r"grid.weight meets a tensor \(3, 2\) in a batch of 5": (
+        With(share_a_grid, grid=nn.Linear(2, 4)),
+        ROWS,
+    ),
+    "^weight: nn.Conv2d of one image": (nn.Conv2d(B, 4, 2), SEQUENCES[:, :1].expand(B, 4, 4)),
+}
 
 
 @pytest.mark.parametrize("message", REFUSED)
 @pytest.mark.parametrize("tape", [False, True])
-def test_what_would_give_wrong_values_is_refused(message, tape):
+def test_a_model_with_parts_that_give_no_values_is_refused(message, tape):
     model, X = REFUSED[message]
     net = Net(model, lambda outputs, Y, reduction: outputs.flatten(1).mean(1))
     for p in net.parameters():
@@ -396,7 +453,7 @@ def test_an_unused_parameter_is_named():
         valuation.begin_step(0, 1e-3)
 
 
-def test_the_example_runs(tmp_path, capsys):
+def test_any_model_runs_and_says_what_it_found(tmp_path, capsys):
     any_model.main(any_model.Config(steps=4, out=str(tmp_path)))
     said = capsys.readouterr().out
     assert "lowest: " in said
@@ -412,8 +469,11 @@ def test_a_step_of_another_size_than_the_batch_is_refused(tmp_path, size, exampl
     Y = (X[:, 0] > 0).astype(int)
     net = Net(nn.Linear(3, 2), F.cross_entropy)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+
+    def loss(*batch):
+        return net(*batch)[1]
+
     for rule in ("sgd", "adamw2"):
-        loss = lambda *batch: net(*batch)[1]
         settings = Settings(rule=rule, batch=4)
         valuation = Valuation(net, optimizer, loss, [Examples("t", X, Y)], settings)
         x, y = torch.from_numpy(X), torch.from_numpy(Y)
