@@ -3,6 +3,7 @@ else's hand was at its folder."""
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -178,30 +179,53 @@ def test_a_copied_run_goes_on_by_itself(python_data, tmp_path):
 # --- the run before, until the first commit ----------------------------------------------
 
 
-def test_a_start_that_comes_to_nothing_leaves_the_run_before(python_data, tmp_path, monkeypatch):
-    """It is refused, or ends before its first commit: whatever the old run was is there again."""
-    out = run(python_data, tmp_path / "run")
+DIVERGING = ["--optimizer=sgd", "--rule=sgd", "--learning_rate=1e30", "--grad_clip=0"]
+DIVERGING += ["--decay_lr=False"]
+FAILING = [
+    (["--wandb_log"], "pip install wandb"),
+    (["--data_dir=nowhere"], "no prepared data"),
+    (["--targets=val:Nothing"], "no domain"),
+    (DIVERGING, "not finite"),
+]
+
+
+def without_wandb(monkeypatch):
+    """As on a machine where the package is not installed."""
+    find_spec = importlib.util.find_spec
+
+    def find(name, *package):
+        return None if name == "wandb" else find_spec(name, *package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+
+@pytest.fixture(scope="module")
+def revalued_run(python_data, tmp_path_factory):
+    out = run(python_data, tmp_path_factory.mktemp("old") / "run")
     revalue.revalue(revalue.Config(run=str(out), name="walk", end=1))
-    before = whole_run(out)
-    diverging = ["--optimizer=sgd", "--rule=sgd", "--learning_rate=1e30", "--grad_clip=0"]
-    diverging += ["--decay_lr=False"]
-    find_spec = train.check_system.__globals__["importlib"].util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda n: None if n == "wandb" else find_spec(n)
-    )
-    for more, answer in (
-        (["--wandb_log"], "pip install wandb"),
-        (["--data_dir=nowhere"], "no prepared data"),
-        (["--targets=val:Nothing"], "no domain"),
-        (diverging, "not finite"),
-    ):
-        with pytest.raises(UserError, match=answer):
-            run(python_data, out, "--overwrite", *more)
-        assert whole_run(out) == before, more
-    assert [p.name for p in out.iterdir() if p.is_dir()] == ["revalued"]
+    return out
+
+
+@pytest.mark.parametrize("options, answer", FAILING)
+def test_a_refused_or_failing_overwrite_leaves_the_old_run_as_it_was(
+    python_data, revalued_run, tmp_path, monkeypatch, options, answer
+):
+    out = Path(shutil.copytree(revalued_run, tmp_path / "run"))
+    old = whole_run(out)
+    without_wandb(monkeypatch)
+    with pytest.raises(UserError, match=answer):
+        run(python_data, out, "--overwrite", *options)
+    assert whole_run(out) == old
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["revalued"]
+
+
+def test_an_overwrite_replaces_the_old_run_and_its_revaluations(
+    python_data, revalued_run, tmp_path
+):
+    out = Path(shutil.copytree(revalued_run, tmp_path / "run"))
     run(python_data, out, "--overwrite", "--seed=5", "--max_iters=4")
     assert len(store.read(out)) == 16
-    assert not (out / "revalued" / "walk").exists()  # it was of the run before
+    assert not (out / "revalued" / "walk").exists()
     assert not (out / "before").exists()
 
 

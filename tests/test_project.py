@@ -212,6 +212,19 @@ def test_help_lists_every_key(helps):
         assert f"python {script}" in shown
 
 
+@pytest.mark.parametrize("script", ["train.py", "prepare_pile.py", "curate.py", "revalue.py"])
+def test_help_shows_the_comment_of_every_option(helps, script):
+    """An option whose definition is wrapped over several lines would lose it."""
+    source = (ROOT / script).read_text().partition("class Config:")[2].partition("    def ")[0]
+    fields = re.findall(r"^    \w+: [^#\n]*?(?:  # (.*))?$", source, flags=re.M)
+    assert len(fields) == len(re.findall(r"^    \w+: ", source, flags=re.M))
+    comments = [comment for comment in fields if comment]
+    comments += re.findall(r"^    # (?!---)(.*)$", source, flags=re.M)
+    assert len(comments) >= 8
+    for comment in comments:
+        assert comment in helps[script]
+
+
 WITH_AOT = """
 import functools, runpy, sys, torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
