@@ -611,7 +611,8 @@ def end_table(cfg, writer, data, names):
     """The lines that say what was found: values by domain, the books, the audit."""
     books = store.read(writer.run, "books")
     audits = store.read(writer.run, "audit") if cfg.audit_interval else []
-    domains = tables.domains(writer.total, writer.used, data, names)
+    visits = store.read(writer.run)
+    domains = tables.domains(writer.total, writer.used, visits, cfg.batch, data, names)
     return [*domains, *tables.account(books, audits, names)]
 
 

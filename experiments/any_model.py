@@ -120,7 +120,7 @@ def main(cfg):
         valuation.end_step()
     valuation.commit()  # in a long run, now and then
 
-    show(np.load(out / "values.npy"), wrong)
+    show(np.load(out / "values.npy")[:, 0], wrong)
     print("\n".join(tables.account(np.load(out / "books.npy"), [], [target.name])))
 
 

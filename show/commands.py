@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 
 from show import tables
+from show.findings import micro
 from show.tables import fit
 from system import terminal
 from system.errors import UserError
@@ -253,11 +254,6 @@ def aligned(head, widths, line):
     for name, width, cell in zip(head, widths, line):
         cells.append(fit(cell, width, right=name not in LEFT))
     return "  ".join(cells).rstrip()
-
-
-def micro(x):
-    """In millionths."""
-    return scaled(x, 1e6)
 
 
 def nano(x):

@@ -254,9 +254,11 @@ def read_arrays(path, info):
         what = f"ledger.npy has {len(visits)} visits, books.npy {len(books)} steps"
         raise UserError(f"{path}/values.json is damaged ({what}): {cure}")
     values = load_array(path / "values.npy", cure, np.float32)
-    if values.ndim != (2 if K > 1 else 1) or (K > 1 and values.shape[1] != K):
+    n_chunks = len(values)
+    # an earlier version wrote (n_chunks,) for one target
+    if values.shape not in ((n_chunks, K), (n_chunks,)) or values.size != n_chunks * K:
         raise UserError(f"{path}/values.npy does not fit values.json, {values.shape}: {cure}")
-    values = values.reshape(-1, K)
+    values = values.reshape(n_chunks, K)
     if crc32(path / "values.npy") != files["values.npy"]:
         if len(store.read(path)) == len(visits):
             raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")

@@ -9,44 +9,57 @@ import numpy as np
 
 from pile.domains import LONGEST
 from pile.files import explain_left_out
+from show import findings
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import visible
 
 
-def domains(total, used, data, names):
-    """The lines of a run's table of values. For each domain: the chunks used, and for each target
-    their mean and median value and the share of negative ones.
+def domains(total, used, visits, batch, data, names):
+    """The lines that say what a run found: for each target a table of the domains by the median
+    value of their chunks, what to beware of, and the finding in a sentence.
 
-    The median is what a single step with a gradient far above its history cannot move.
-
-    total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,). names: the targets.
+    total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,). visits: the records of
+    ledger.npy, batch of them a step. names: of the targets.
     """
     chunks = np.flatnonzero(used)
-    values = total[chunks]
     domain = data.train.domain[chunks]
-    present = np.unique(domain)
-    present = sorted(present, key=lambda d: -np.median(values[domain == d, 0]))
-    head = "".join("  " + fit(name, 26, right=True) for name in names)
-    columns = f"{'mean':>12}{'median':>10}{'< 0':>6}" * len(names)
-    lines = [
-        "",
-        "Values of the chunks used, in 1e-6 nats (positive: it lowered the target's loss), "
-        "and share of negative ones",
-        " " * 32 + head,
-        f"{'domain':24}{'chunks':>8}{columns}",
-    ]
-    for d in present:
-        lines.append(domain_line(data.domains[d], values[domain == d]))
-    lines.append(domain_line("all", values))
+    sizes, _ = findings.over_steps([visits], batch, data.train.domain, len(data.domains))
+    first_step = int(visits["step"][0])
+
+    def domain_of(chunk):
+        return data.domains[data.train.domain[chunk]]
+
+    lines = ["", f"Values of the chunks used, in {findings.UNIT} (positive: it lowered the loss)"]
+    sentences = []
+    for k, name in enumerate(names):
+        values = total[chunks, k]
+        rows = findings.by_domain(values, domain)
+        lines += domain_table(name, rows, values, data.domains)
+        lines += findings.cautions(name, values, chunks, domain_of, sizes[k], first_step)
+        sentences.append(findings.found(name, rows, data.domains))
+    return [*lines, "", *sentences]
+
+
+def domain_table(target, rows, values, domain_names):
+    """rows: of findings.by_domain(). values (n,): of all domains, nats."""
+    head = f"{'chunks':>8}{'median':>12}{'+-':>10}{'< 0':>6}{'mean':>14}"
+    lines = ["", f"for {fit(target, 60).rstrip()}:", f"{'domain':24}{head}"]
+    for row in rows:
+        lines.append(domain_line(domain_names[row.domain], row))
+    everything = findings.of_domain(-1, values, np.arange(len(values)))
+    lines.append(domain_line("all", everything))
+    if any(row.is_lopsided for row in [*rows, everything]):
+        lines.append("*: one chunk holds over a tenth of the size of these values; see the median")
+    if any(row.is_few for row in rows):
+        lines.append(f"-: fewer than {findings.FEW} chunks, too few to say how sure the median is")
     return lines
 
 
-def domain_line(name, values):
-    """values: (n, K), nats."""
-    line = f"{fit(name, 23)} {len(values):>8,}"
-    for v in values.T:
-        line += f"{1e6 * v.mean():>+12.1f}{1e6 * np.median(v):>+10.1f}{(v < 0).mean():>6.0%}"
-    return line
+def domain_line(name, row):
+    mark = "*" if row.is_lopsided else " "
+    line = f"{fit(name, 23)} {row.chunks:>8,}{findings.micro(row.median):>12}"
+    line += f"{findings.micro(row.error).lstrip('+'):>10}{row.negative:>6.0%}"
+    return f"{line}{findings.micro(row.mean):>13}{mark}".rstrip()
 
 
 def account(entries, audits, names):

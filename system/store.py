@@ -5,8 +5,8 @@
     books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN:
                  not computed)
     audit.npy    one record an audited step: per target how close its values came to the truth
-    values.npy   float32 (n_chunks,) or (n_chunks, K): the sum of the ledger's rows, chunk by chunk;
-                 NaN = never used
+    values.npy   float32 (n_chunks, K): the sum of the ledger's rows, chunk by chunk, for each of K
+                 targets, in their order in values.json; NaN = never used
     values.json  sign, unit, rule, the targets, the committed step, the checksums of the files above
     evaluations.jsonl  one line an evaluation: {"step": steps done, "val": mean loss in nats,
                        "loss": {<domain>: nats, ...}}
@@ -204,8 +204,7 @@ def add_visits(visits, total, used):
 
 def write_values(run, total, used):
     """total float64 (n_chunks, K), used bool (n_chunks,) -> values.npy. Returns its CRC-32."""
-    shape = total.shape if total.shape[1] > 1 else total.shape[:1]
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    header = {"descr": "<f4", "fortran_order": False, "shape": total.shape}
     piece = 2**20
     # np.save would hide why a disk refuses, and want the whole array
     with atomic(Path(run, "values.npy")) as f:

@@ -75,13 +75,13 @@ def relative_distance(values, truth):
 
 
 def summed(visits, n_chunks):
-    """The values that visits add up to, as values.npy has them: float32 (n_chunks,) or
-    (n_chunks, K), NaN where a chunk was never used."""
+    """The values that visits add up to, as values.npy has them: float32 (n_chunks, K),
+    NaN where a chunk was never used."""
     total = np.full((n_chunks, *visits["value"].shape[1:]), np.nan)
     for visit in visits:
         before = np.nan_to_num(total[visit["chunk"]])
         total[visit["chunk"]] = before + visit["value"]
-    return np.squeeze(total.astype(np.float32))
+    return total.astype(np.float32)
 
 
 # --- what a run leaves behind -------------------------------------------------
