@@ -28,7 +28,7 @@ rule = "adamw2"
 book_interval = 10
 audit_interval = 100
 targets = "val:Python code,val:Topics"
-target_batch = 1
+target_batch = 4  # with 1, noise turns the sign of every tenth chunk of code
 
 eval_interval = 50
 eval_chunks = 12
