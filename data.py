@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pile.files import suffixes
 from pile.tokenizers import TOKENIZERS, tokenizer
+from pile.unpack import unpacked
 from system import terminal
-from system.errors import UserError
+from system.errors import UserError, explain
 from system.files import check_entries, crc32, footer_crc32, load_array, read_json
 
 SCHEMA = 3  # of meta.json
@@ -175,13 +177,21 @@ PREPARED_BY |= {"block_size": 1024, "val_fraction": 0.01, "limit_tokens": 0}
 PREPARED_BY |= {"follow_links": False, "max_document_mb": 64}
 
 
+def prepared_with(meta, key):
+    """An option that a data folder was prepared with; its default where meta.json has none, or one
+    of another type."""
+    default = PREPARED_BY[key]
+    value = meta["config"].get(key, default)
+    return value if type(value) is type(default) else default
+
+
 def prepare_again(path, meta):
     """What to type for a data folder to be prepared again, from the options that made it. It is put
     together here, for meta.json may come from a stranger."""
     words = [f"--data_dir={path}"]
     for key, default in PREPARED_BY.items():
-        value = meta["config"].get(key, default)
-        if type(value) is type(default) and value != default:
+        value = prepared_with(meta, key)
+        if value != default:
             words.append(f"--{key}={value}")
     return "type: " + terminal.command("python", "prepare_pile.py", *words, "--overwrite")
 
@@ -269,6 +279,7 @@ class Target:
     name: str
     rows: np.ndarray  # (n, block_size + 1) integers; -1: no token (a short text's padding)
     ids: np.ndarray | None  # (n,) chunk ids in val.npy, None for a text of the user's own
+    notes: tuple = ()  # lines that a reader of its values should know, mostly none
 
     def batch(self, picks):
         """picks (b,) of its rows -> X, Y int64 (b, block_size); Y is -1 where nothing is to be
@@ -286,7 +297,7 @@ class Target:
 
 
 def parse_targets(spec, dataset, block_size):
-    """ "val", "val:Python code,val:Literature", "name=file.txt", or a mixture -> [Target, ...],
+    """ "val", "val:Python code,val:Literature", "name=file.jsonl", or a mixture -> [Target, ...],
     names unique.
 
     A comma parts two targets; within a name or a path it is written \\,. A domain that is known by
@@ -296,7 +307,8 @@ def parse_targets(spec, dataset, block_size):
     for part in split_targets(spec, dataset.domains):
         target = parse_target(part, dataset, block_size)
         if not len(target):
-            cure = "prepare with a larger --val_fraction"
+            before = prepared_with(dataset.meta, "val_fraction")
+            cure = f"prepare with more than --val_fraction={before}"
             raise UserError(f"--targets: {part} has no chunk in {dataset.path}/val.npy: {cure}")
         targets.append(target)
     names = [target.name for target in targets]
@@ -308,19 +320,32 @@ def parse_targets(spec, dataset, block_size):
 def parse_target(part, dataset, block_size):
     rows = dataset.val.rows[:, : block_size + 1]
     if part == "val":
-        return Target("val", rows, np.arange(len(rows)))
+        return Target("val", rows, np.arange(len(rows)), validation_notes(dataset))
     if part.startswith("val:"):
         domain = part.removeprefix("val:")
         if domain not in dataset.domains:
-            have = f"{dataset.path}; it has {terminal.listed(dataset.domains)}"
+            there = terminal.listed([terminal.with_commas(name) for name in dataset.domains])
+            have = f"{dataset.path}; it has {there} (a comma within a name is written \\,)"
             raise UserError(f"--targets: no domain {domain!r} in {have}")
         ids = np.flatnonzero(dataset.val.domain == dataset.domains.index(domain))
         return Target(domain, rows, ids)
-    name, equals, path = part.partition("=")
+    name, equals, file = part.partition("=")
     if not name or not equals:
-        ways = "write val, val:<domain> or <name>=<file.txt> (a comma in a name or path as \\,)"
+        ways = "write val, val:<domain> or <name>=<file> (a comma in a name or path as \\,)"
         raise UserError(f"--targets: {part!r} is no target: {ways}")
-    return Target(name, text_rows(path, dataset.tokenizer, block_size), None)
+    return file_target(name, file, dataset, block_size)
+
+
+def validation_notes(dataset):
+    """What to know of the target val: which domains it does not speak of."""
+    chunks = np.bincount(dataset.val.domain, minlength=len(dataset.domains))
+    missing = [dataset.domains[i] for i in np.flatnonzero(chunks == 0)]
+    if not missing:
+        return ()
+    of_all = f"{len(missing)} of {len(dataset.domains)} domains have no validation chunk"
+    before = prepared_with(dataset.meta, "val_fraction")
+    cure = f"for them to be in it, prepare with more than --val_fraction={before}"
+    return (f"val: {of_all} ({terminal.listed(missing, 5)}): {cure}",)
 
 
 def split_targets(spec, domains):
@@ -350,30 +375,118 @@ def cut_at_domain(text, domains):
     return None
 
 
-def text_rows(path, tok, block_size):
-    """A text file -> int32 (n, block_size + 1): every token predicted once, from <|endoftext|> on,
-    the last row padded with -1."""
+# --- targets of the user's own ------------------------------------------------
+
+FEW_TOKENS = 100  # the loss of so short a text is mostly noise
+
+
+def file_target(name, file, dataset, block_size):
+    """The target called name, of a file: "notes.txt", "val.jsonl", or "val.jsonl:content" where the
+    texts stand under another key than in the data. Raises UserError."""
+    tok = dataset.tokenizer
+    path, key = cut_at_key(file)
+    skipped = ""
+    try:
+        if holds_records(path):
+            stream, skipped = record_stream(name, path, key, dataset)
+        else:
+            stream = text_stream(path, tok)
+    except OSError as e:
+        raise UserError(f"--targets: {explain(e)}") from e
+    notes = []
+    if skipped:
+        notes.append(f"{name}: skipped in {path}: {skipped}")
+    if len(stream) - 1 < FEW_TOKENS:
+        tokens = "1 token" if len(stream) == 2 else f"{len(stream) - 1} tokens"
+        notes.append(f"{name}: {tokens}: values for so short a text are mostly noise")
+    return Target(name, rows_of_stream(stream, block_size), None, tuple(notes))
+
+
+def holds_records(path):
+    """Whether a file's name says that it holds records, with their texts under a key."""
+    return suffixes(path)[0] not in ("", ".txt")
+
+
+def cut_at_key(file):
+    """ "val.jsonl:content" -> "val.jsonl", "content". The key is empty where there is none."""
+    path, colon, key = file.rpartition(":")
+    if colon and holds_records(path) and not os.path.exists(file):
+        return path, key
+    return file, ""
+
+
+def record_stream(name, path, key, dataset):
+    """A file of records -> int32 (n,): its documents as prepare_pile.py makes tokens of them, each
+    between two <eot>; and what was skipped, in words. Raises UserError and OSError."""
+    # not above: pyarrow takes its time, and most runs have no such target
+    from pile.parquet import MissingColumn
+    from pile.texts import Reading, file_tokens
+
+    reading = Reading(
+        text_key=key or prepared_with(dataset.meta, "text_key"),
+        domain_key=prepared_with(dataset.meta, "domain_key"),
+        max_document_mb=prepared_with(dataset.meta, "max_document_mb"),
+    )
+    try:
+        tokens, skipped = file_tokens(path, reading, dataset.tokenizer)
+    except MissingColumn:
+        tokens, skipped = (), {}
+    reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+    if not len(tokens):
+        refuse_textless(name, path, reading, reasons)
+    return behind_eot(tokens, dataset.tokenizer), reasons
+
+
+def refuse_textless(name, path, reading, reasons):
+    """Raises the UserError of a target's file without a text under the key."""
+    from pile.keys import look
+
+    keys = look([path], reading)
+    parts = [f"skipped: {reasons}" if reasons else "", keys.named()]
+    known = "; ".join(part for part in parts if part) or "it is empty"
+    cure = "name another file"
+    key = keys.longest_text()
+    if key and not keys.with_text:
+        target = "=".join([name, f"{path}:{key}"])
+        cure = f"type {terminal.command('--targets=' + terminal.with_commas(target))}"
+    raise UserError(f"--targets: {path} has no text under {reading.text_key!r} ({known}): {cure}")
+
+
+def text_stream(path, tok):
+    """A text file -> int32 (n,): its tokens behind an <eot>. Raises UserError and OSError."""
     text = read_text(path, "--targets")
     if not text.strip():
         raise UserError(f"--targets: {path} holds no text")
-    return rows_of_text(text, tok, block_size)
+    return behind_eot(tok.encode(text), tok)
 
 
-def rows_of_text(text, tok, block_size):
-    tokens = tok.encode(text).astype(np.int32)
-    n = -(-len(tokens) // block_size)
-    padding = np.full(n * block_size - len(tokens), -1)
-    stream = np.concatenate([[tok.eot], tokens, padding]).astype(np.int32)
+def behind_eot(tokens, tok):
+    """Tokens (n,) -> int32 (n + 1,)."""
+    stream = np.empty(len(tokens) + 1, np.int32)
+    stream[0] = tok.eot
+    stream[1:] = tokens
+    return stream
+
+
+def rows_of_stream(stream, block_size):
+    """Tokens int32 (n,) -> int32 (rows, block_size + 1): every token but the first is predicted
+    once, the last row padded with -1."""
+    n = -(-(len(stream) - 1) // block_size)
+    padding = np.full(n * block_size - (len(stream) - 1), -1, np.int32)
+    stream = np.concatenate([stream, padding])
     windows = np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)
     return windows[::block_size].copy()
 
 
 def read_text(path, key):
-    """A UTF-8 file's text as training text is read: with its line ends, without a byte order mark.
-    Raises UserError, which names the option it was given to."""
+    """A UTF-8 file's text as training text is read: with its line ends, without a byte order mark,
+    unpacked where it is a packed .txt. Raises UserError, which names the option it was given to."""
+    kind, packed = suffixes(str(path))
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as raw:
+            content = unpacked(raw, path, packed if kind == ".txt" else "").read()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{key}: {path} cannot be read as UTF-8 text ({e})") from e
     except OSError as e:
-        raise UserError(f"{key}: {path} cannot be read as UTF-8 text ({e.strerror})") from e
+        raise UserError(f"{key}: {explain(e)}") from e

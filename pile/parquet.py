@@ -39,6 +39,10 @@ NUMBER_TYPES = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
 PRINTED_TYPES = (pa.types.is_temporal, pa.types.is_decimal)
 
 
+class MissingColumn(UserError):
+    """A file has no column for the text."""
+
+
 def parquet_documents(raw, name, cfg, default, bar):
     """An open file -> its documents. default: the domain of those without one.
 
@@ -136,7 +140,7 @@ class Rows:
         self.text = locate(fields, cfg.text_key, name)
         if self.text is None:
             cure = f"write --text_key=<one of {listed(self.file.schema_arrow.names)}>"
-            raise UserError(f"{name} has no column {cfg.text_key!r}: {cure}")
+            raise MissingColumn(f"{name} has no column {cfg.text_key!r}: {cure}")
         self.leaves = {self.text: self.find_leaves(self.text)}  # {Column: {number: name}}
         self.domain = locate(fields, cfg.domain_key, name)
         if self.domain and not self.domain.has_name:

@@ -21,7 +21,7 @@ ARROWS = {  # what may import what
     "pile": ("system",),
     "show": ("system", "data", "pile"),
     "config": ("system",),
-    "data": ("system", "pile.tokenizers"),
+    "data": ("system", "pile"),
     "model": ("shapley.ghost", "shapley.head"),
     "valuation": ("shapley", "system"),
     "sample": ("config", "data", "model", "system"),
