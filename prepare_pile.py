@@ -52,7 +52,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -66,12 +66,14 @@ from pile.domains import Wanted
 from pile.encode import worker
 from pile.files import changes, end_of, explain_left_out, find_files, inventory, stated
 from pile.folders import Folders
+from pile.keys import RECORDS, look
 from pile.pack import MB, MOST_DOMAINS, SPLITS, pack, read_held, write_part
 from pile.tokenizers import TOKENIZERS
-from show import tables
+from show import prepared
 from system.errors import UserError
 from system.files import write_json
-from system.terminal import command, listed, say
+from system.gpus import largest_gpu
+from system.terminal import command, listed, progress, say
 
 PART = 64 * MB  # bytes of source files that share a part
 WORKERS_A_CORE = 4  # more would only wait for each other
@@ -187,6 +189,8 @@ def prepare(cfg):
     files = stated(source.names)
     parts = plan(cfg, files, folders.parts)
     count_parts(cfg, parts)
+    if not cfg.merge:
+        warn_of_keys(cfg, source)
     i, n = cfg.shard_numbers()
     with folders.partial_folder(i, n) as partial:
         counts = tokenize(cfg, parts[i - 1 :: n], source.read, partial)
@@ -195,10 +199,10 @@ def prepare(cfg):
     if cfg.shard:
         say(f"shard {cfg.shard} is done; when all are: {cfg.command('--merge')}")
         return
-    for line in tables.prepared(meta):
+    for line in [*prepared.table(meta), *cautions(cfg, meta, source)]:
         say(line)
     say("")
-    say(f"next: {command('python', 'train.py', f'--data_dir={cfg.data_dir}')}")
+    say_next(cfg, meta)
 
 
 # --- what is to be done -------------------------------------------------------------
@@ -280,6 +284,28 @@ def count_parts(cfg, parts):
         say(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
 
 
+def warn_of_keys(cfg, source):
+    """Says it before hours of work where the first records have nothing under the keys."""
+    keys = look(source.names, cfg, source.opener)
+    if keys.records < RECORDS:  # a short source: what is wrong with it is said in a moment
+        return
+    first = f"caution: none of the first {keys.records} records has a"
+    if not keys.with_text:
+        cure = command(f"--text_key={keys.longest_text() or '<one of them>'}")
+        say(f"{first} text under {cfg.text_key!r}; {keys.named()}: type {cure}")
+    elif not keys.with_domain:
+        say(f"{first} domain under {cfg.domain_key!r}; {explain_domain_key(cfg, keys)}")
+
+
+def explain_domain_key(cfg, keys):
+    """Which keys there are, and how to name one that has the domain."""
+    others = [key for key in keys.texts if key != cfg.text_key]
+    if not others:
+        return f"{keys.named()} alone: each file is one domain"
+    key = others[0] if len(others) == 1 else "<one of them>"
+    return f"{keys.named()}: type {command(f'--domain_key={key}')}"
+
+
 # --- first pass: source files -> parts ------------------------------------------------
 
 
@@ -296,6 +322,8 @@ def tokenize(cfg, parts, read, partial):
     try:
         for path, names in parts:
             if not path.exists():
+                if len(names) > 1:
+                    names = progress(names, "files", unit="file", delay=1)
                 documents = chain.from_iterable(map(read, names))
                 encoded = workers.ordered(pool, jobs(documents))
                 write_part(partial / path.name, encoded, limit)
@@ -342,7 +370,7 @@ def describe(cfg, counts, source, files):
     by_domain = count_domains(counts, cfg.block_size + 1)
     check_domains(cfg, counts, by_domain)
     if not by_domain:
-        refuse_nothing(cfg, skipped, source.left_out)
+        refuse_nothing(cfg, skipped, source)
     chunks = {}
     tokens = {}
     for split in SPLITS:
@@ -401,14 +429,20 @@ def check_domains(cfg, counts, by_domain):
         raise UserError(f"{what}: name a key with fewer")
 
 
-def refuse_nothing(cfg, skipped, left_out):
+def refuse_nothing(cfg, skipped, source):
     """Raises the UserError of a source without a single document."""
     numbers = [f"{n} {reason}" for reason, n in skipped.items() if n]
-    reasons = "; ".join([", ".join(numbers) or "nothing", *explain_left_out(left_out)])
-    what = f"no document in {cfg.source or cfg.dataset} (skipped: {reasons})"
+    reasons = [", ".join(numbers) or "nothing", *explain_left_out(source.left_out)]
     cure = "see --source and --text_key"
+    if skipped["no_text"]:
+        keys = look(source.names, cfg, source.opener)
+        if keys.texts:
+            reasons.append(keys.named())
+        if keys.longest_text() and not keys.with_text:
+            cure = f"type {command(f'--text_key={keys.longest_text()}')}"
     if skipped["too_long"]:
         cure = f"{cure}, or raise --max_document_mb={cfg.max_document_mb}"
+    what = f"no document in {cfg.source or cfg.dataset} (skipped: {'; '.join(reasons)})"
     raise UserError(f"{what}: {cure}")
 
 
@@ -425,6 +459,38 @@ def check_splits(cfg, tokens, chunks):
     cure = f"{change} --val_fraction={cfg.val_fraction}, lower --block_size={cfg.block_size}"
     what = f"{tokens} tokens in all fill no chunk of {split}.npy"
     raise UserError(f"{what}: {cure}, or read more text")
+
+
+# --- the last lines -----------------------------------------------------------------------
+
+
+def cautions(cfg, meta, source):
+    """Lines on what makes the data hard to use, each with what to type."""
+    lines = []
+    if meta["no_domain"] == meta["documents"]:
+        keys = look(source.names, cfg, source.opener)
+        if keys.texts:
+            lines.append(f"no record has {cfg.domain_key!r}; {explain_domain_key(cfg, keys)}")
+    lines.append(prepared.few_chunks(meta))
+    missing = prepared.not_validated(meta)
+    if missing and cfg.val_fraction:
+        lines.append(prepared.explain_not_validated(meta, missing))
+        fraction = prepared.larger_fraction(meta, missing)
+        if fraction:
+            again = replace(cfg, val_fraction=fraction, merge=False).command("--overwrite")
+            lines.append(f"for more of them to have one, type: {again}")
+    return [line for line in lines if line]
+
+
+def say_next(cfg, meta):
+    """Says what to type for a run on the data."""
+    chosen = prepared.choose_config(meta, largest_gpu())
+    words = ["python", "train.py", chosen.config, f"--data_dir={cfg.data_dir}"]
+    if not meta["chunks"]["val"]:
+        say("no validation set (--val_fraction=0): the target is a text of your own")
+        words.append("--targets=mine=<a file>")
+    say(chosen.reason)
+    say(f"next: {command(*words)}")
 
 
 def end_by_signal(number, frame):

@@ -34,6 +34,7 @@ class Source:
     names: list  # of its files
     read: Callable  # a file's name -> its documents
     left_out: dict = field(default_factory=dict)  # of a folder: FileList.summary()
+    opener: Callable = open  # of its files
 
 
 def find_source(cfg, ours=()):
@@ -74,7 +75,8 @@ def file_documents(name, cfg, default="", opener=open):
     kind, packed = suffixes(name)
     size = os.path.getsize(name) if os.path.isfile(name) else None
     label = Path(name).name
-    bar = progress(desc=label, total=size, unit="B", unit_scale=True, delay=1)
+    # leave: below a bar over many files it vanishes at the file's end
+    bar = progress(desc=label, total=size, unit="B", unit_scale=True, delay=1, leave=None)
     # the bar is not put around the file: pyarrow asks that for `closed` and swallows the Ctrl-C
     # that comes while Python answers
     with opener(name, "rb") as raw, bar:
@@ -185,7 +187,7 @@ def find_on_hub(cfg):
         if kinds and kinds <= {".jsonl", ".ndjson", ".json", ".parquet"}:
             default = Path(cfg.dataset).name
             read = partial(file_documents, cfg=cfg, default=default, opener=xopen)
-            return Source(names, read)
+            return Source(names, read, opener=xopen)
         stream = datasets.load_dataset(cfg.dataset, split="train", streaming=True)
     except (OSError, ValueError) as e:
         cure = "type --source=python for text that needs no network, or --source=PATH"

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pile.records import CODE, Document
+from system.terminal import progress
 
 LEFT_OUT = {"pydoc_data", "test", "tests", "idle_test"}  # folders without text worth reading
 LICENCES = ("LICENSE", "LICENCE", "COPYING")
@@ -15,7 +16,7 @@ LICENCES = ("LICENSE", "LICENCE", "COPYING")
 def installed_text():
     """Its documents, in an order that mixes the domains and is always the same."""
     documents = [*code(), *topics(), *licences(), *readmes()]
-    return iter(sorted(documents, key=sort_key))
+    return iter(progress(sorted(documents, key=sort_key), "python", unit="file", delay=1))
 
 
 def sort_key(document):

@@ -1,4 +1,4 @@
-"""The tables that prepare_pile.py and train.py end with, and the figures in them."""
+"""The tables that train.py ends with, and the figures in them."""
 
 import bisect
 import itertools
@@ -7,8 +7,6 @@ import unicodedata
 
 import numpy as np
 
-from pile.domains import LONGEST
-from pile.files import explain_left_out
 from show import findings
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import visible
@@ -145,65 +143,6 @@ def compared(name, audit):
 def ratio(amount, whole):
     """NaN where the whole is 0."""
     return float(amount / whole) if whole else math.nan
-
-
-MOST_DOMAINS = 40  # rows of the table of a prepared data folder
-
-
-def prepared(meta):
-    """The lines of a data folder's table, from its meta.json: its domains, and what became of the
-    rest."""
-    by_domain = meta["by_domain"]
-    total = sum(meta["tokens"].values())
-    tokens = {name: tokens_of(splits) for name, splits in by_domain.items()}
-    largest = set(sorted(tokens, key=lambda name: -tokens[name])[:MOST_DOMAINS])
-    told = [name for name in by_domain if name in largest]  # in their own order
-    lengths = [len(visible(name)) for name in ["domain", *told]]
-    width = min(28, max(lengths))
-    head = f"{'documents':>10} {'train chunks':>13} {'val chunks':>11} {'tokens':>14} {'share':>6}"
-    lines = [f"{'domain':<{width}} {head}"]
-    for name in told:
-        train = by_domain[name]["train"]
-        val = by_domain[name]["val"]
-        documents = f"{train['documents'] + val['documents']:>10,}"
-        chunks = f"{train['chunks']:>13,} {val['chunks']:>11,}"
-        share = f"{tokens[name]:>14,} {tokens[name] / total:>6.1%}"
-        lines.append(f"{fit(name, width)} {documents} {chunks} {share}")
-    if len(told) < len(by_domain):
-        rest = total - sum(tokens[name] for name in told)
-        lines.append(f"and {len(by_domain) - len(told):,} smaller domains: {rest:,} tokens")
-    dropped = f"{meta['dropped_tokens']:,} tokens, {meta['dropped_documents']:,} whole documents"
-    lines.append(f"dropped at the ends of domains: {dropped}")
-    return [*lines, *set_aside(meta)]
-
-
-def tokens_of(splits):
-    """{split: its counts} -> tokens of all of them."""
-    return sum(counts["tokens"] for counts in splits.values())
-
-
-def set_aside(meta):
-    """Lines on what a data folder's source held that is not in it, or not as it was meant to be."""
-    settings = meta["config"]
-    lines = explain_left_out(meta["left_out"])
-    fallback = "under their file's name"
-    if meta["no_domain"]:
-        documents = counted(meta["no_domain"], "document")
-        lines.append(f"{documents} without {settings['domain_key']}, {fallback}")
-    if meta["long_domain"]:
-        documents = counted(meta["long_domain"], "document")
-        lines.append(f"{documents} with a domain of over {LONGEST} characters, {fallback}")
-    if meta["skipped"]["too_long"]:
-        records = counted(meta["skipped"]["too_long"], "record")
-        limit = f"--max_document_mb={settings['max_document_mb']}"
-        lines.append(f"{records} longer than {limit}: a larger one reads more, and needs memory")
-    reasons = [f"{n} {why}" for why, n in meta["skipped"].items() if n]
-    skipped = ", ".join(reasons) or "nothing"
-    return [*lines, f"{meta['documents']:,} documents; skipped: {skipped}"]
-
-
-def counted(n, what):
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 # --- text in cells ------------------------------------------------------------------

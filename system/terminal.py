@@ -86,9 +86,36 @@ def shell_escape(match):
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+LOG_INTERVAL = 30  # seconds between two lines of progress in a log
+
+
 def progress(things=None, desc="", **options):
-    """tqdm's progress bar, which stays away where stderr is no terminal. desc: any text."""
-    return tqdm(things, desc=shorten(visible(desc), 40), disable=None, **options)
+    """tqdm's progress bar; where stderr is no terminal, a line every LOG_INTERVAL seconds instead,
+    and none for what takes less. desc: any text."""
+    options["desc"] = shorten(visible(desc), 40)
+    if not sys.stderr.isatty():
+        options["file"] = LogLines(sys.stderr)
+        options["ascii"] = True
+        options["delay"] = LOG_INTERVAL
+        options["mininterval"] = LOG_INTERVAL
+        options["miniters"] = 1  # else tqdm guesses from the speed when to look at the clock
+    return tqdm(things, **options)
+
+
+class LogLines:
+    """A stream for a progress bar that writes each state of it as a line of its own."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        """Bars begin with a carriage return. tqdm's other texts move a terminal's cursor."""
+        state = text.strip()
+        if text.startswith("\r") and state:
+            self.stream.write(state + "\n")
+
+    def flush(self):
+        self.stream.flush()
 
 
 def shorten(text, limit):

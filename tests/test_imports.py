@@ -25,7 +25,7 @@ ARROWS = {  # what may import what
     "model": ("shapley.ghost", "shapley.head"),
     "valuation": ("shapley", "system"),
     "sample": ("config", "data", "model", "system"),
-    "prepare_pile": ("config", "data", "pile", "show.tables", "system"),
+    "prepare_pile": ("config", "data", "pile", "show.prepared", "system"),
     "train": ("config", "data", "model", "valuation", "show", "system"),
     "revalue": ("config", "data", "train", "valuation", "shapley", "system"),
     "values": ("config", "data", "revalue", "show", "system"),
