@@ -12,6 +12,7 @@ over many chunks are in nats.
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -32,6 +33,11 @@ def micro(x):
     if x == 0 or abs(x) >= 1:
         return f"{x:+,.1f}"
     return f"{x:+.2g}" if abs(x) >= 1e-4 else f"{x:+.1e}"
+
+
+def worth(x):
+    """micro() with its unit, for a sentence."""
+    return f"{micro(x)} x {UNIT}"
 
 
 # --- domains ------------------------------------------------------------------------
@@ -60,7 +66,12 @@ class DomainValues:
     @property
     def is_lopsided(self):
         """Whether its mean and its sum speak of one chunk."""
-        return self.largest_share > max(HEAVY, ALONE / self.chunks)
+        return is_lopsided(self.chunks, self.largest_share)
+
+
+def is_lopsided(chunks, largest_share):
+    """Whether one of so many chunks holds too much of the size of their values for a mean."""
+    return largest_share > max(HEAVY, ALONE / chunks)
 
 
 def by_domain(values, domain):
@@ -156,22 +167,32 @@ def alone(target, what, share):
 def found(target, rows, names):
     """The one finding about a target, in a sentence. rows: what by_domain() gives. names: of the
     domains."""
-    enough = [row for row in rows if not row.is_few]
     target = short(target)
+    enough = [row for row in rows if not row.is_few]
     if not enough:
-        return f"{target}: no domain has {FEW} chunks yet, too few to compare"
+        return f"for {target}: no domain has {FEW} chunks yet, too few to compare"
     best = enough[0]
+    first_name = short(names[best.domain])
     if len(enough) == 1:
-        worth = f"the median chunk of {short(names[best.domain])} was worth {micro(best.median)}e-6"
-        return f"{target}: {worth} nats, {best.negative:.0%} of its chunks were negative"
+        what = f"the median chunk of {first_name} was worth {worth(best.median)}"
+        return f"for {target}: {what}, and {best.negative:.0%} of its chunks raised the loss"
     worst = enough[-1]
-    verb = "helped most" if best.median > 2 * best.error else "is first"
-    first = f"{short(names[best.domain])} {verb} (median chunk {micro(best.median)}e-6 nats)"
-    if not is_clear(best, enough[1]):
+    first = f"{first_name} {verdict(best, 'most', 'first')} (median chunk {worth(best.median)})"
+    if len(enough) > 2 and not is_clear(best, enough[1]):
         first += f", not clearly before {short(names[enough[1].domain])}"
-    verb = "hurt most" if worst.median < -2 * worst.error else "is last"
-    last = f"{short(names[worst.domain])} {verb} ({micro(worst.median)}e-6)"
-    return f"{target}: {first}; {last}"
+    last = f"{short(names[worst.domain])} {verdict(worst, 'least', 'last')} ({micro(worst.median)})"
+    if not is_clear(best, worst):
+        last += "; the two do not differ clearly"
+    return f"for {target}: {first}; {last}"
+
+
+def verdict(row, degree, place):
+    """In words: whether a domain, the first or the last one, helped or hurt."""
+    if row.median > 2 * row.error:
+        return f"helped {degree}"
+    if row.median < -2 * row.error:
+        return "hurt most" if degree == "least" else "hurt least"
+    return f"is {place}, not clearly off 0"
 
 
 def is_clear(first, second):
@@ -182,3 +203,75 @@ def is_clear(first, second):
 def short(name):
     """A name for a sentence."""
     return shorten(visible(name), 60)
+
+
+# --- all of it for a run ------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a run's values say of a target."""
+
+    target: str
+    everything: dict  # the figures() of all chunks used
+    domains: list  # of dicts {"domain": name, **figures()}, in the order of by_domain()
+    cautions: list  # of sentences
+    finding: str
+
+
+def of_run(total, used, blocks, batch, data, targets):
+    """A run's values -> [Found], one for each target.
+
+    total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,), at least one. blocks: of
+    records of ledger.npy, whole steps each, batch of them a step. data: data.Dataset. targets:
+    their names.
+    """
+    blocks = iter(blocks)
+    first = next(blocks)
+    first_step = int(first["step"][0])
+    of_chunk = data.train.domain
+    sizes, shares = over_steps(chain([first], blocks), batch, of_chunk, len(data.domains))
+    chunks = np.flatnonzero(used)
+
+    def domain_of(chunk):
+        return data.domains[of_chunk[chunk]]
+
+    found_of = []
+    for k, target in enumerate(targets):
+        values = np.asarray(total[chunks, k], float)
+        rows = by_domain(values, of_chunk[chunks])
+        everything = of_domain(-1, values, np.arange(len(values)))
+        domains = []
+        for row in rows:
+            name = {"domain": data.domains[row.domain]}
+            domains.append(name | figures(row, shares[k, row.domain], chunks))
+        found_of.append(
+            Found(
+                target=target,
+                everything=figures(everything, shares[k].sum(), chunks),
+                domains=domains,
+                cautions=cautions(target, values, chunks, domain_of, sizes[k], first_step),
+                finding=found(target, rows, data.domains),
+            )
+        )
+    return found_of
+
+
+def figures(row, share, chunks):
+    """A row of by_domain() as a dict.
+
+    share: of the steps' values, from over_steps(). chunks: the numbers of the chunks used.
+    """
+    return {
+        "chunks": row.chunks,
+        "median": row.median,
+        "error": row.error,
+        "p25": row.p25,
+        "p75": row.p75,
+        "negative": row.negative,
+        "share": float(share),
+        "mean": row.mean,
+        "sum": row.sum,
+        "largest_chunk": int(chunks[row.largest]),
+        "largest_share": row.largest_share,
+    }

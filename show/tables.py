@@ -19,45 +19,71 @@ def domains(total, used, visits, batch, data, names):
     total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,). visits: the records of
     ledger.npy, batch of them a step. names: of the targets.
     """
-    chunks = np.flatnonzero(used)
-    domain = data.train.domain[chunks]
-    sizes, _ = findings.over_steps([visits], batch, data.train.domain, len(data.domains))
-    first_step = int(visits["step"][0])
-
-    def domain_of(chunk):
-        return data.domains[data.train.domain[chunk]]
-
-    lines = ["", f"Values of the chunks used, in {findings.UNIT} (positive: it lowered the loss)"]
+    lines = ["", *HEADING]
     sentences = []
-    for k, name in enumerate(names):
-        values = total[chunks, k]
-        rows = findings.by_domain(values, domain)
-        lines += domain_table(name, rows, values, data.domains)
-        lines += findings.cautions(name, values, chunks, domain_of, sizes[k], first_step)
-        sentences.append(findings.found(name, rows, data.domains))
+    for found in findings.of_run(total, used, [visits], batch, data, names):
+        lines += domain_table(found.target, found.domains, found.everything)
+        lines += found.cautions
+        sentences.append(found.finding)
     return [*lines, "", *sentences]
 
 
-def domain_table(target, rows, values, domain_names):
-    """rows: of findings.by_domain(). values (n,): of all domains, nats."""
-    head = f"{'chunks':>8}{'median':>12}{'+-':>10}{'< 0':>6}{'mean':>14}"
-    lines = ["", f"for {fit(target, 60).rstrip()}:", f"{'domain':24}{head}"]
-    for row in rows:
-        lines.append(domain_line(domain_names[row.domain], row))
-    everything = findings.of_domain(-1, values, np.arange(len(values)))
-    lines.append(domain_line("all", everything))
-    if any(row.is_lopsided for row in [*rows, everything]):
+HEADING = [
+    f"Values of the chunks used, in {findings.UNIT} (positive: it lowered the target's loss).",
+    "share: the sum of a step's values over their size, on average over the steps. sum: in nats.",
+]
+WIDTHS = {
+    "chunks": 8,
+    "median": 12,
+    "+-": 10,
+    "< 0": 6,
+    "share": 8,
+    "mean ": 14,  # with its mark
+    "sum": 11,
+}
+
+
+def domain_table(target, rows, everything):
+    """A target's lines. rows, everything: of findings.Found."""
+    named = [(row["domain"], row) for row in rows]
+    table = figure_table("domain", [*named, ("all", everything)])
+    return ["", f"for {fit(target, 60).rstrip()}:", *table]
+
+
+def figure_table(head, rows):
+    """rows: [(a name, what findings.figures() gives)] -> aligned lines, and what their marks
+    mean."""
+    lines = [f"{head:24}" + "".join(f"{name:>{width}}" for name, width in WIDTHS.items())]
+    for name, row in rows:
+        lines.append(figure_line(name, row))
+    return lines + footnotes([row for _, row in rows])
+
+
+def figure_line(name, row):
+    mark = "*" if findings.is_lopsided(row["chunks"], row["largest_share"]) else " "
+    cells = {
+        "chunks": f"{row['chunks']:,}",
+        "median": findings.micro(row["median"]),
+        "+-": findings.micro(row["error"]).lstrip("+"),
+        "< 0": f"{row['negative']:.0%}",
+        "share": f"{row['share']:+.1%}",
+        "mean ": findings.micro(row["mean"]) + mark,
+        "sum": f"{row['sum']:+.4f}",
+    }
+    line = fit(name, 23) + " "
+    for key, width in WIDTHS.items():
+        line += cells[key].rjust(width)
+    return line
+
+
+def footnotes(rows):
+    """What the marks in these rows of a table mean."""
+    lines = []
+    if any(findings.is_lopsided(row["chunks"], row["largest_share"]) for row in rows):
         lines.append("*: one chunk holds over a tenth of the size of these values; see the median")
-    if any(row.is_few for row in rows):
+    if any(row["chunks"] < findings.FEW for row in rows):
         lines.append(f"-: fewer than {findings.FEW} chunks, too few to say how sure the median is")
     return lines
-
-
-def domain_line(name, row):
-    mark = "*" if row.is_lopsided else " "
-    line = f"{fit(name, 23)} {row.chunks:>8,}{findings.micro(row.median):>12}"
-    line += f"{findings.micro(row.error).lstrip('+'):>10}{row.negative:>6.0%}"
-    return f"{line}{findings.micro(row.mean):>13}{mark}".rstrip()
 
 
 def account(entries, audits, names):
@@ -67,9 +93,11 @@ def account(entries, audits, names):
     entries, audits: the records of books.npy and audit.npy, the latter of length 0 where there was
     no audit. names: the targets.
     """
+    totals = [booked(entries, k) for k in range(len(names))]
     lines = [""]
-    for k, name in enumerate(names):
-        lines.append(accounted(name, booked(entries, k)))
+    for name, total in zip(names, totals):
+        lines.append(accounted(name, total))
+    lines += explain_shares(totals)
     if len(audits):
         for k, name in enumerate(names):
             lines.append(compared(name, audited(audits, k)))
@@ -95,15 +123,38 @@ def booked(entries, k):
     return {"measured_steps": len(entries), "drop": drop, "accounted": accounted_for, **total}
 
 
+PARTS = {"data": "values", "momentum": "momentum", "decay": "decay"}  # of a drop, and their names
+
+
 def accounted(name, total):
     """The line of booked()."""
+    name = findings.short(name)
     if not total:
-        return f"{name}: no step was measured yet"
+        return f"books, {name}: no step was measured yet"
     shares = []
-    for key in ("data", "momentum", "decay"):
-        shares.append(f"{key} {ratio(total[key], total['drop']):.1%}")
-    drop = f"the drop of {total['drop']:.4f} nats in {total['measured_steps']} measured steps"
-    return f"{name}: accounted for {total['accounted']:.1%} of {drop} ({', '.join(shares)})"
+    for key, shown in PARTS.items():
+        shares.append(f"{shown} {ratio(total[key], total['drop']):.1%}")
+    change = "rise" if total["drop"] < 0 else "drop"
+    steps = counted(total["measured_steps"], "step")
+    whole = f"{total['accounted']:.1%} of the measured {change}"
+    size = f"({abs(total['drop']):.4f} nats in {steps})"
+    added = "values, momentum and weight decay add up to"
+    return f"books, {name}: {added} {whole} {size}: {', '.join(shares)}"
+
+
+def explain_shares(totals):
+    """A line on shares below 0 and over 100 %, if some of the booked() totals have one."""
+    shares = []
+    for total in totals:
+        if total and total["drop"]:
+            shares += [total[key] / total["drop"] for key in PARTS]
+    # as they are shown, to a tenth of a percent
+    if not any(round(share, 3) < 0 or round(share, 3) > 1 for share in shares):
+        return []
+    return [
+        "books: a share below 0% pulled the other way, and one over 100% made up for it; momentum"
+        " goes on in the direction of earlier chunks"
+    ]
 
 
 def audited(audits, k):
@@ -130,14 +181,15 @@ def audited(audits, k):
 
 def compared(name, audit):
     """The line of audited()."""
-    pearson = f"Pearson {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
-    spearman = f"Spearman {audit['spearman']:.4f} (lowest {audit['spearman_lowest']:.4f})"
-    l2 = f"relative L2 {audit['rel_l2']:.1%} (median)"
-    sums = f"sum {audit['sum_error']:+.1%} of the truth"
-    one_out = f"leave-one-out Pearson {audit['loo_pearson']:.4f}"
-    return (
-        f"{name}: audit of {audit['steps']} steps: {pearson}, {spearman}, {l2}, {sums}, {one_out}"
-    )
+    steps = counted(audit["steps"], "step")
+    what = f"the values of {steps} beside the exact ones"
+    pearson = f"they correlate by {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
+    spearman = f"their ranks by {audit['spearman']:.4f} ({audit['spearman_lowest']:.4f})"
+    l2 = f"their error is {audit['rel_l2']:.1%} of their size"
+    sums = f"their sum {audit['sum_error']:+.1%} off"
+    one_out = f"leave-one-out correlates by {audit['loo_pearson']:.4f}"
+    figures = f"{pearson}, {spearman}; {l2}, {sums}; {one_out}"
+    return f"audit, {findings.short(name)}: {what}: {figures}"
 
 
 def ratio(amount, whole):
@@ -165,22 +217,3 @@ def cells_of(character):
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-# --- figures of values ------------------------------------------------------------
-
-
-def spread(v):
-    """Values (n,) -> their mean and its standard error, standard deviation, percentiles, and the
-    share of negative ones. NaN: of a single value there is no deviation."""
-    p5, median, p95 = np.percentile(v, (5, 50, 95))
-    sd = float(v.std(ddof=1)) if len(v) > 1 else math.nan
-    return {
-        "mean": float(v.mean()),
-        "standard_error": sd / len(v) ** 0.5,
-        "sd": sd,
-        "p5": float(p5),
-        "median": float(median),
-        "p95": float(p95),
-        "negative": float((v < 0).mean()),
-    }
