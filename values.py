@@ -1,13 +1,15 @@
 """Read a run's values: which chunks and documents helped, which hurt, and what they are worth.
 
 python values.py summary out/demo                     what was valued, how far to trust its values
-python values.py top out/demo --domain=Licences       chunks by value, with their text; or `bottom`
-python values.py domains out/demo --csv               value, spread and share by domain
+python values.py domains out/demo --csv               which domains helped, by their median chunks
+python values.py top out/demo --domain=Licences       the best chunks, with text; or `bottom`
+python values.py docs out/demo --bottom               the worst documents; without it the best
 python values.py chunk out/demo 17                    one chunk: its text, documents, every visit
 python values.py doc out/demo 203                     one document: its chunks, value, text
-python values.py export out/demo values.parquet       all of it as a table
-python values.py compare out/demo out/other           the same data valued twice: who moved
 python values.py tokens out/demo --chunk=17           a chunk's value, token by token
+python values.py losses out/curated out/control       validation losses of runs, side by side
+python values.py compare out/demo out/other           the same data valued twice: who moved
+python values.py export out/demo values.parquet       all of it as a table
 python values.py query out/demo --text="To be"        chunks that helped to write this (approximate)
 
 Values are in nats, positive where the chunk lowered the target's loss; tables show 1e-6 nats.
@@ -15,15 +17,21 @@ The run may still be under way.
 --json gives all of it in full, as show/values.schema.json says; --csv the rows alone.
 """
 
+from typing import Literal
+
 import numpy as np
 
 import config
 from data import read_text
-from show import commands, tables
+from show import commands, findings, tables
 from show.documents import Documents, text_of
 from show.exports import compare, export
+from show.losses import common_steps, side_by_side
 from show.run import open_run
+from show.scores import chunk_scores, document_scores, score_and_error
 from system.errors import UserError
+
+Score = Literal["share", "value"]
 
 # The commands: functions of a run and options, which return plain dicts and lists; a float may be
 # NaN. Their docstrings are the help.
@@ -32,15 +40,15 @@ from system.errors import UserError
 def summary(run):
     """What was valued, how far the run is, and how far to trust its values: the books and the
     audit."""
-    values = run.values[run.used].astype(float)
     batch = run.info["batch"]
     targets = []
-    for k, name in enumerate(run.names):
+    for k, found in enumerate(found_of(run)):
         targets.append(
             {
-                "target": name,
-                **tables.spread(values[:, k]),
-                "sum": float(values[:, k].sum()),
+                "target": found.target,
+                **found.everything,
+                "cautions": found.cautions,
+                "finding": found.finding,
                 "books": tables.booked(run.books, k),
                 "audit": tables.audited(run.audit, k),
             }
@@ -55,7 +63,7 @@ def summary(run):
         "unit": run.info["unit"],
         "batch": batch,
         "chunks": len(run.values),
-        "chunks_used": len(values),
+        "chunks_used": len(run.used),
         "visits": len(run.visits),
         "approximate": run.info.get("approximate"),
         "early_steps": int(np.count_nonzero(run.visits["early"][::batch])),
@@ -63,15 +71,49 @@ def summary(run):
     }
 
 
-def top(run, n=10, target="", domain="", chars=200, bottom=False):
-    """The chunks with the largest values for a target, with their text: those that helped it
-    most."""
+def found_of(run):
+    """What the values of a run say: [findings.Found], one for each target."""
+    used = np.zeros(len(run.values), bool)
+    used[run.used] = True
+    batch = run.info["batch"]
+    return findings.of_run(run.values, used, run.blocks(), batch, run.data, run.names)
+
+
+def domains(run):
+    """By target and domain: the median value of the chunks used, how sure it is, the share of the
+    steps' values, and after these the mean and the sum, which one chunk can turn round."""
+    targets, rows = [], []
+    for found in found_of(run):
+        targets.append(
+            {
+                "target": found.target,
+                **found.everything,
+                "cautions": found.cautions,
+                "finding": found.finding,
+            }
+        )
+        for row in found.domains:
+            tokens = row["chunks"] * run.width
+            rows.append({"target": found.target, **row, "tokens": tokens})
+    return {
+        "run": str(run.path),
+        "unit": run.info["unit"],
+        "approximate": run.info.get("approximate"),
+        "targets": targets,
+        "domains": rows,
+    }
+
+
+def top(run, n=10, target="", domain="", score: Score = "share", chars=200, bottom=False):
+    """The chunks that helped a target most, with their text: by their share of their steps' values,
+    in which every step counts the same, or by value, which a single large step can decide."""
     k = run.target(target)
     candidates = run.used
     if domain:
         candidates = candidates[run.data.train.domain[candidates] == run.domain(domain)]
-    values = run.values[candidates, k]
-    order = np.argsort(values if bottom else -values, kind="stable")
+    shares, _ = score_and_error(chunk_scores(run, k, "share"), summed=False)
+    by = {"share": shares, "value": run.values[:, k]}[score][candidates]
+    order = np.argsort(by if bottom else -by, kind="stable")
     chosen = candidates[order[:n]]
     visits = run.visits_of(chosen)
     documents = Documents(run)
@@ -82,6 +124,7 @@ def top(run, n=10, target="", domain="", chars=200, bottom=False):
             {
                 "rank": rank,
                 "chunk": chunk,
+                "share": float(shares[chunk]),
                 "value": float(run.values[chunk, k]),
                 "domain": run.domain_of(chunk),
                 "visits": len(chunk_visits),
@@ -91,43 +134,72 @@ def top(run, n=10, target="", domain="", chars=200, bottom=False):
                 "documents": documents.of_chunk(chunk),
             }
         )
+    return {**ranking(run, k, score, bottom), "chunks": rows}
+
+
+def ranking(run, k, score, bottom):
+    """What top() and docs() say of their order, as entries of their dicts."""
     return {
+        "run": str(run.path),
         "target": run.names[k],
         "unit": run.info["unit"],
         "approximate": run.info.get("approximate"),
         "order": "bottom" if bottom else "top",
-        "chunks": rows,
+        "score": score,
     }
 
 
-def bottom(run, n=10, target="", domain="", chars=200):
-    """The chunks with the smallest values for a target: where negative, those that hurt it most."""
-    return top(run, n, target, domain, chars, bottom=True)
+def bottom(run, n=10, target="", domain="", score: Score = "share", chars=200):
+    """The chunks that helped a target least: where negative, those that hurt it most."""
+    return top(run, n, target, domain, score, chars, bottom=True)
 
 
-def domains(run):
-    """By domain and target, of the chunks used: mean to p95 are of the value per token, a chunk's
-    value by its tokens; the sum is in nats."""
-    domain = run.data.train.domain[run.used]
-    order = np.argsort(domain, kind="stable")
-    present, starts = np.unique(domain[order], return_index=True)
+def docs(run, n=10, target="", domain="", score: Score = "share", chars=200, bottom=False):
+    """The documents that helped a target most, with the beginning of their text; with --bottom,
+    those that hurt it most. A document gets its part of each visit of its chunks."""
+    k = run.target(target)
+    units = document_scores(run, chunk_scores(run, k, score))
+    scores, errors = score_and_error(units, summed=score == "value")
+    candidates = np.flatnonzero(units.visits)
+    if domain:
+        candidates = candidates[units.domains[candidates] == run.domain(domain)]
+    by = scores[candidates]
+    order = np.argsort(by if bottom else -by, kind="stable")
+    chosen = candidates[order[:n]]
+    documents = Documents(run)
+    records = documents.find_all(units.numbers[chosen])
     rows = []
-    for k, name in enumerate(run.names):
-        values = run.values[run.used[order], k].astype(float)
-        for d, domain_values in zip(present, np.split(values, starts[1:])):
-            rows.append(
-                {
-                    "target": name,
-                    "domain": run.domains[d],
-                    "chunks": len(domain_values),
-                    "tokens": len(domain_values) * run.width,
-                    "share": len(domain_values) / len(values),
-                    **tables.spread(domain_values / run.width),
-                    "sum": float(domain_values.sum()),
-                    "share_of_sum": float(domain_values.sum() / values.sum()),
-                }
-            )
-    return {"unit": run.info["unit"], "domains": rows}
+    for rank, unit in enumerate(chosen.tolist(), 1):
+        record = records[int(units.numbers[unit])]
+        pieces = documents.pieces_of(record)
+        value, used = value_of_document(run, pieces)
+        rows.append(
+            {
+                "rank": rank,
+                "doc": int(units.numbers[unit]),
+                "score": float(scores[unit]),
+                "error": float(errors[unit]),
+                "value": float(value[k]),
+                "visits": int(units.visits[unit]),
+                "chunks": len(pieces.chunk),
+                "chunks_used": used,
+                "domain": record["domain"],
+                "source": record["source"],
+                "record": int(record["record"]),
+                "text": beginning_of(run, pieces, chars),
+            }
+        )
+    return {**ranking(run, k, score, bottom), "documents": rows}
+
+
+def beginning_of(run, pieces, chars):
+    """The first characters of a document, given by its Pieces."""
+    text = ""
+    for stop in range(1, len(pieces.chunk) + 1):
+        text = text_of(run, pieces, range(stop))
+        if len(text) > chars:
+            return text[:chars] + "\u2026"
+    return text
 
 
 def chunk(run, chunk: int):
@@ -145,6 +217,7 @@ def chunk(run, chunk: int):
             }
         )
     return {
+        "run": str(run.path),
         "chunk": chunk,
         "domain": domain,
         "unit": run.info["unit"],
@@ -163,14 +236,9 @@ def doc(run, doc: int):
     row = documents.find(doc)
     pieces = documents.pieces_of(row)
     chunks = chunks_of_document(run, row["first_token"], pieces)
-    total = np.zeros(len(run.names))
-    used = 0
-    for entry in chunks:
-        values = run.values[entry["chunk"]].astype(float)
-        if not np.isnan(values[0]):
-            used += 1
-            total += values * entry["share"]
+    value, used = value_of_document(run, pieces)
     return {
+        "run": str(run.path),
         "doc": row["doc"],
         "domain": row["domain"],
         "source": row["source"],
@@ -178,11 +246,30 @@ def doc(run, doc: int):
         "n_tokens": row["n_tokens"],
         "unit": run.info["unit"],
         "chunks_used": used,
-        "value": run.named(total if used else np.full(len(total), np.nan)),
+        "value": run.named(value),
         "chunks": chunks,
         "whole": int(pieces.tokens.sum()) == row["n_tokens"] + 1,  # with its <eot>
         "text": text_of(run, pieces, range(len(chunks))),
     }
+
+
+def trained_tokens(run, pieces):
+    """How many tokens of each of a document's Pieces were trained on, and their shares of those of
+    the chunk: (m,) each."""
+    trained = run.width + 1  # tokens of a chunk that were read or predicted
+    tokens = np.minimum(pieces.end, trained) - np.minimum(pieces.begin, trained)
+    return tokens, tokens / trained
+
+
+def value_of_document(run, pieces):
+    """-> a document's value for each target (K,), nats, NaN where no chunk of it was used; and how
+    many of its chunks were used."""
+    _, shares = trained_tokens(run, pieces)
+    values = run.values[pieces.chunk].astype(float)
+    is_used = ~np.isnan(values[:, 0])
+    if not is_used.any():
+        return np.full(values.shape[1], np.nan), 0
+    return shares[is_used] @ values[is_used], int(is_used.sum())
 
 
 def chunks_of_document(run, first_token, pieces):
@@ -191,16 +278,15 @@ def chunks_of_document(run, first_token, pieces):
     begins: the token of the chunk at which the document begins, negative behind its first chunk.
     tokens: those of the chunk that are the document's and were trained on, also as a share.
     """
-    trained = run.width + 1  # tokens of a chunk that were read or predicted
+    tokens, shares = trained_tokens(run, pieces)
     chunks = []
     for i, chunk in enumerate(pieces.chunk.tolist()):
-        tokens = max(0, min(int(pieces.end[i]), trained) - int(pieces.begin[i]))
         chunks.append(
             {
                 "chunk": chunk,
                 "begins": first_token - i * run.data.train.rows.shape[1],
-                "tokens": tokens,
-                "share": tokens / trained,
+                "tokens": int(tokens[i]),
+                "share": float(shares[i]),
                 "value": run.named(run.values[chunk]),
             }
         )
@@ -208,29 +294,54 @@ def chunks_of_document(run, first_token, pieces):
 
 
 def tokens(run, *, chunk: int, target=""):
-    """A chunk's value token by token, at a checkpoint of the run: of the token read at each
-    position. The last one is only predicted."""
+    """A chunk's value token by token, with the weights of the newest checkpoint: of the token read
+    at each position. The last one is only predicted. The chunk's own value is of other steps."""
     k = run.target(target)
     domain = run.domain_of(chunk)
     import revalue
 
     step, values = revalue.tokens(run, [chunk])
     values = values[0, :, k].tolist()
+    visits = []
+    for visit in run.visits_of([chunk]):
+        visits.append({"step": visit["step"].item(), "value": visit["value"][k].item()})
     rows = []
     for position, (piece, value) in enumerate(zip(run.pieces(chunk), [*values, np.nan])):
         rows.append({"position": position, "token": piece, "value": value})
     return {
+        "run": str(run.path),
         "chunk": chunk,
         "domain": domain,
         "target": run.names[k],
         "unit": run.info["unit"],
+        "value": float(run.values[chunk, k]),
+        "visits": visits,
         "step": step,
         "sum": sum(values),
         "tokens": rows,
     }
 
 
-def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
+def losses(*runs):
+    """Validation losses of runs side by side, also of runs without values: by step, and by domain
+    after the last step at which all of them were evaluated."""
+    compared = side_by_side(runs)
+    first = compared[0]
+    last = int(common_steps(compared)[-1])
+    steps = sorted({step for run in compared for step in run.steps.tolist()})
+    rows = []
+    for step in steps:
+        for domain in (None, *first.by_domain):
+            loss = {run.name: run.at(step, domain) for run in compared}
+            difference = {name: loss[name] - loss[first.name] for name in list(loss)[1:]}
+            rows.append({"step": step, "domain": domain, "loss": loss, "difference": difference})
+    described = []
+    for run in compared:
+        described.append({"name": run.name, "run": str(run.path), "seed": run.cfg.get("seed")})
+    return {"unit": "nats", "runs": described, "last_common_step": last, "losses": rows}
+
+
+def query(run, text="", file="", n=10, domain="", score: Score = "share", chars=200, bottom=False):
     """Which training chunks helped the model to write a text, approximately, with --text or --file;
     with --bottom, which hinder it."""
     if bool(text) == bool(file):
@@ -242,10 +353,23 @@ def query(run, text="", file="", n=10, domain="", chars=200, bottom=False):
     import revalue  # and torch with it, which reading values needs not
 
     valued = open_run(revalue.query(run, text), run.data.path)
-    return top(valued, n, "", domain, chars, bottom)
+    return top(valued, n, "", domain, score, chars, bottom)
 
 
-COMMANDS = (summary, top, bottom, domains, chunk, doc, export, compare, tokens, query)
+COMMANDS = (
+    summary,
+    domains,
+    top,
+    bottom,
+    docs,
+    chunk,
+    doc,
+    tokens,
+    losses,
+    compare,
+    export,
+    query,
+)
 
 
 def main():
@@ -253,7 +377,8 @@ def main():
     for key in ("run", "other"):
         if key in options:
             options[key] = open_run(options[key], data_dir)
-    commands.show(command.__name__, command(**options), style)
+    result = command(*options.pop("runs", ()), **options)
+    commands.show(command.__name__, result, style, data_dir)
 
 
 if __name__ == "__main__":

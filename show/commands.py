@@ -9,7 +9,6 @@ import argparse
 import csv
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -17,9 +16,10 @@ import shutil
 import signal
 import sys
 from dataclasses import dataclass
+from typing import get_args
 
 from show import tables
-from show.findings import micro
+from show.findings import UNIT, micro, short, worth
 from show.tables import fit
 from system import terminal
 from system.errors import UserError
@@ -31,10 +31,12 @@ HELP = {
     "run": "a run's folder, as out/demo",
     "other": "another run's folder",
     "data_dir": "where the run's data is now, if it moved",
-    "n": "how many chunks",
-    "target": "one of the run's targets; default: its first",
-    "domain": "only chunks of this domain",
-    "chars": "characters of each chunk's text",
+    "runs": "folders of runs, as out/curated out/control",
+    "n": "how many of them",
+    "target": "one of the run's targets, which `summary` lists; default: its first",
+    "domain": "only those of this domain; `domains` lists them",
+    "score": "what decides the order: share, of the size of their step's values; value, in nats",
+    "chars": "characters of each text",
     "bottom": "from the other end",
     "chunk": "a chunk's number: its row in train.npy",
     "doc": "a document's number, as `chunk` and `top` show it",
@@ -54,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(doc, functions, argv=None):
     """argv (default: the command line) -> the function that it names, "json" or "csv" or None,
-    data_dir, and the function's {parameter: value}.
+    data_dir ("" for a command that reads no data), and the function's {parameter: value}.
 
     doc: the script's docstring, with an example of each function on a line. Raises UserError.
     """
@@ -69,7 +71,7 @@ def parse(doc, functions, argv=None):
     options = vars(parser.parse_args(argv))
     by_name = {function.__name__: function for function in functions}
     function = by_name[options.pop("command")]
-    return function, options.pop("style"), options.pop("data_dir"), options
+    return function, options.pop("style"), options.pop("data_dir", ""), options
 
 
 def add_command(subparsers, function, examples):
@@ -77,9 +79,11 @@ def add_command(subparsers, function, examples):
     parser = subparsers.add_parser(
         function.__name__, help=about, description=about, epilog=examples, **LOOKS
     )
-    for key, parameter in inspect.signature(function).parameters.items():
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
         add_option(parser, key, parameter)
-    parser.add_argument("--data_dir", default="", metavar="PATH", help=HELP["data_dir"])
+    if "run" in parameters:
+        parser.add_argument("--data_dir", default="", metavar="PATH", help=HELP["data_dir"])
     styles = ("json", "csv") if function.__name__ in ROWS else ("json",)
     group = parser.add_mutually_exclusive_group()
     for style in styles:
@@ -90,7 +94,8 @@ def add_command(subparsers, function, examples):
 
 def add_option(parser, key, parameter):
     """A parameter without a default is required: by its place, or by its name if only that is
-    allowed. False is the default of a switch."""
+    allowed. False is the default of a switch. A Literal lists what may be written."""
+    choices = get_args(parameter.annotation) or None
     if parameter.default is False:
         parser.add_argument(f"--{key}", action="store_true", help=HELP[key])
     elif parameter.default is not parameter.empty:
@@ -98,10 +103,13 @@ def add_option(parser, key, parameter):
         parser.add_argument(
             f"--{key}",
             type=count if isinstance(parameter.default, int) else str,
+            choices=choices,
             default=parameter.default,
-            metavar=key.upper(),
+            metavar="|".join(choices) if choices else key.upper(),
             help=HELP[key] + shown,
         )
+    elif parameter.kind is parameter.VAR_POSITIONAL:
+        parser.add_argument(key, nargs="+", metavar="run", help=HELP[key])
     else:
         kind = str if parameter.annotation is parameter.empty else parameter.annotation
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -134,23 +142,26 @@ ROWS = {
     "summary": "targets",
     "top": "chunks",
     "bottom": "chunks",
+    "docs": "documents",
     "domains": "domains",
     "chunk": "visits",
     "doc": "chunks",
     "compare": "moved",
+    "losses": "losses",
     "tokens": "tokens",
     "query": "chunks",
 }
 
 
-def show(command, result, style):
-    """Prints what a command returned. style: "json", "csv", or None for text."""
+def show(command, result, style, data_dir=""):
+    """Prints what a command returned. style: "json", "csv", or None for text. data_dir: as the user
+    wrote it, for what to type next."""
     if style == "json":
         print(json.dumps(plain(result), indent=1, allow_nan=False))
     elif style == "csv":
         print(as_csv(result[ROWS[command]]), end="")
     else:
-        say_lines(SHOWN[command](result))
+        say_lines(SHOWN[command](result), data_dir)
 
 
 def plain(x):
@@ -210,10 +221,20 @@ class Coloured:
     pieces: list
 
 
-def say_lines(lines):
-    """Prints strings, TextLines and Coloured."""
+@dataclass
+class Next:
+    """What to type next: words of a command that reads the run."""
+
+    words: list
+
+
+def say_lines(lines, data_dir=""):
+    """Prints strings, TextLines, Coloured and Next."""
     for line in lines:
-        if isinstance(line, Coloured):
+        if isinstance(line, Next):
+            moved = [f"--data_dir={data_dir}"] if data_dir else []
+            terminal.say("next: " + terminal.command("python", *line.words, *moved))
+        elif isinstance(line, Coloured):
             text = "".join(coloured(piece, x) for piece, x in line.pieces)
             sys.stdout.write_as_it_is(text + "\n")
         elif isinstance(line, TextLine):
@@ -256,13 +277,13 @@ def aligned(head, widths, line):
     return "  ".join(cells).rstrip()
 
 
-def nano(x):
-    """In billionths."""
-    return scaled(x, 1e9)
-
-
-def scaled(x, unit):
-    return "-" if math.isnan(x) else f"{unit * x:+,.1f}"
+def effects(values):
+    """{target: nats} -> in words, what they did."""
+    told = []
+    for target, value in values.items():
+        verb = "raised" if value < 0 else "lowered"
+        told.append(f"{verb} the loss of {short(target)} by {worth(abs(value)).lstrip('+')}")
+    return ", ".join(told)
 
 
 def number(x):
@@ -289,46 +310,67 @@ def show_summary(r):
     early = f"{r['early_steps']} early steps, whose values are rough"
     approximate = f"; approximate: {r['approximate']}" if r["approximate"] else ""
     yield f"{used}; {early}{approximate}"
-    yield f"Values of the chunks used, in 1e-6 {r['unit']} ({SIGN}); sum in {r['unit']}"
     yield ""
-    head = ["target", "mean", "+-", "sd", "p5", "median", "p95", "< 0", "sum"]
-    rows = []
+    yield from tables.HEADING
+    yield ""
+    yield from tables.figure_table("target", [(t["target"], t) for t in r["targets"]])
     for t in r["targets"]:
-        rows.append(
-            [
-                t["target"],
-                micro(t["mean"]),
-                micro(t["standard_error"]),
-                micro(t["sd"]),
-                micro(t["p5"]),
-                micro(t["median"]),
-                micro(t["p95"]),
-                f"{t['negative']:.0%}",
-                f"{t['sum']:+.4f}",
-            ]
-        )
-    yield from table(head, rows)
+        yield from t["cautions"]
+    books = [t["books"] for t in r["targets"]]
     yield ""
     for t in r["targets"]:
         yield tables.accounted(t["target"], t["books"])
+    yield from tables.explain_shares(books)
     for t in r["targets"]:
         if t["audit"]:
             yield tables.compared(t["target"], t["audit"])
+    yield ""
+    for t in r["targets"]:
+        yield t["finding"]
+    yield Next(["values.py", "domains", r["run"]])
+
+
+def show_domains(r):
+    if r["approximate"]:
+        yield f"Approximate: {r['approximate']}"
+    yield from tables.HEADING
+    for t in r["targets"]:
+        rows = [row for row in r["domains"] if row["target"] == t["target"]]
+        yield from tables.domain_table(t["target"], rows, t)
+        yield from t["cautions"]
+    yield ""
+    for t in r["targets"]:
+        yield t["finding"]
+    first = r["domains"][0]
+    words = ["values.py", "top", r["run"], f"--domain={first['domain']}"]
+    yield Next([*words, f"--target={first['target']}"])
+
+
+SHARE = "share: a visit's value over the mean size of its step's values; the mean of its visits"
+
+
+def ordered_how(r, what):
+    """The lines above a ranking of chunks or documents."""
+    if r["approximate"]:
+        yield f"Approximate: {r['approximate']}"
+    end = "helped least, or hurt" if r["order"] == "bottom" else "helped most"
+    by = "value" if r["score"] == "value" else "share of their steps' values"
+    yield f"The {what} that {end}, for {short(r['target'])}, by {by}"
+    yield f"value: in {UNIT}, summed over visits ({SIGN})"
 
 
 def show_ranked(r):
-    which = "smallest" if r["order"] == "bottom" else "largest"
-    if r["approximate"]:
-        yield f"Approximate: {r['approximate']}"
-    yield f"{r['target']}: the chunks with the {which} values, in 1e-6 {r['unit']} ({SIGN})"
+    yield from ordered_how(r, "chunks")
+    yield SHARE
     yield ""
-    head = ["rank", "chunk", "value", "visits", "first step", "loss", "documents", "domain", "text"]
+    figures = ["share", "value", "visits", "first step", "loss"]
     rows = []
     for c in r["chunks"]:
         rows.append(
             [
                 str(c["rank"]),
                 str(c["chunk"]),
+                f"{c['share']:+,.2f}",
                 micro(c["value"]),
                 str(c["visits"]),
                 str(c["first_step"]),
@@ -338,43 +380,84 @@ def show_ranked(r):
                 c["text"],
             ]
         )
-    yield from table(head, rows)
+    yield from table(["rank", "chunk", *figures, "document", "domain", "text"], rows)
+    yield ""
+    if not r["chunks"]:
+        yield "no chunk of this domain was used yet"
+        return
+    c = r["chunks"][0]
+    times = f"{abs(c['share']):.1f} times the mean size of a value in its steps"
+    effect = effects({r["target"]: c["value"]})
+    yield f"chunk {c['chunk']} ({short(c['domain'])}) {effect}, {times}"
+    yield Next(["values.py", "chunk", r["run"], str(c["chunk"])])
 
 
 def first_document(documents):
     """The first one's number, and how many more there are."""
     if not documents:
         return ""
-    more = f" +{len(documents) - 1}" if len(documents) > 1 else ""
+    more = f" (+{len(documents) - 1} more)" if len(documents) > 1 else ""
     return f"{documents[0]['doc']}{more}"
 
 
-def show_domains(r):
-    yield f"Values per token, in 1e-9 {r['unit']} ({SIGN}), of the chunks used; sum in {r['unit']}"
-    figures = ["mean", "+-", "p5", "median", "p95", "< 0", "sum", "share of sum"]
-    head = ["domain", "chunks", "tokens", "share", *figures]
-    for target, domains in itertools.groupby(r["domains"], key=lambda row: row["target"]):
-        yield ""
-        yield f"{target}:"
-        rows = []
-        for d in sorted(domains, key=lambda row: -row["median"]):
-            rows.append(
-                [
-                    d["domain"],
-                    f"{d['chunks']:,}",
-                    f"{d['tokens']:,}",
-                    f"{d['share']:.1%}",
-                    nano(d["mean"]),
-                    nano(d["standard_error"]),
-                    nano(d["p5"]),
-                    nano(d["median"]),
-                    nano(d["p95"]),
-                    f"{d['negative']:.0%}",
-                    f"{d['sum']:+.4f}",
-                    f"{d['share_of_sum']:.1%}",
-                ]
-            )
-        yield from table(head, rows)
+def show_docs(r):
+    yield from ordered_how(r, "documents")
+    if r["score"] == "value":
+        yield f"score: the value, by the visits; +-: its standard error; both in {UNIT}"
+    else:
+        yield "score: a visit's value over the mean size of its step's values, times the document's"
+        yield "part of the chunk; the mean of its visits. +-: the standard error of that mean"
+    yield ""
+    rows = []
+    for d in r["documents"]:
+        rows.append(
+            [
+                str(d["rank"]),
+                str(d["doc"]),
+                scored(d["score"], r["score"]),
+                scored(d["error"], r["score"]).lstrip("+"),
+                micro(d["value"]),
+                str(d["visits"]),
+                f"{d['chunks_used']} of {d['chunks']}",
+                str(d["record"]),
+                ending(d["source"]),
+                d["domain"],
+                d["text"],
+            ]
+        )
+    figures = ["score", "+-", "value", "visits", "chunks used", "record"]
+    yield from table(["rank", "document", *figures, "source", "domain", "text"], rows)
+    yield ""
+    if not r["documents"]:
+        yield "no document of this domain was used yet"
+        return
+    d = r["documents"][0]
+    effect = effects({r["target"]: d["value"]})
+    sure = "more" if abs(d["score"]) > 2 * d["error"] else "not more"
+    visits = tables.counted(d["visits"], "visit")
+    clear = f"its score is {sure} than two errors from 0"
+    if d["visits"] < 2:
+        clear = "of one visit no error is known"
+    yield f"document {d['doc']} ({short(d['domain'])}) {effect}, in {visits}; {clear}"
+    yield Next(["values.py", "doc", r["run"], str(d["doc"])])
+
+
+def ending(path):
+    """The end of a path, which tells files apart."""
+    path = visible(path)
+    return path if len(path) <= MOST_CELLS else "\u2026" + path[1 - MOST_CELLS :]
+
+
+def scored(x, score):
+    """A score of show/scores.py as text."""
+    if score == "value":
+        return micro(x)
+    return "-" if math.isnan(x) else f"{x:+,.3f}"
+
+
+def begins(token):
+    """Where a document begins, seen from a chunk, in words."""
+    return f"token {token:,}" if token >= 0 else f"earlier, {-token:,} tokens before"
 
 
 def show_text(text):
@@ -389,15 +472,14 @@ def show_chunk(r):
     targets = list(r["value"])
     yield f"chunk {r['chunk']}, {r['domain']}"
     yield ""
-    head = ["document", "begins at token", "tokens", "record", "source"]
     rows = []
     for doc in r["documents"]:
-        place = [str(doc["doc"]), str(doc["begins"]), str(doc["n_tokens"])]
+        place = [str(doc["doc"]), begins(doc["begins"]), f"{doc['n_tokens']:,}"]
         rows.append([*place, str(doc["record"]), doc["source"]])
-    yield from table(head, rows)
+    yield from table(["document", "begins", "tokens", "record", "source"], rows)
     yield ""
     if r["used"]:
-        yield f"Every visit, values in 1e-6 {r['unit']} ({SIGN})"
+        yield f"Every visit, values in {UNIT} ({SIGN})"
         head = ["step", "loss", *column_names(targets), "gradient norm", "early"]
         rows = []
         for v in r["visits"]:
@@ -412,6 +494,9 @@ def show_chunk(r):
     else:
         yield "never used: it has no value"
     yield from show_text(r["text"])
+    if r["used"]:
+        yield f"chunk {r['chunk']} {effects(r['value'])}"
+        yield Next(["values.py", "tokens", r["run"], f"--chunk={r['chunk']}"])
 
 
 def show_doc(r):
@@ -419,18 +504,32 @@ def show_doc(r):
     yield f"document {r['doc']}, {r['domain']}: {source}"
     cut = "" if r["whole"] else "; its end fills no chunk and is not in the data"
     used = f"{r['chunks_used']} of its {len(r['chunks'])} chunks used{cut}"
-    yield f"{used}. Values in 1e-6 {r['unit']} ({SIGN})"
+    yield f"{used}. Values in {UNIT} ({SIGN})"
     rule = "a chunk's value times the document's share of the chunk's tokens"
     yield f"Its own: the sum over its chunks of {rule}"
     yield ""
-    head = ["chunk", "begins at token", "tokens", "share", *column_names(r["value"])]
     rows = []
     for c in r["chunks"]:
-        place = [str(c["chunk"]), str(c["begins"]), str(c["tokens"]), f"{c['share']:.1%}"]
+        place = [str(c["chunk"]), begins(c["begins"]), str(c["tokens"]), f"{c['share']:.1%}"]
         rows.append([*place, *map(micro, c["value"].values())])
     rows.append(["its own", "", "", "", *map(micro, r["value"].values())])
+    head = ["chunk", "begins", "tokens", "share", *column_names(r["value"])]
     yield from table(head, rows)
     yield from show_text(r["text"])
+    if r["chunks_used"]:
+        yield f"document {r['doc']} {effects(r['value'])}"
+        yield Next(["values.py", "chunk", r["run"], str(most_telling(r["chunks"])["chunk"])])
+
+
+def most_telling(chunks):
+    """Of a document's chunks the one that gives it the largest part of its value for the first
+    target, without sign."""
+
+    def size(chunk):
+        part = next(iter(chunk["value"].values())) * chunk["share"]
+        return -1.0 if math.isnan(part) else abs(part)
+
+    return max(chunks, key=size)
 
 
 def show_export(r):
@@ -440,7 +539,7 @@ def show_export(r):
 def show_compare(r):
     a, b = r["runs"]
     used = f"{r['chunks']:,} chunks used by both"
-    yield f"a: {a}, b: {b}: {used}. Values in 1e-6 {r['unit']} ({SIGN})"
+    yield f"a: {a}, b: {b}: {used}. Values in {UNIT} ({SIGN})"
     yield ""
     rows = []
     for t in r["targets"]:
@@ -450,9 +549,12 @@ def show_compare(r):
     yield ""
     rows = []
     for d in r["domains"]:
-        figures = [f"{d['chunks']:,}", micro(d["mean_a"]), micro(d["mean_b"])]
+        figures = [f"{d['chunks']:,}"]
+        for key in ("median_a", "median_b", "mean_a", "mean_b"):
+            figures.append(micro(d[key]))
         rows.append([d["target"], d["domain"], *figures])
-    yield from table(["target", "domain", "chunks", "mean in a", "mean in b"], rows)
+    figures = ["median in a", "median in b", "mean in a", "mean in b"]
+    yield from table(["target", "domain", "chunks", *figures], rows)
     yield ""
     yield "The chunks that moved most in rank"
     figures = ["rank in a", "rank in b", "value in a", "value in b"]
@@ -462,6 +564,67 @@ def show_compare(r):
         values = [micro(m["value_a"]), micro(m["value_b"])]
         rows.append([str(m["chunk"]), *ranks, *values, m["target"], m["domain"], m["text"]])
     yield from table(["chunk", *figures, "target", "domain", "text"], rows)
+    yield ""
+    for t in r["targets"]:
+        agree = f"the ranks of the chunks correlate by {number(t['spearman'])}"
+        signs = f"{t['equal_signs']:.0%} of them have the same sign in both runs"
+        yield f"for {short(t['target'])}: {agree}; {signs}"
+    yield Next(["values.py", "chunk", a, str(r["moved"][0]["chunk"])])
+
+
+def show_losses(r):
+    """Of two runs a difference; of more, each one's to the first."""
+    names = [run["name"] for run in r["runs"]]
+    step = r["last_common_step"]
+    yield "Validation losses in nats, of the same validation chunks for every run"
+    for run in r["runs"]:
+        yield f"{run['name']}: {run['run']}, seed {run['seed']}"
+    yield ""
+    shown = column_names(names)
+    differences = ["difference"] if len(names) == 2 else [f"{name} - first" for name in shown[1:]]
+    by_step = [row for row in r["losses"] if row["domain"] is None]
+    rows = [[str(row["step"]), *loss_cells(row)] for row in by_step]
+    yield from table(["step", *shown, *differences], rows)
+    yield ""
+    yield f"after step {step:,}:"
+    at_end = [row for row in r["losses"] if row["step"] == step]
+    rows = []
+    for row in at_end:
+        rows.append([row["domain"] or "all", *loss_cells(row)])
+    yield from table(["domain", *shown, *differences], [*rows[1:], rows[0]])
+    yield ""
+    yield from losses_in_words(r, at_end[0])
+
+
+def loss_cells(row):
+    cells = []
+    for loss in row["loss"].values():
+        cells.append("-" if math.isnan(loss) else f"{loss:.4f}")
+    for difference in row["difference"].values():
+        cells.append("-" if math.isnan(difference) else f"{difference:+.4f}")
+    return cells
+
+
+def losses_in_words(r, at_end):
+    """at_end: the row of all domains at the last step that the runs have in common."""
+    step = at_end["step"]
+    first = r["runs"][0]
+    base = at_end["loss"][first["name"]]
+    if len(r["runs"]) == 1:
+        yield f"{short(first['name'])}: {base:.4f} nats after step {step:,}"
+        return
+    for run in r["runs"][1:]:
+        loss = at_end["loss"][run["name"]]
+        by = f"({loss:.4f} against {base:.4f} after step {step:,})"
+        difference = round(at_end["difference"][run["name"]], 4)
+        amount = f"{abs(difference):.4f} nats {'lower' if difference < 0 else 'higher'} than"
+        how = amount if difference else "the same as"
+        yield f"{short(run['name'])}: its loss is {how} that of {short(first['name'])} {by}"
+    yield "One run each does not tell how far runs with other seeds lie apart: it may be chance."
+    for run in r["runs"]:
+        seed = (run["seed"] or 0) + 1
+        config = f"{run['run']}/config.json"
+        yield Next(["train.py", config, f"--seed={seed}", f"--out_dir={run['run']}-seed{seed}"])
 
 
 def show_curated(r):
@@ -516,18 +679,45 @@ def chosen_how(cfg):
 
 
 def show_tokens(r):
-    what = f"what each token did for {r['target']} at step {r['step']}"
-    yield f"chunk {r['chunk']}, {r['domain']}: {what}, in 1e-6 {r['unit']} ({SIGN})"
-    yield f"sum: {micro(r['sum'])}"
+    what = f"what each token did for {r['target']}, in {UNIT} ({SIGN})"
+    yield f"chunk {r['chunk']}, {r['domain']}: {what}"
     yield ""
+    rows = []
+    for v in r["visits"]:
+        rows.append(
+            [f"worth in step {v['step']}, with the weights of that step", micro(v["value"])]
+        )
+    by = f"sum of its tokens at step {r['step']}, with the newest checkpoint's weights"
+    rows.append([by, micro(r["sum"])])
+    width = max(len(words) for words, _ in rows)
+    for words, value in rows:
+        yield f"{words:<{width}}  {value:>14}"
+    if r["visits"]:
+        yield "The two differ, for the weights do: read the tokens below against each other."
+    else:
+        yield "No step has used this chunk: it has no value in the run."
+    yield ""
+    yield from token_lines(r["tokens"])
+    yield ""
+    known = [token for token in r["tokens"] if not math.isnan(token["value"])]
+    best = max(known, key=lambda token: token["value"])
+    worst = min(known, key=lambda token: token["value"])
+    largest = f"{best['token']!r} at position {best['position']} ({micro(best['value'])})"
+    smallest = f"{worst['token']!r} at {worst['position']} ({micro(worst['value'])})"
+    yield f"the largest value has {largest}, the smallest {smallest}"
+    yield Next(["report.py", r["run"]])
+
+
+def token_lines(tokens):
+    """Coloured on a terminal, else a table."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        rows = [[str(t["position"]), micro(t["value"]), t["token"]] for t in r["tokens"]]
+        rows = [[str(t["position"]), micro(t["value"]), t["token"]] for t in tokens]
         yield from table(["position", "value", "token"], rows)
         return
-    sizes = sorted(abs(t["value"]) for t in r["tokens"] if not math.isnan(t["value"]))
+    sizes = sorted(abs(t["value"]) for t in tokens if not math.isnan(t["value"]))
     # not the largest: a single token far out would leave all others white
     most = sizes[int(0.98 * (len(sizes) - 1))] or 1.0
-    yield Coloured([(t["token"], t["value"] / most) for t in r["tokens"]])
+    yield Coloured([(t["token"], t["value"] / most) for t in tokens])
     legend = [(" hurt ", -1), (" nothing ", 0), (" helped ", 1)]
     legend.append((f": the darkest are {micro(most)} and beyond", math.nan))
     yield Coloured(legend)
@@ -556,10 +746,12 @@ SHOWN = {
     "top": show_ranked,
     "bottom": show_ranked,
     "query": show_ranked,
+    "docs": show_docs,
     "domains": show_domains,
     "chunk": show_chunk,
     "doc": show_doc,
     "export": show_export,
     "compare": show_compare,
+    "losses": show_losses,
     "tokens": show_tokens,
 }

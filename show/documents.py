@@ -191,9 +191,19 @@ class Documents:
         rows = self.rows_of(doc) if 0 <= doc < 2**63 else []
         if not rows:
             why = "it is in the validation set, fills no chunk, or does not exist"
-            cure = "`values.py chunk` says which documents lie in a chunk"
+            cure = f"`values.py docs {self.run.path}` lists documents by value"
             raise UserError(f"document {doc} is not in {self.path}: {why}. {cure}")
         return rows[0]
+
+    def find_all(self, docs):
+        """The rows of some documents, given by their numbers: {number: a row of the table, as a
+        dict}, of those that are in it."""
+        found = {}
+        for i in range(len(self.first)):
+            columns = self.group(i)
+            for row in np.flatnonzero(np.isin(columns["doc"], docs)).tolist():
+                found[int(columns["doc"][row])] = {name: columns[name][row] for name in columns}
+        return found
 
     def rows_of(self, doc):
         import pyarrow.parquet

@@ -62,7 +62,7 @@ def count_visits(run):
 
 def compare(run, other, n=10, chars=200):
     """The same data valued twice, on the chunks that both used: rank correlation, equal signs,
-    means by domain, the chunks that moved most."""
+    medians and means by domain, the chunks that moved most."""
     chunks = np.intersect1d(run.used, other.used, assume_unique=True)
     targets = [name for name in run.names if name in other.names]
     if run.data.hash != other.data.hash:
@@ -77,7 +77,7 @@ def compare(run, other, n=10, chars=200):
         a = run.values[chunks, run.target(name)].astype(float)
         b = other.values[chunks, other.target(name)].astype(float)
         figures.append({"target": name, **agreement(a, b)})
-        domains += domain_means(run, chunks, name, a, b)
+        domains += by_domain(run, chunks, name, a, b)
         moved += most_moved(run, chunks, name, a, b, n, chars)
     return {
         "runs": [str(run.path), str(other.path)],
@@ -110,7 +110,7 @@ def ranks(values):
     return stats.rankdata(-values)
 
 
-def domain_means(run, chunks, target, a, b):
+def by_domain(run, chunks, target, a, b):
     domain = run.data.train.domain[chunks]
     rows = []
     for d in np.unique(domain):
@@ -120,6 +120,8 @@ def domain_means(run, chunks, target, a, b):
                 "target": target,
                 "domain": run.domains[d],
                 "chunks": int(inside.sum()),
+                "median_a": float(np.median(a[inside])),
+                "median_b": float(np.median(b[inside])),
                 "mean_a": float(a[inside].mean()),
                 "mean_b": float(b[inside].mean()),
             }

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from show.run import check_folder
 from system.errors import UserError
 from system.files import check_entries, read_json, read_lines
 from system.terminal import command
-
-LIKE = "name one that train.py wrote, as out/<the config's name>"
 
 
 @dataclass
@@ -41,10 +40,8 @@ def losses(path):
     """A run's folder -> Losses. Raises UserError, saying what to type, where it holds no run, or no
     losses yet, or damaged ones."""
     path = Path(path)
+    check_folder(path)
     file = path / "config.json"
-    if not file.is_file():
-        what = "holds no run" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: {LIKE}")
     resume = command("python", "train.py", str(file), "--init_from=resume")
     cure = f"type: {resume}"
     about = read_json(file, cure, {"config": dict}, unsealed=True)

@@ -174,7 +174,7 @@ def open_run(path, data_dir=""):
     path = Path(path)
     cfg = read_config(path)
     info, (values, visits, books, audit) = read_commit(path, cfg)
-    folder = Path(data_dir or cfg["data_dir"])
+    folder = Path(data_dir) if data_dir else find_data(path, cfg["data_dir"])
     if not folder.is_dir():
         what = f"the data of {path} is not in {folder}"
         raise UserError(f"{what}: name the folder it is in with --data_dir=...")
@@ -190,17 +190,45 @@ def open_run(path, data_dir=""):
     return Run(path, cfg, info, data, values, visits, books, audit)
 
 
+def find_data(path, data_dir):
+    """The folder of a run's data. The run names it as seen from where train.py was started: from
+    here, or, where the reader went into the run's folder, from a folder above that."""
+    if Path(data_dir).is_dir():
+        return Path(data_dir)
+    for above in path.resolve().parents:
+        if (above / data_dir).is_dir():
+            return above / data_dir
+    return Path(data_dir)
+
+
+MOST_NAMED = 5  # runs, where a folder that holds several is none itself
+
+
+def check_folder(path):
+    """Raises UserError, saying what to type, where a path is no run's folder."""
+    if (path / "config.json").is_file():
+        return
+    if not path.is_dir():
+        what = f"{path} is a file" if path.is_file() else f"{path} does not exist"
+        raise UserError(f"{what}: name a run's folder, as out/<the config's name>")
+    runs = sorted(file.parent for file in path.glob("*/config.json"))
+    if runs:
+        names = terminal.listed([str(run) for run in runs], MOST_NAMED)
+        raise UserError(f"{path} is no run's folder, but it holds some: name one of {names}")
+    cure = "name one that train.py wrote, as out/<the config's name>"
+    raise UserError(f"{path} is no run's folder (it has no config.json): {cure}")
+
+
 def read_config(path):
     """The options of a run that was valued, from its config.json."""
     file = path / "config.json"
-    if not file.is_file():
-        what = "is no run's folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: name one that train.py wrote, as out/<the config's name>")
+    check_folder(path)
     cfg = read_json(file, again(path), {"config": dict}, unsealed=True)["config"]
     check_entries(cfg, SETTINGS, file, again(path))
     if cfg["rule"] == "off":
-        what = f"{path} was trained with --rule=off"
-        raise UserError(f"{what}: it has no values; train it with another --rule")
+        what = f"{path} was trained with --rule=off and has no values"
+        losses = terminal.command("python", "values.py", "losses", str(path))
+        raise UserError(f"{what}: train it with another --rule; for its losses type: {losses}")
     return cfg
 
 
