@@ -593,6 +593,8 @@ def show_losses(r):
         rows.append([row["domain"] or "all", *loss_cells(row)])
     yield from table(["domain", *shown, *differences], [*rows[1:], rows[0]])
     yield ""
+    if len(names) == 2:
+        yield "difference: the second run's loss less the first one's; negative: it is lower"
     yield from losses_in_words(r, at_end[0])
 
 
@@ -620,6 +622,8 @@ def losses_in_words(r, at_end):
         amount = f"{abs(difference):.4f} nats {'lower' if difference < 0 else 'higher'} than"
         how = amount if difference else "the same as"
         yield f"{short(run['name'])}: its loss is {how} that of {short(first['name'])} {by}"
+    if len({run["seed"] for run in r["runs"]}) > 1:
+        yield "Their seeds differ: part of the difference may be that of the seeds."
     yield "One run each does not tell how far runs with other seeds lie apart: it may be chance."
     for run in r["runs"]:
         seed = (run["seed"] or 0) + 1

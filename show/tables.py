@@ -133,13 +133,18 @@ def accounted(name, total):
         return f"books, {name}: no step was measured yet"
     shares = []
     for key, shown in PARTS.items():
-        shares.append(f"{shown} {ratio(total[key], total['drop']):.1%}")
+        shares.append(f"{shown} {percent(total[key], total['drop'])}")
     change = "rise" if total["drop"] < 0 else "drop"
     steps = counted(total["measured_steps"], "step")
     whole = f"{total['accounted']:.1%} of the measured {change}"
     size = f"({abs(total['drop']):.4f} nats in {steps})"
     added = "values, momentum and weight decay add up to"
     return f"books, {name}: {added} {whole} {size}: {', '.join(shares)}"
+
+
+def percent(amount, whole):
+    """A share as text, to a tenth of a percent."""
+    return f"{round(ratio(amount, whole), 3) + 0.0:.1%}"  # + 0.0, for -0.0 has a sign
 
 
 def explain_shares(totals):
@@ -186,7 +191,7 @@ def compared(name, audit):
     pearson = f"they correlate by {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
     spearman = f"their ranks by {audit['spearman']:.4f} ({audit['spearman_lowest']:.4f})"
     l2 = f"their error is {audit['rel_l2']:.1%} of their size"
-    sums = f"their sum {round(audit['sum_error'], 3) + 0.0:+.1%} off"  # + 0.0: no "-0.0%"
+    sums = f"their sum {percent(audit['sum_error'], 1)} off"
     one_out = f"leave-one-out correlates by {audit['loo_pearson']:.4f}"
     figures = f"{pearson}, {spearman}; {l2}, {sums}; {one_out}"
     return f"audit, {findings.short(name)}: {what}: {figures}"
