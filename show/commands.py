@@ -347,6 +347,7 @@ def show_domains(r):
 
 
 SHARE = "share: a visit's value over the mean size of its step's values; the mean of its visits"
+STEP = "step, loss: the step of its first visit, its mean training loss in nats"
 
 
 def ordered_how(r, what):
@@ -362,8 +363,9 @@ def ordered_how(r, what):
 def show_ranked(r):
     yield from ordered_how(r, "chunks")
     yield SHARE
+    yield STEP
     yield ""
-    figures = ["share", "value", "visits", "first step", "loss"]
+    figures = ["share", "value", "visits", "step", "loss"]
     rows = []
     for c in r["chunks"]:
         rows.append(

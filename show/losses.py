@@ -77,6 +77,11 @@ def side_by_side(paths):
 
     Raises UserError where one has no losses, or where two were measured on other validation
     chunks."""
+    folders = [Path(path).resolve() for path in paths]
+    for path, folder in zip(paths, folders):
+        check_folder(Path(path))
+        if folders.count(folder) > 1:
+            raise UserError(f"{path} is named twice: name each run once")
     runs = [losses(path) for path in paths]
     first = runs[0]
     for run in runs[1:]:

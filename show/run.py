@@ -213,8 +213,9 @@ def check_folder(path):
         raise UserError(f"{what}: name a run's folder, as out/<the config's name>")
     runs = sorted(file.parent for file in path.glob("*/config.json"))
     if runs:
-        names = terminal.listed([str(run) for run in runs], MOST_NAMED)
-        raise UserError(f"{path} is no run's folder, but it holds some: name one of {names}")
+        names = ", ".join(terminal.quoted(str(run)) for run in runs[:MOST_NAMED])
+        more = f", ... ({len(runs)} in all)" if len(runs) > MOST_NAMED else ""
+        raise UserError(f"{path} is no run's folder, but it holds some: name one of {names}{more}")
     cure = "name one that train.py wrote, as out/<the config's name>"
     raise UserError(f"{path} is no run's folder (it has no config.json): {cure}")
 

@@ -302,7 +302,8 @@ def test_the_cards_say_what_the_end_table_says_of_books_and_audit(trained, writt
     cards = visit(written).locator(".card").all_inner_texts()
     assert len(cards) == len(run.names)
     for k, card in enumerate(cards):
-        in_table = float(told.split(f"{run.names[k]}: accounted for ")[1].split("%")[0])
+        line = told.split(f"books, {run.names[k]}: ")[1]
+        in_table = float(line.split("add up to ")[1].split("%")[0])
         on_card = number(card.split(" of the drop")[0].split()[-1])
         assert abs(on_card - in_table) <= 0.51
         assert f"lowest {run.audit['pearson'][:, k].min():.4f}".rstrip("0") in card

@@ -189,25 +189,27 @@ def test_the_end_of_a_run_prints_the_share_of_the_drop_that_is_accounted_for(val
     measured = valued.measured
     drop = (measured["before"] - measured["after"])[:, 0].sum()
     share = 1 - measured["residual"][:, 0].sum() / drop
-    beginning = f"Python code: accounted for {share:.1%} of the drop"
+    beginning = "books, Python code: values, momentum and weight decay add up to"
+    beginning += f" {share:.1%} of the measured drop"
     assert any(line.startswith(beginning) for line in valued.printed)
 
 
 def test_the_end_of_a_run_prints_the_values_of_each_domain(valued):
-    """A line: the domain, its chunks, and for each target mean, median and share of negatives."""
+    """A table for each target. A line: the domain, its chunks, the median and its error, the share
+    of negatives, the share of the steps' values, the mean and the sum."""
     values = valued.values.astype(float)
     used = np.isfinite(values[:, 0])
     for number, name in enumerate(valued.data.domains):
-        of_domain = values[used & (valued.data.train.domain == number), 0]
-        lines = [line for line in valued.printed if line.startswith(f"{name} ")]
-        lines = [line for line in lines if line.endswith("%")]
-        assert len(lines) == (1 if len(of_domain) else 0)
-        for line in lines:
-            mean, median, negative = line.split()[-6:-3]
-            assert int(line[24:32]) == len(of_domain)
-            assert float(mean) == pytest.approx(1e6 * of_domain.mean(), abs=0.06)
-            assert float(median) == pytest.approx(1e6 * np.median(of_domain), abs=0.06)
-            assert negative == f"{(of_domain < 0).mean():.0%}"
+        of_domain = values[used & (valued.data.train.domain == number)]
+        lines = [line for line in valued.printed if line.startswith(f"{name:24}")]
+        assert len(lines) == (2 if len(of_domain) else 0)
+        for line, v in zip(lines, of_domain.T):
+            chunks, median, _, negative, _, mean, total = line[24:].replace(",", "").split()
+            assert int(chunks) == len(v)
+            assert float(median) == pytest.approx(1e6 * np.median(v), abs=0.06)
+            assert negative == f"{(v < 0).mean():.0%}"
+            assert float(mean.rstrip("*")) == pytest.approx(1e6 * v.mean(), abs=0.06)
+            assert float(total) == pytest.approx(v.sum(), abs=1e-4)
 
 
 def source_texts(rows):
@@ -418,7 +420,8 @@ def test_audits_have_a_row_for_each_audited_step(audited):
 
 def test_an_audit_is_summed_up_at_the_end_of_a_run(audited):
     mean = audited.audits["pearson"][:, 1].mean()
-    assert f"Docstrings: audit of 2 steps: Pearson {mean:.4f}" in audited.printed
+    what = "audit, Docstrings: the values of 2 steps beside the exact ones"
+    assert f"{what}: they correlate by {mean:.4f} " in audited.printed
 
 
 @pytest.mark.parametrize("audited", ["dropout", "enumerated"], indirect=True)

@@ -8,6 +8,8 @@ import json
 import os
 import pty
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,9 @@ import prepare_pile
 import revalue
 import train
 import values
+from show import findings
 from system import store, terminal
+from system.files import read_lines, write_lines
 
 ROOT = Path(config.__file__).parent
 SCHEMA = json.loads((ROOT / "show" / "values.schema.json").read_text())
@@ -178,19 +182,120 @@ def document_table(prepared):
 # --- the numbers ----------------------------------------------------------------
 
 
+def shares_by_loops(folder, k):
+    """{chunk: the mean over its visits of its value over the mean size of its step's values}"""
+    ledger = np.load(folder / "ledger.npy")
+    shares = {}
+    for step in np.unique(ledger["step"]):
+        visits = ledger[ledger["step"] == step]
+        size = np.abs(visits["value"][:, k].astype(float)).mean()
+        for visit in visits:
+            shares.setdefault(int(visit["chunk"]), []).append(visit["value"][k] / size)
+    return {chunk: np.mean(of_chunk) for chunk, of_chunk in shares.items()}
+
+
 @pytest.mark.parametrize("order", ["top", "bottom"])
-def test_top_and_bottom_rank_chunks_by_the_sums_of_the_ledger(folder, order):
+def test_top_and_bottom_by_value_rank_chunks_by_the_sums_of_the_ledger(folder, order):
     run = values.open_run(folder)
     total = totals(by_loops(folder))
     sign = -1 if order == "top" else 1
     assert len(run.names) == 2
     for k, target in enumerate(run.names):
         expected = sorted(total, key=lambda chunk: (sign * total[chunk][k], chunk))
-        result = getattr(values, order)(run, n=9, target=target)
+        result = getattr(values, order)(run, n=9, target=target, score="value")
         assert result["order"] == order
         assert [row["chunk"] for row in result["chunks"]] == expected[:9]
         for row in result["chunks"]:
             assert row["value"] == total[row["chunk"]][k]
+
+
+@pytest.mark.parametrize("order", ["top", "bottom"])
+def test_top_and_bottom_rank_chunks_by_their_shares_of_their_steps(folder, order):
+    run = values.open_run(folder)
+    sign = -1 if order == "top" else 1
+    for k, target in enumerate(run.names):
+        shares = shares_by_loops(folder, k)
+        expected = sorted(shares, key=lambda chunk: sign * shares[chunk])
+        result = getattr(values, order)(run, n=9, target=target)
+        assert result["score"] == "share"
+        assert [row["chunk"] for row in result["chunks"]] == expected[:9]
+        for row in result["chunks"]:
+            assert row["share"] == pytest.approx(shares[row["chunk"]])
+
+
+def documents_by_loops(folder, k, score):
+    """{doc: [what each visit of its chunks brought it]}, by values.doc's parts of chunks."""
+    run = values.open_run(folder)
+    ledger = np.load(folder / "ledger.npy")
+    brought = {}
+    for row in document_table(folder.parent):
+        for entry in values.doc(run, row["doc"])["chunks"]:
+            for visit in ledger[ledger["chunk"] == entry["chunk"]]:
+                gain = float(visit["value"][k])
+                if score == "share":
+                    step = ledger[ledger["step"] == visit["step"]]
+                    gain /= np.abs(step["value"][:, k].astype(float)).mean()
+                brought.setdefault(row["doc"], []).append(gain * entry["share"])
+    return brought
+
+
+@pytest.mark.parametrize("bottom", [False, True], ids=["best", "worst"])
+@pytest.mark.parametrize("score", ["share", "value"])
+def test_docs_ranks_documents_by_what_the_visits_of_their_chunks_brought(folder, score, bottom):
+    run = values.open_run(folder)
+    brought = documents_by_loops(folder, 1, score)
+    merge = np.sum if score == "value" else np.mean
+    scores = {doc: merge(gains) for doc, gains in brought.items()}
+    expected = sorted(scores.values(), reverse=not bottom)
+    result = values.docs(run, n=12, target="code", score=score, bottom=bottom)
+    assert [row["score"] for row in result["documents"]] == pytest.approx(expected[:12])
+    some_error = False
+    for row in result["documents"]:
+        gains = brought[row["doc"]]
+        assert row["score"] == pytest.approx(scores[row["doc"]])
+        assert row["visits"] == len(gains)
+        if len(gains) > 1:
+            error = np.std(gains, ddof=1) / len(gains) ** 0.5
+            error *= len(gains) if score == "value" else 1
+            assert row["error"] == pytest.approx(error, rel=1e-4)
+            some_error = True
+        else:
+            assert np.isnan(row["error"])
+    assert some_error
+
+
+def test_docs_says_of_each_document_what_doc_says(folder):
+    run = values.open_run(folder)
+    rows = values.docs(run, n=10**6, chars=12)["documents"]
+    assert len(rows) > 50
+    for row in rows:
+        document = values.doc(run, row["doc"])
+        for key in ("domain", "source", "record", "chunks_used"):
+            assert row[key] == document[key]
+        assert row["chunks"] == len(document["chunks"])
+        assert row["value"] == pytest.approx(document["value"]["prose"])
+        assert row["text"].rstrip("\u2026") == document["text"][:12]
+
+
+def test_docs_of_a_domain_has_all_its_documents_and_no_other(folder):
+    run = values.open_run(folder)
+    rows = values.docs(run, n=10**6)["documents"]
+    inside = values.docs(run, n=10**6, domain="code")["documents"]
+    expected = [row["doc"] for row in rows if row["domain"] == "code"]
+    assert [row["doc"] for row in inside] == expected
+    assert 0 < len(inside) < len(rows)
+
+
+def test_documents_count_only_the_tokens_that_were_trained_on(folder, prepared):
+    """A run on the first half of every chunk: what lies in the second half has no visit."""
+    half = trained(prepared, "half", "--block_size=32", "--max_iters=30", "--targets=val:code")
+    run = values.open_run(half)
+    rows = values.docs(run, n=10**6, score="value")["documents"]
+    assert rows
+    for row in rows:
+        document = values.doc(run, row["doc"])
+        assert sum(entry["tokens"] for entry in document["chunks"]) > 0
+        assert row["score"] == pytest.approx(document["value"]["code"], rel=1e-4, abs=1e-12)
 
 
 def test_top_says_of_each_chunk_what_the_ledger_says(prepared, folder):
@@ -249,18 +354,38 @@ def test_summary_counts_the_visits_of_the_ledger(folder):
     assert result["chunks"] == len(run.data.train.rows)
 
 
-def test_summary_has_the_spread_of_the_sums_of_the_ledger(folder):
+def check_figures(figures, v, shares):
+    """v: the values of the chunks that the figures are of. shares: of the steps' values."""
+    p25, median, p75 = np.percentile(v, (25, 50, 75))
+    assert figures["chunks"] == len(v)
+    assert figures["median"] == pytest.approx(median)
+    assert figures["error"] == pytest.approx(0.929 * (p75 - p25) / len(v) ** 0.5)
+    assert figures["negative"] == (v < 0).mean()
+    assert figures["mean"] == pytest.approx(v.mean())
+    assert figures["sum"] == pytest.approx(v.sum())
+    assert figures["share"] == pytest.approx(np.mean(shares))
+    assert figures["largest_share"] == pytest.approx(abs(v).max() / abs(v).sum())
+
+
+def steps_shares(folder, k, inside):
+    """Of every step, the sum of the values of the chunks inside over the size of all."""
+    ledger = np.load(folder / "ledger.npy")
+    shares = []
+    for step in np.unique(ledger["step"]):
+        visits = ledger[ledger["step"] == step]
+        v = visits["value"][:, k].astype(float)
+        shares.append(v[np.isin(visits["chunk"], inside)].sum() / abs(v).sum())
+    return shares
+
+
+def test_summary_has_the_figures_of_all_values(folder):
     total = totals(by_loops(folder))
     targets = values.summary(values.open_run(folder))["targets"]
     assert len(targets) == 2
     for k, target in enumerate(targets):
         v = np.array([value[k] for value in total.values()], float)
-        assert target["mean"] == pytest.approx(v.mean())
-        assert target["sd"] == pytest.approx(v.std(ddof=1))
-        assert target["sum"] == pytest.approx(v.sum())
-        assert target["median"] == pytest.approx(np.median(v))
-        assert target["p95"] == pytest.approx(np.quantile(v, 0.95))
-        assert target["negative"] == (v < 0).mean()
+        check_figures(target, v, steps_shares(folder, k, list(total)))
+        assert abs(total[target["largest_chunk"]][k]) == abs(v).max()
 
 
 def test_summary_closes_the_books_and_repeats_the_audit(folder):
@@ -278,7 +403,7 @@ def test_summary_closes_the_books_and_repeats_the_audit(folder):
         assert target["audit"]["pearson_lowest"] == run.audit["pearson"][:, k].min()
 
 
-def test_domains_have_the_spread_of_values_per_token(folder):
+def test_domains_have_the_figures_of_their_chunks(folder):
     run = values.open_run(folder)
     total = totals(by_loops(folder))
     rows = values.domains(run)["domains"]
@@ -287,16 +412,21 @@ def test_domains_have_the_spread_of_values_per_token(folder):
         k = run.names.index(row["target"])
         inside = [chunk for chunk in total if run.domain_of(chunk) == row["domain"]]
         v = np.array([total[chunk][k] for chunk in inside], float)
-        assert row["chunks"] == len(v)
+        check_figures(row, v, steps_shares(folder, k, inside))
         assert row["tokens"] == 64 * len(v)
-        assert row["share"] == len(v) / len(total)
-        assert row["mean"] == pytest.approx(v.mean() / 64, rel=1e-5)
-        assert row["sum"] == pytest.approx(v.sum(), rel=1e-5)
-        assert row["standard_error"] == pytest.approx(v.std(ddof=1) / len(v) ** 0.5 / 64, rel=1e-5)
-        assert row["p5"] == pytest.approx(np.quantile(v, 0.05) / 64, rel=1e-5)
-    for name in run.names:
-        shares = [row["share_of_sum"] for row in rows if row["target"] == name]
-        assert sum(shares) == pytest.approx(1)
+        assert abs(total[row["largest_chunk"]][k]) == abs(v).max()
+
+
+def test_domains_begin_with_the_largest_median(folder):
+    result = values.domains(values.open_run(folder))
+    assert len(result["targets"]) == 2
+    for target in result["targets"]:
+        rows = [row for row in result["domains"] if row["target"] == target["target"]]
+        medians = [row["median"] for row in rows if row["chunks"] >= 5]
+        assert len(medians) > 1
+        assert medians == sorted(medians, reverse=True)
+        first = terminal.visible(rows[0]["domain"])
+        assert target["finding"].startswith(f"for {target['target']}: {first} ")
 
 
 def test_doc_has_the_text_of_its_record_and_the_chunks_that_it_lies_in(prepared, folder):
@@ -437,13 +567,15 @@ def test_compare_names_the_chunks_that_moved_most_in_rank(folder, other, common)
     assert [abs(m["rank_a"] - m["rank_b"]) for m in result["moved"]] == expected[:4]
 
 
-def test_compare_has_the_means_of_each_domain(folder, other, common):
+def test_compare_has_the_medians_and_means_of_each_domain(folder, other, common):
     x, y, chunks = common
     a = values.open_run(folder)
     rows = values.compare(a, values.open_run(other))["domains"]
     assert len(rows) == len(DOMAINS)
     for row in rows:
         inside = [i for i, chunk in enumerate(chunks) if a.domain_of(chunk) == row["domain"]]
+        assert row["median_a"] == pytest.approx(np.median(x[inside]))
+        assert row["median_b"] == pytest.approx(np.median(y[inside]))
         assert row["mean_a"] == pytest.approx(x[inside].mean())
         assert row["mean_b"] == pytest.approx(y[inside].mean())
         assert row["chunks"] == len(inside)
@@ -519,28 +651,248 @@ def test_tokens_are_coloured_on_a_terminal(folder, evil_chunk, monkeypatch, type
 def test_tokens_are_a_table_with_no_color_or_without_a_terminal(
     folder, evil_chunk, monkeypatch, typed
 ):
-    assert len(typed("tokens", folder, f"--chunk={evil_chunk}").splitlines()) == 65 + 4
+    printed = typed("tokens", folder, f"--chunk={evil_chunk}")
+    (head,) = [line for line in printed.splitlines() if line.split()[:2] == ["position", "value"]]
+    table = printed[printed.index(head) :].split("\n\n")[0]
+    assert len(table.splitlines()) == 1 + 65
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in typed("tokens", folder, f"--chunk={evil_chunk}")
 
 
+# --- losses ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(prepared):
+    """Two runs that were evaluated, the second one without values, on other steps."""
+    first = trained(prepared, "first", "--eval_interval=10", "--max_iters=20", "--targets=val:code")
+    off = ["--rule=off", "--eval_interval=5", "--max_iters=15", "--seed=2"]
+    return first, trained(prepared, "control", *off)
+
+
+def evaluations(folder):
+    """{step: {domain: loss}}, where None stands for all domains."""
+    by_step = {}
+    for line in (folder / "evaluations.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        by_step[row["step"]] = {None: row["val"], **row["loss"]}
+    return by_step
+
+
+def test_losses_puts_the_evaluations_of_runs_side_by_side(evaluated):
+    result = values.losses(*evaluated)
+    first, control = map(evaluations, evaluated)
+    assert sorted(first) == [0, 10, 20]
+    assert sorted(control) == [0, 5, 10, 15]
+    rows = result["losses"]
+    assert [(row["step"], row["domain"]) for row in rows] == [
+        (step, domain) for step in (0, 5, 10, 15, 20) for domain in first[0]
+    ]
+    for row in rows:
+        for name, of_run in (("first", first), ("control", control)):
+            expected = of_run.get(row["step"], {}).get(row["domain"], np.nan)
+            assert row["loss"][name] == pytest.approx(expected, nan_ok=True)
+        expected = row["loss"]["control"] - row["loss"]["first"]
+        assert row["difference"] == pytest.approx({"control": expected}, nan_ok=True)
+
+
+def test_losses_compares_at_the_last_step_that_all_runs_have(evaluated, typed):
+    first, control = [evaluations(folder)[10] for folder in evaluated]
+    assert values.losses(*evaluated)["last_common_step"] == 10
+    said = typed("losses", *evaluated)
+    difference = round(control[None] - first[None], 4)
+    how = "lower" if difference < 0 else "higher"
+    amount = f"control: its loss is {abs(difference):.4f} nats {how} than that of first"
+    assert f"{amount} ({control[None]:.4f} against {first[None]:.4f} after step 10)" in said
+    assert "Their seeds differ" in said
+    assert "it may be chance" in said
+    table = said.split("after step 10:\n")[1].split("\n\n")[0]
+    for domain, loss in first.items():
+        line = next(x for x in table.splitlines() if x.startswith(visible_start(domain)))
+        cells = [f"{loss:.4f}", f"{control[domain]:.4f}", f"{control[domain] - loss:+.4f}"]
+        assert line.split()[-3:] == cells
+
+
+def visible_start(domain):
+    """What the line of a domain begins with, in a table."""
+    return "all " if domain is None else terminal.visible(domain) + " "
+
+
+def test_losses_of_runs_of_one_name_are_told_apart_by_their_paths(evaluated, tmp_path):
+    copy = shutil.copytree(evaluated[0], tmp_path / "first")
+    result = values.losses(evaluated[0], copy)
+    assert list(result["losses"][0]["loss"]) == [str(evaluated[0]), str(copy)]
+    assert result["losses"][0]["difference"] == {str(copy): 0.0}
+
+
+def test_losses_of_one_run_are_shown_alone(evaluated, typed):
+    said = typed("losses", evaluated[0])
+    assert "difference" not in said
+    assert f"first: {evaluations(evaluated[0])[20][None]:.4f} nats after step 20" in said
+
+
+def test_losses_refuses_runs_that_cannot_be_compared(evaluated, folder, on_other_data, refused):
+    again = f"python train.py {folder}/config.json --overwrite --eval_interval="
+    assert again in refused("losses", evaluated[0], folder)
+    other = on_other_data / "evaluations.jsonl"
+    shutil.copy(evaluated[0] / "evaluations.jsonl", other)
+    assert "were trained on different data" in refused("losses", evaluated[0], on_other_data)
+    assert "named twice" in refused("losses", evaluated[0], evaluated[0])
+
+
+def test_losses_refuses_runs_with_other_validation_chunks(evaluated, prepared, refused):
+    few = ["--rule=off", "--eval_interval=5", "--max_iters=5", "--eval_chunks=2"]
+    few = trained(prepared, "few", *few)
+    assert "--eval_chunks=2" in refused("losses", evaluated[0], few)
+
+
+def test_losses_refuses_runs_without_a_step_in_common(evaluated, tmp_path, refused):
+    copy = shutil.copytree(evaluated[0], tmp_path / "shifted")
+    rows = read_lines(copy / "evaluations.jsonl")
+    write_lines(copy / "evaluations.jsonl", [row | {"step": row["step"] + 1} for row in rows])
+    assert "train them with the same --eval_interval" in refused("losses", evaluated[0], copy)
+
+
+@pytest.mark.parametrize("entries", [{"val": "low"}, {"loss": [1.0]}, {"loss": {}}, {"step": None}])
+def test_losses_refuses_damaged_evaluations(evaluated, tmp_path, refused, entries):
+    copy = shutil.copytree(evaluated[0], tmp_path / "damaged")
+    *rows, last = read_lines(copy / "evaluations.jsonl")
+    write_lines(copy / "evaluations.jsonl", [*rows, last | entries])
+    assert "evaluations.jsonl is damaged" in refused("losses", copy)
+    write_lines(copy / "evaluations.jsonl", [])
+    assert "evaluations.jsonl is damaged" in refused("losses", copy)
+
+
+# --- in words --------------------------------------------------------------------------
+
+
+def test_text_says_lately_what_was_found_and_what_to_type_next(arguments, typed):
+    """The last line is a command of this project, which works; the one before is the finding."""
+    assert len(arguments) == 10
+    for command, argv in arguments.items():
+        if command == "export":  # its file is for other programs
+            continue
+        lines = typed(command, *argv).splitlines()
+        assert lines[-1].startswith("next: python "), command
+        script, *words = shlex.split(lines[-1].removeprefix("next: python "))
+        before = [line for line in lines if not line.startswith("next: ")][-1]
+        assert not before.startswith(("-", " ")), command
+        if script == "values.py":
+            assert typed(*words).strip(), command
+        else:
+            assert script in ("train.py", "report.py"), command
+
+
+def test_next_quotes_what_a_shell_would_read(prepared, typed):
+    evil = trained(prepared, "run $(touch pwned); x", "--max_iters=2", "--targets=val:code")
+    line = typed("summary", evil).splitlines()[-1]
+    assert shlex.split(line) == ["next:", "python", "values.py", "domains", str(evil)]
+
+
+def test_tokens_shows_the_value_of_the_run_beside_that_of_the_checkpoint(folder, typed):
+    ledger = np.load(folder / "ledger.npy")
+    chunk = int(ledger["chunk"][0])
+    visits = ledger[ledger["chunk"] == chunk]
+    said = typed("tokens", folder, f"--chunk={chunk}")
+    for visit in visits:
+        value = findings.micro(visit["value"][0])
+        assert re.search(rf"worth in step {visit['step']}, .* {re.escape(value)}\n", said)
+    _, computed = revalue.tokens(values.open_run(folder), [chunk])
+    total = findings.micro(computed[0, :, 0].sum())
+    assert re.search(rf"sum of its tokens at step 60, .* {re.escape(total)}\n", said)
+    assert "the weights do" in said
+
+
+def test_tokens_of_a_chunk_never_used_says_so(short, typed):
+    run = values.open_run(short)
+    chunk = int(np.setdiff1d(np.arange(len(run.values)), run.used)[0])
+    assert "No step has used this chunk" in typed("tokens", short, f"--chunk={chunk}")
+    result = json.loads(typed("tokens", short, f"--chunk={chunk}", "--json"))
+    jsonschema.validate(result, SCHEMA | {"$ref": "#/$defs/tokens"})
+    assert result["value"] is None
+    assert result["visits"] == []
+
+
+def test_a_document_that_began_in_an_earlier_chunk_is_said_to(prepared, folder, typed):
+    run = values.open_run(folder)
+    documents = values.Documents(run)
+    for chunk in range(len(run.values)):
+        first = documents.of_chunk(chunk)[0]
+        if first["begins"] < 0:
+            break
+    said = typed("chunk", folder, chunk)
+    assert f"earlier, {-first['begins']} tokens before" in said
+    shown = json.loads(typed("chunk", folder, chunk, "--json"))["documents"][0]
+    assert shown["begins"] == first["begins"]
+
+
+def test_a_documents_number_does_not_read_like_a_count(folder, typed):
+    run = values.open_run(folder)
+    row = values.top(run, n=1)["chunks"][0]
+    more = len(row["documents"]) - 1
+    assert more > 0
+    said = typed("top", folder, "--n=1")
+    assert f" {row['documents'][0]['doc']} (+{more} more) " in said
+    assert "documents" not in said
+
+
+@pytest.mark.parametrize("command", ["top", "bottom", "docs", "query"])
+def test_help_lists_the_scores(typed, capsys, command):
+    with pytest.raises(SystemExit):
+        typed(command, "--help")
+    assert "--score share|value" in capsys.readouterr().out
+
+
+# --- where a run is ----------------------------------------------------------------------
+
+
+def test_a_run_is_read_from_within_its_folder(folder, prepared, tmp_path, typed, monkeypatch):
+    """Its data is named as seen from where it was trained, above the folder of the run."""
+    shutil.copytree(prepared / "data", tmp_path / "data" / "mine")
+    inside = shutil.copytree(folder, tmp_path / "out" / "run")
+    cfg = json.loads((folder / "config.json").read_text())["config"]
+    change(inside / "config.json", config=cfg | {"data_dir": "data/mine"})
+    monkeypatch.chdir(inside)
+    said = typed("domains", ".")
+    assert said.splitlines()[:-1] == typed("domains", folder).splitlines()[:-1]
+    assert "next: python values.py top . " in said
+
+
+def test_a_folder_of_runs_names_them(folder, tmp_path, refused):
+    shutil.copytree(folder, tmp_path / "one")
+    assert f"name one of {tmp_path / 'one'}" in refused("summary", tmp_path)
+
+
 # --- what is printed ---------------------------------------------------------------
 
-READING = ("summary", "top", "bottom", "domains", "chunk", "doc", "compare", "export")
+READING = (
+    "summary",
+    "top",
+    "bottom",
+    "docs",
+    "domains",
+    "chunk",
+    "doc",
+    "losses",
+    "compare",
+    "export",
+)
 ROWS = {
     "summary": "targets",
     "top": "chunks",
     "bottom": "chunks",
+    "docs": "documents",
     "domains": "domains",
     "chunk": "visits",
     "doc": "chunks",
+    "losses": "losses",
     "compare": "moved",
 }
 
 
 @pytest.fixture
-def arguments(folder, other, tmp_path):
+def arguments(folder, other, evaluated, tmp_path):
     """{command: its arguments}, of all that need no model."""
     run = values.open_run(folder)
     used = int(run.used[0])
@@ -548,7 +900,9 @@ def arguments(folder, other, tmp_path):
         "summary": (folder,),
         "top": (folder, "--n=5"),
         "bottom": (folder, "--n", "5", "--domain=code", "--chars=9"),
+        "docs": (folder, "--n=6", "--bottom", "--score=value"),
         "domains": (folder,),
+        "losses": evaluated,
         "chunk": (folder, used),
         "doc": (folder, values.Documents(run).of_chunk(used)[0]["doc"]),
         "compare": (folder, other, "--n=2"),
@@ -581,9 +935,9 @@ def test_csv_has_the_rows_of_the_json(arguments, typed, command):
     assert len(rows) == len(expected_rows) > 0
     for row, expected in zip(rows, expected_rows):
         for key, x in expected.items():
-            if key == "value" and isinstance(x, dict):
+            if isinstance(x, dict) and key in ("value", "loss", "difference"):
                 for name, value in x.items():
-                    assert row[f"value:{name}"] == ("" if value is None else repr(value))
+                    assert row[f"{key}:{name}"] == ("" if value is None else repr(value))
             elif key == "documents":
                 assert row[key].split() == [str(doc["doc"]) for doc in x]
             elif isinstance(x, int | float) and not isinstance(x, bool):
@@ -592,7 +946,7 @@ def test_csv_has_the_rows_of_the_json(arguments, typed, command):
 
 def test_schema_names_every_command():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    assert len(values.COMMANDS) == 10
+    assert len(values.COMMANDS) == 12
     for command in values.COMMANDS:
         assert command.__name__ in SCHEMA["$defs"]
 
@@ -611,7 +965,7 @@ def test_help_of_a_command_has_its_options_and_an_example(typed, capsys, command
         typed(command, "--help")
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    assert "--data_dir" in out
+    assert ("--data_dir" in out) == (command != "losses")  # it reads no data
     if command != "bottom":  # it is named in the example of top
         assert f"python values.py {command} " in out
 
@@ -692,13 +1046,14 @@ def test_a_table_keeps_its_columns_and_the_width_of_the_terminal(folder):
     text = on_terminal("top", folder, "--n=999")
     assert "\\x1b" in text
     assert "bad\\x1b[31mname" in text
-    head, *rows = text.splitlines()[2:]
+    table = text.split("\n\n")[1]
+    head, *rows = table.splitlines()
     assert any("漢字" in row for row in rows)
     begin_of_words = head.index("domain")
     for row in rows:
         cells = [1 + (ord(character) > 0x2E7F) for character in row]
         assert sum(cells) <= 110
-        assert row[:begin_of_words].rstrip()[-1].isdigit()
+        assert re.search(r"(\d| more\))$", row[:begin_of_words].rstrip())
 
 
 def test_an_error_has_no_escape_code(folder, refused):
@@ -751,7 +1106,14 @@ def in_a_process(code, *argv):
         (("export", "RUN", "nowhere/v.parquet"), "in a folder that exists"),
         (("export", "RUN", "values.npy"), "a .parquet file"),
         (("summary", "nowhere"), "does not exist"),
-        (("summary", "."), "is no run's folder"),
+        (("summary", "."), ". is no run's folder (it has no config.json)"),
+        (("losses", "."), ". is no run's folder (it has no config.json)"),
+        (("losses", "RUN", "nowhere"), "nowhere does not exist: name a run's folder"),
+        (("losses", "RUN", "--data_dir=."), "unrecognized arguments"),
+        (("losses",), "required: run"),
+        (("top", "RUN", "--score=sum"), "invalid choice: 'sum' (choose from"),
+        (("docs", "RUN", "--domain=nix"), "'漢字'"),
+        (("docs", "RUN", "--target=nix"), "has 'prose', 'code'"),
         (("summary", "RUN", "--data_dir=."), "no prepared data in"),
         (("summary", "RUN", "--data_dir=nowhere"), "name the folder it is in with --data_dir"),
     ],
@@ -848,8 +1210,11 @@ def test_a_moved_run_reads_the_same_from_moved_data(copied, folder, prepared, tm
     shutil.copytree(prepared / "data", tmp_path / "data")
     cfg = json.loads((folder / "config.json").read_text())["config"]
     change(copied / "config.json", config=cfg | {"data_dir": "nowhere"})
-    moved = typed("top", copied, f"--data_dir={tmp_path / 'data'}")
-    assert moved == typed("top", folder)
+    place = f"--data_dir={tmp_path / 'data'}"
+    moved = typed("top", copied, place)
+    assert moved.endswith(f" {place}\n")  # what to type next reads the same data
+    unmoved = typed("top", folder).replace(str(folder), str(copied))
+    assert moved == unmoved.removesuffix("\n") + f" {place}\n"
 
 
 def test_a_commit_cut_off_after_values_npy_reads_as_the_one_before(copied, folder):
