@@ -85,16 +85,16 @@ def side_by_side(paths):
     runs = [losses(path) for path in paths]
     first = runs[0]
     for run in runs[1:]:
+        if run.data_hash != first.data_hash:
+            what = f"{first.path} and {run.path} were trained on different data"
+            raise UserError(f"{what}: their losses are of different texts, name runs on the same")
         for key in ("eval_chunks", "block_size"):
             if run.cfg.get(key) != first.cfg.get(key):
                 what = f"{first.path} has --{key}={first.cfg.get(key)}"
                 what += f", {run.path} has --{key}={run.cfg.get(key)}"
-                raise UserError(f"{what}: train both with the same, else their losses differ")
-        if run.data_hash != first.data_hash:
-            what = f"{first.path} and {run.path} were trained on different data"
-            raise UserError(
-                f"{what}: their losses are of different texts, compare runs on the same"
-            )
+                raise UserError(
+                    f"{what}: their losses are not comparable, train both with the same"
+                )
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

@@ -191,7 +191,7 @@ def compared(name, audit):
     pearson = f"they correlate by {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
     spearman = f"their ranks by {audit['spearman']:.4f} ({audit['spearman_lowest']:.4f})"
     l2 = f"their error is {audit['rel_l2']:.1%} of their size"
-    sums = f"their sum {percent(audit['sum_error'], 1)} off"
+    sums = f"their sum {audit['sum_error']:+.1%} off"
     one_out = f"leave-one-out correlates by {audit['loo_pearson']:.4f}"
     figures = f"{pearson}, {spearman}; {l2}, {sums}; {one_out}"
     return f"audit, {findings.short(name)}: {what}: {figures}"
