@@ -142,9 +142,10 @@ def accounted(name, total):
     return f"books, {name}: {added} {whole} {size}: {', '.join(shares)}"
 
 
-def percent(amount, whole):
-    """A share as text, to a tenth of a percent."""
-    return f"{round(ratio(amount, whole), 3) + 0.0:.1%}"  # + 0.0, for -0.0 has a sign
+def percent(amount, whole, sign="-"):
+    """A share as text, to a tenth of a percent. sign: "+" where positive ones have theirs."""
+    share = round(ratio(amount, whole), 3) + 0.0  # + 0.0, for -0.0 has a sign
+    return f"{share:{sign}.1%}"
 
 
 def explain_shares(totals):
@@ -191,7 +192,7 @@ def compared(name, audit):
     pearson = f"they correlate by {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
     spearman = f"their ranks by {audit['spearman']:.4f} ({audit['spearman_lowest']:.4f})"
     l2 = f"their error is {audit['rel_l2']:.1%} of their size"
-    sums = f"their sum {audit['sum_error']:+.1%} off"
+    sums = f"their sum {percent(audit['sum_error'], 1, '+')} off"
     one_out = f"leave-one-out correlates by {audit['loo_pearson']:.4f}"
     figures = f"{pearson}, {spearman}; {l2}, {sums}; {one_out}"
     return f"audit, {findings.short(name)}: {what}: {figures}"
