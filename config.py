@@ -44,7 +44,7 @@ def load(cls, argv=None):
     files = argv[:1] if argv and not argv[0].startswith("-") else []
     if not files:
         settings = {}
-    elif next(iter(hints)) == "run":
+    elif takes_run(hints):
         settings = {"run": files[0]}
     else:
         settings = read_file(find(files[0], hints), cls, hints)
@@ -53,6 +53,10 @@ def load(cls, argv=None):
         if not arg.startswith("--"):
             raise UserError(f"{arg!r} is out of place: one config file first, then --key=value")
         key, eq, text = arg.removeprefix("--").partition("=")
+        if key == "out_dir" and takes_run(hints):
+            script = Path(sys.argv[0]).name
+            cure = f"write {terminal.command('python', script, text or '<folder>')}"
+            raise UserError(f"--out_dir: the run's folder comes first, without a key: {cure}")
         known(key, hints, "the command line")
         if not eq and hints[key] is not bool:
             example = "..." if after.startswith("--") else after
@@ -61,6 +65,11 @@ def load(cls, argv=None):
     if "out_dir" in hints and not settings.get("out_dir"):
         settings["out_dir"] = str(Path("out", Path(files[0]).stem if files else "run"))
     return cls(**settings)
+
+
+def takes_run(hints):
+    """Whether a run's folder stands in the config file's place."""
+    return next(iter(hints)) == "run"
 
 
 # --- config files -----------------------------------------------------------------
@@ -79,6 +88,15 @@ def find(name, hints):
             )
         if "source" in hints:
             raise UserError(f"{what}, that is data: write {terminal.command(f'--source={name}')}")
+        if (path / "meta.json").is_file():
+            cure = terminal.command(f"--data_dir={name}")
+            raise UserError(f"{what}, it is prepared data: write {cure}")
+        if "data_dir" in hints:
+            folder = str(Path("data", path.stem))
+            source = terminal.command(f"--source={name}", f"--data_dir={folder}")
+            first = f"python prepare_pile.py {source}"
+            second = f"python train.py configs/small.py {terminal.command(f'--data_dir={folder}')}"
+            raise UserError(f"{what}. If it is text to train on, type: {first}; then: {second}")
         raise UserError(f"{what}: name one first, then --key=value")
     ours = ROOT / "configs" / f"{path.stem}.py"
     if path.suffix in ("", ".py") and ours.is_file():
@@ -199,9 +217,10 @@ def out_of_range(cfg, key, wanted):
 
 
 def describe(cls):
-    """Help: the module's docstring, then every key with its default and its comment, as the source
-    has them. A comment stands behind a field or on the lines above it; `# --- title` begins a
-    section."""
+    """Help: the module's docstring, then every key with its default as one types it, its comment,
+    and its choices. In the source a comment stands behind a field or on the lines above it;
+    `# --- title` begins a section."""
+    hints = typing.get_type_hints(cls)
     lines = [(inspect.getmodule(cls).__doc__ or "").strip(), ""]
     above = []
     for line in inspect.getsource(cls).splitlines():
@@ -215,13 +234,22 @@ def describe(cls):
         elif field and field[1] in cls.__dataclass_fields__:
             if field[2]:
                 above.append(field[2])
-            default = cls.__dataclass_fields__[field[1]].default
-            option = f"--{field[1]}={default!r}"
+            option = f"--{field[1]}={typed(cls.__dataclass_fields__[field[1]].default)}"
+            choices = typing.get_args(hints[field[1]])
+            if choices:
+                above.append(f"[{' | '.join(choices)}]")
             lines.append(f"  {option:<44} {' '.join(above)}".rstrip())
             above = []
         elif re.match(r"    (def|@)", line):
             break
     return "\n".join(lines)
+
+
+def typed(default):
+    """A default as it stands on a command line."""
+    if not isinstance(default, str):
+        return str(default)
+    return terminal.quoted(default).replace(r"\u000a", r"\n")
 
 
 def main(run):

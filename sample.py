@@ -1,7 +1,7 @@
 """
 Write text with a trained model.
 
-    python sample.py --out_dir=out/demo --start="def main("
+    python sample.py out/demo --start="def main("
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from system.terminal import say, say_text
 
 @dataclass
 class Config:
-    out_dir: str = ""  # the run's folder; default out/run
+    run: str = ""  # the run's folder; needs no --run=
     start: str = "\n"  # the text to go on from
     num_samples: int = 3
     max_new_tokens: int = 200  # of each sample
@@ -43,9 +43,10 @@ class Config:
 
 def sample(cfg):
     """Prints texts that the model of a run writes."""
-    path = Path(cfg.out_dir, "ckpt.pt")
+    path = Path(cfg.run, "ckpt.pt")
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: name a run's folder with --out_dir=...")
+        what = f"no checkpoint {path}" if cfg.run else "no run given"
+        raise UserError(f"{what}: name a run's folder first, as python sample.py out/demo")
     checkpoint = read_checkpoint(path)
     with fitting(path):
         model = GPT.from_checkpoint(checkpoint).to(cfg.device)

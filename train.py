@@ -9,14 +9,16 @@ Train a GPT-2 on numbered chunks and value every chunk in the same run.
 
 Leaves in out_dir: ckpt.pt, values.npy (a value for every chunk of train.npy), ledger.npy,
 books.npy, audit.npy, values.json, config.json.
-SIGTERM or Ctrl-C lets the step finish, writes a checkpoint and says how to go on; a second one
-stops at once.
+SIGTERM or Ctrl-C gives up the step under way, writes a checkpoint of the last whole one and says
+how to go on; a second one stops at once.
 """
 
+import contextlib
 import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 # on a CPU: large tensors in huge pages, or half the time goes into page faults
@@ -29,8 +31,8 @@ import config
 from data import open_dataset, parse_targets
 from model import GPT, GPTConfig
 from show import dashboard, tables
-from show.progress import Progress
-from system import files, machine, parallel, store, terminal
+from show.progress import Progress, evaluation_lines
+from system import files, machine, needs, parallel, store, terminal
 from system.checkpoints import (
     STARTS,
     Checkpoints,
@@ -40,7 +42,7 @@ from system.checkpoints import (
     settings_of,
 )
 from system.errors import UserError
-from system.folder import RUN_FILES, RunFolder
+from system.folder import REVALUATION, RUN_FILES, RunFolder
 from system.verify import verify
 from system.writer import Writer
 from valuation import NoValuation, Settings, Valuation
@@ -298,23 +300,30 @@ def get_lr(cfg, it):
     return cfg.min_lr + coeff * (cfg.learning_rate - cfg.min_lr)
 
 
-# helps estimate an arbitrarily accurate loss over the validation set, by domain
-@torch.no_grad()
-def estimate_loss(model, compute_loss, data, cfg):
-    """Losses of the same validation chunks every time, in nats -> the mean over the domains,
-    weighted by their size, and {domain: mean loss}."""
-    n_chunks = np.bincount(data.val.domain, minlength=len(data.domains))
-    batches = []  # [(domain, ids)]
-    for domain in np.flatnonzero(n_chunks):
+def evaluation_batches(data, cfg):
+    """The validation chunks that an evaluation uses, the same every time: [(domain, ids)]."""
+    batches = []
+    for domain in np.unique(data.val.domain):
         ids = np.flatnonzero(data.val.domain == domain)
         # spread over the domain, for the first ones would be of one document
         ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]
         for some in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size)):
             batches.append((domain, some))
+    return batches
+
+
+# helps estimate an arbitrarily accurate loss over the validation set, by domain
+@torch.no_grad()
+def estimate_loss(model, compute_loss, data, cfg, check):
+    """Losses of the same validation chunks every time, in nats -> the mean over the domains,
+    weighted by their size, and {domain: mean loss}. check: called before each batch."""
+    n_chunks = np.bincount(data.val.domain, minlength=len(data.domains))
+    batches = evaluation_batches(data, cfg)
     losses = torch.zeros(len(batches))
     n_padded = len(batches) + -len(batches) % parallel.size()  # as many for every rank
     model.eval()
     for i in range(parallel.rank(), n_padded, parallel.size()):
+        check()
         _, ids = batches[min(i, len(batches) - 1)]
         X, Y = data.val.batch(ids, cfg.block_size)
         loss = float(compute_loss(X, Y))
@@ -364,6 +373,8 @@ def train(cfg):
         raise UserError(f"{what}: {cure}")
     cfg.block_size = cfg.block_size or longest
     targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
+    needs.check_batch(cfg, len(data.train.rows if data.keep is None else data.keep))
+    needs.check_memory(cfg, data.meta["vocab_size"], len(targets))
     parallel.mine(cfg.batch)  # raises where the processes cannot share a step
     with RunFolder(cfg.out_dir) as folder:
         return run(cfg, folder, device, data, targets)
@@ -379,7 +390,7 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
     torch.backends.cuda.matmul.allow_tf32 = True  # allow tf32 on matmul
     torch.backends.cudnn.allow_tf32 = True  # allow tf32 on cudnn
     device_type = device.split(":")[0]  # for later use in torch.autocast
-    ptdtype = getattr(torch, cfg.dtype)
+    interrupted = machine.Interrupted()
     my_rows = parallel.mine(cfg.batch)  # this process's part of a step's chunks
     micro_rows = micro_batches(my_rows.stop - my_rows.start, cfg.batch_size)
     micro_steps = len(micro_rows)
@@ -454,7 +465,14 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
             writer = build_writer(cfg, out_dir, data, targets, state, counted)
         settings = valuation_settings(cfg)
         valuation = Valuation(
-            raw_model, optimizer, compute_loss, targets, settings, writer, step=state.iter_num
+            raw_model,
+            optimizer,
+            compute_loss,
+            targets,
+            settings,
+            writer,
+            step=state.iter_num,
+            check=interrupted.check,
         )
 
     # logging
@@ -465,15 +483,23 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
         board = dashboard.Board(cfg, state.wandb_id, data, targets, decode, visits)
         state.wandb_id = board.wandb_id
 
+    def is_evaluated(iter_num):
+        """Whether the validation loss is due after so many steps, and was not found before."""
+        if not cfg.eval_interval or not len(data.val.rows):
+            return False
+        is_due = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters
+        return is_due and iter_num not in [e["step"] for e in state.evaluations]
+
     def evaluate(iter_num):
-        if not len(data.val.rows):
-            return
-        loss, by_domain = estimate_loss(raw_model, compute_loss, data, cfg)
+        if iter_num == first_iter_num:
+            print0(describe_evaluation(cfg, data))
+        check = interrupted.check
+        loss, by_domain = estimate_loss(raw_model, compute_loss, data, cfg, check)
         state.best_val_loss = min(state.best_val_loss, loss)
         state.evaluations = [e for e in state.evaluations if e["step"] < iter_num]
         state.evaluations.append({"step": iter_num, "val": loss, "loss": by_domain})
-        domains = ", ".join(f"{name} {of_domain:.3f}" for name, of_domain in by_domain.items())
-        print0(f"step {iter_num}: val loss {loss:.4f} ({domains})")
+        for line in evaluation_lines(iter_num, loss, by_domain):
+            print0(line)
         if master_process:
             files.write_lines(out_dir / "evaluations.jsonl", state.evaluations)
         if board:
@@ -498,11 +524,20 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
             "rng": parallel.gather_objects(machine.rng_state()),
         }
         checkpoints.write(state.iter_num, checkpoint)
+        if board and targets:
+            totals = board.totals(valuation.writer.total, valuation.writer.used, state.iter_num)
+            board.log(totals, step=state.iter_num)
 
     names = [target.name for target in targets]
     print0(describe_start(cfg, raw_model, data, device))
     valued = f"rule {cfg.rule}, targets: {', '.join(names) or 'none'}"
     print0(f"steps {state.iter_num} to {cfg.max_iters}, {valued} -> {out_dir}")
+    if master_process:
+        vocab_size, n_chunks = raw_model.config.vocab_size, len(data.train.rows)
+        for line in needs.expected(
+            cfg, out_dir, vocab_size, len(targets), n_chunks, ddp_world_size
+        ):
+            print0(line)
 
     # random numbers (dropout): of each process its own, and on a resumption those that would follow
     if not master_process:
@@ -513,87 +548,105 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
     checkpoint = None  # free up memory
 
     # training loop
-    first_iter_num = state.iter_num
-    peak_flops = ddp_world_size * machine.peak_flops(device, ptdtype)
+    first_iter_num = saved_iter_num = state.iter_num
+    peak_flops = ddp_world_size * machine.peak_flops(device)
     progress = Progress(raw_model, cfg, first_iter_num, peak_flops)
-    interrupted = machine.Interrupted()
-    for iter_num in range(first_iter_num, cfg.max_iters):
-        # determine and set the learning rate for this iteration
-        lr = get_lr(cfg, iter_num)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
+    interrupted.listen()
+    with contextlib.suppress(machine.Stopped):  # by Ctrl-C: the step under way is given up
+        for iter_num in range(first_iter_num, cfg.max_iters + 1):
+            # what a step that is given up has drawn is drawn again when the run goes on
+            rng = machine.rng_state()
 
-        # evaluate the loss on the validation set
-        if cfg.eval_interval and iter_num % cfg.eval_interval == 0:
-            with progress.pause():
-                evaluate(iter_num)
+            # determine and set the learning rate for this iteration
+            lr = get_lr(cfg, iter_num)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
 
-        # forward backward update, with optional gradient accumulation to simulate larger batch size
-        ids, X, Y = get_batch(iter_num)
-        # one-pass rules: the targets' gradients become directions
-        valuation.begin_step(iter_num, lr, tokens=(X, Y))
-        ids, X, Y = ids[my_rows], X[my_rows], Y[my_rows]
-        for micro_step in range(micro_steps):
-            rows = micro_rows[micro_step]
-            x, y = to_device(X[rows], Y[rows])
-            ledger = valuation.new_ledger(ids[rows], x, y)  # zeros (b, K); its gradient: the values
-            # in DDP training we only need to sync gradients at the last micro step.
-            model.require_backward_grad_sync = micro_step == micro_steps - 1
-            loss = compute_loss(x, y, ledger, model)
-            # scale the loss to account for gradient accumulation
-            (loss / micro_steps).backward()
-            progress.losses.append(loss.detach())
-        # clip the gradient
-        clip_coef = clip_gradients(raw_model, cfg.grad_clip)
-        # two-pass rules: now the batch's gradient is known
-        valuation.before_update(clip_coef)
-        # step the optimizer
-        optimizer.step()
-        # flush the gradients as soon as we can, no need for this memory anymore
-        optimizer.zero_grad(set_to_none=True)
-        valuation.end_step()
-        state.iter_num = iter_num + 1
+            # evaluate the loss on the validation set
+            if is_evaluated(iter_num):
+                with progress.pause():
+                    evaluate(iter_num)
+            # termination conditions
+            if iter_num == cfg.max_iters:
+                break
 
-        # timing and logging
-        stopping = parallel.any_of(interrupted.is_asked)
-        is_last = stopping or state.iter_num == cfg.max_iters
-        is_saved = is_last or state.iter_num % cfg.checkpoint_interval == 0
-        if is_saved or state.iter_num % cfg.log_interval == 0:
-            recent = valuation.flush()  # names the chunks if a loss or a value is not finite
-            since = progress.iter_num
-            line, metrics = progress.line(state.iter_num, valuation, recent.visits)
-            print0(line)
-            if board:
-                metrics["train/lr"] = lr
-                if targets:
-                    interval = cfg.wandb_histogram_interval
-                    is_due = state.iter_num % interval < state.iter_num - since
-                    metrics.update(board.values(recent, histogram=is_due))
-                board.log(metrics, step=state.iter_num)
-        if cfg.eval_interval and state.iter_num == cfg.max_iters:
-            evaluate(state.iter_num)
-        if is_saved:
-            save_checkpoint()
-            if board and targets:
-                totals = board.totals(valuation.writer.total, valuation.writer.used, state.iter_num)
-                board.log(totals, step=state.iter_num)
-        if stopping:
-            print0(f"stopped after step {state.iter_num}; to go on: {resume_command(out_dir)}")
-            break
+            # forward backward update, with optional gradient accumulation to simulate larger batch
+            # size
+            ids, X, Y = get_batch(iter_num)
+            # one-pass rules: the targets' gradients become directions
+            valuation.begin_step(iter_num, lr, tokens=(X, Y))
+            ids, X, Y = ids[my_rows], X[my_rows], Y[my_rows]
+            for micro_step in range(micro_steps):
+                interrupted.check()
+                rows = micro_rows[micro_step]
+                x, y = to_device(X[rows], Y[rows])
+                # zeros (b, K); its gradient: the values
+                ledger = valuation.new_ledger(ids[rows], x, y)
+                # in DDP training we only need to sync gradients at the last micro step.
+                model.require_backward_grad_sync = micro_step == micro_steps - 1
+                loss = compute_loss(x, y, ledger, model)
+                # scale the loss to account for gradient accumulation
+                (loss / micro_steps).backward()
+                progress.losses.append(loss.detach())
+            # clip the gradient
+            clip_coef = clip_gradients(raw_model, cfg.grad_clip)
+            # two-pass rules: now the batch's gradient is known
+            valuation.before_update(clip_coef)
+            with interrupted.held():  # weights and values move together
+                # step the optimizer
+                optimizer.step()
+                # flush the gradients as soon as we can, no need for this memory anymore
+                optimizer.zero_grad(set_to_none=True)
+                valuation.end_step()
+                state.iter_num = iter_num + 1
+
+            # timing and logging
+            is_last = state.iter_num == cfg.max_iters
+            is_saved = state.iter_num % cfg.checkpoint_interval == 0 and not is_last
+            if is_last or is_saved or progress.is_due(state.iter_num):
+                recent = valuation.flush()  # names the chunks if a loss or a value is not finite
+                since = progress.iter_num
+                lines, metrics = progress.lines(state.iter_num, valuation, recent.visits)
+                for line in lines:
+                    print0(line)
+                if board:
+                    metrics["train/lr"] = lr
+                    if targets:
+                        interval = cfg.wandb_histogram_interval
+                        is_due = state.iter_num % interval < state.iter_num - since
+                        metrics.update(board.values(recent, histogram=is_due))
+                    board.log(metrics, step=state.iter_num)
+            if is_saved:
+                save_checkpoint()
+                saved_iter_num = state.iter_num
+
+    # the last checkpoint: of the last whole step
+    if interrupted.is_stopped:
+        machine.set_rng_state(rng)
+    if state.iter_num > saved_iter_num:
+        save_checkpoint()
     checkpoints.wait()
+    if board:
+        board.finish()
     interrupted.restore()
+    if interrupted.is_stopped and not state.iter_num:
+        print0("stopped before the end of the first step: nothing is saved")
+        raise KeyboardInterrupt
 
-    # the end: what was found
-    if first_iter_num >= cfg.max_iters:
-        print0(f"already at step {first_iter_num}: raise --max_iters to go on")
+    # the end: what was found, and what to type
     if valuation.writer and valuation.writer.used.any():
         for line in end_table(cfg, valuation.writer, data, names):
             print0(line)
     written = [name for name in RUN_FILES if (out_dir / name).exists()]
     print0("")
-    print0(f"Done in {progress.took()}. Written to {out_dir}: {', '.join(written)}")
-    if board:
-        board.finish()
+    print0(f"written to {out_dir} in {progress.took()}: {', '.join(written)}")
+    if interrupted.is_stopped:
+        print0(f"stopped after step {state.iter_num}; to go on: {resume_command(out_dir)}")
+    elif first_iter_num >= cfg.max_iters:
+        more = f"--max_iters={2 * first_iter_num}"
+        print0(f"already at step {first_iter_num}; to go on: {resume_command(out_dir)} {more}")
+    if not (out_dir / REVALUATION).exists():  # else revalue.py says what is next
+        print0(f"next: {next_command(cfg)}")
     return progress.history
 
 
@@ -607,6 +660,13 @@ def describe_start(cfg, model, data, device):
     return f"{size}, {chunks} of {cfg.block_size} tokens, B = {cfg.batch}, {devices} {cfg.dtype}"
 
 
+def describe_evaluation(cfg, data):
+    """What the first evaluation is about to do, for it may take a while."""
+    n_chunks = sum(len(ids) for _, ids in evaluation_batches(data, cfg))
+    chunks = f"{n_chunks:,} validation chunks of {len(np.unique(data.val.domain))} domains"
+    return f"evaluating {chunks}; every domain's loss goes to {cfg.out_dir}/evaluations.jsonl"
+
+
 def end_table(cfg, writer, data, names):
     """The lines that say what was found: values by domain, the books, the audit."""
     books = store.read(writer.run, "books")
@@ -614,6 +674,18 @@ def end_table(cfg, writer, data, names):
     visits = store.read(writer.run)
     domains = tables.domains(writer.total, writer.used, visits, cfg.batch, data, names)
     return [*domains, *tables.account(books, audits, names)]
+
+
+def next_command(cfg):
+    """What to type after a run: look at its values. Without values, compare it with the run that
+    its chunks were chosen from, or see what it writes."""
+    if cfg.rule != "off":
+        return terminal.command("python", "report.py", cfg.out_dir)
+    chosen_from = Path(cfg.keep).parent
+    if cfg.keep and (chosen_from / "evaluations.jsonl").exists():
+        folders = [str(chosen_from), cfg.out_dir]
+        return terminal.command("python", "values.py", "losses", *folders)
+    return terminal.command("python", "sample.py", cfg.out_dir)
 
 
 def resume_command(out_dir):

@@ -68,6 +68,10 @@ class Flushed:
     audit: np.ndarray | None = None
 
 
+def do_nothing():
+    pass
+
+
 def timed(method):
     """Adds the time that a method takes to self.seconds."""
 
@@ -84,21 +88,26 @@ def timed(method):
 class Valuation:
     """See the module's docstring for the calls and their order."""
 
-    def __init__(self, model, optimizer, loss, targets, settings, writer=None, step=0):
+    def __init__(
+        self, model, optimizer, loss, targets, settings, writer=None, step=0, check=do_nothing
+    ):
         """model: built of ghost ops. loss(X, Y, ledger=None) -> its mean loss on a batch, a scalar
         tensor. targets: see shapley/targets.py. writer: a system.writer.Writer, or None. step: the
-        number of steps that were valued before, of a run that goes on."""
+        number of steps that were valued before, of a run that goes on. check: called before each
+        forward that a valuation adds to a step, and for each subset of an audit. What it raises
+        before the optimizer's step gives the step up: what is committed is as if it never began."""
         self.model, self.loss, self.settings, self.writer = model, loss, settings, writer
+        self.check = check
         if writer:
             assert writer.n_targets == len(targets), "Writer(n_targets=...) has another number"
             assert "audit" in writer.records or not settings.audit_interval, "Writer(audits=True)"
         self.step_number = step
         self.weights = Weights(model, optimizer)
-        self.targets = Targets(targets, self.weights, loss, settings)
+        self.targets = Targets(targets, self.weights, loss, settings, check)
         self.rule = RULES[settings.rule](self.weights, settings, len(targets))
         self.books = Books(self.weights, self.targets, settings)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        self.audit = Audit(self.weights, self.targets, loss, settings, self.has_dropout)
+        self.audit = Audit(self.weights, self.targets, loss, settings, self.has_dropout, check)
         self.updates_done = None  # of the optimizer: read once, then counted
         self.frozen_gradients = None  # see freeze_targets
         self.is_frozen = False
@@ -258,6 +267,7 @@ class Valuation:
                 continue
             ledger = self.weights.zeros(len(micro_batch.ids), len(self.targets))
             share = len(micro_batch.ids) / self.settings.batch
+            self.check()
             with self.weights.frozen(), replaying(micro_batch.rng):
                 loss = self.loss(micro_batch.X, micro_batch.Y, ledger) * share
                 (micro_batch.values,) = torch.autograd.grad(loss, ledger)

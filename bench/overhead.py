@@ -207,7 +207,7 @@ class Bench:
 
     def mfu(self, seconds):
         """The share of the device's peak that a step of so many seconds makes use of."""
-        peak = parallel.size() * peak_flops(self.cfg.device, getattr(torch, self.cfg.dtype))
+        peak = parallel.size() * peak_flops(self.cfg.device)
         chunks = self.B * self.cfg.accumulation
         return self.raw_model.estimate_mfu(chunks, seconds, peak_flops=peak)
 

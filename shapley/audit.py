@@ -26,9 +26,11 @@ class Truth:
 
 
 class Audit:
-    def __init__(self, weights, targets, loss, settings, has_dropout):
+    def __init__(self, weights, targets, loss, settings, has_dropout, check):
+        """check: see Valuation."""
         self.weights, self.targets, self.loss = weights, targets, loss
         self.settings, self.has_dropout = settings, has_dropout
+        self.check = check
 
     def audits(self, step):
         """Whether a step is one of those that are audited."""
@@ -48,7 +50,7 @@ class Audit:
         game = exact.Step(
             self.weights.model, self.weights.optimizer, x, losses, self.settings.grad_clip
         )
-        progress = partial(terminal.progress, desc=f"audit of step {step.number}", leave=False)
+        progress = partial(self.progress, name=f"audit of step {step.number}")
         permutations = self.settings.audit_permutations
         values, errors = exact.solve(game, batch, permutations, seed=step.number, progress=progress)
         return Truth(
@@ -58,9 +60,16 @@ class Audit:
             utility=game(np.ones(batch, bool)),
         )
 
+    def progress(self, things, name):
+        """Yields the things, with a progress bar."""
+        for thing in terminal.progress(things, desc=name, leave=False):
+            self.check()
+            yield thing
+
     def gradient_of(self, step, chosen):
         """The sum of x_i over the chosen chunks of the batch, as in the step's own backward: one
         tensor a parameter. chosen: bool (B,)."""
+        self.check()
         total = [torch.zeros_like(p) for p in self.weights.params]
         start = parallel.mine(self.settings.batch).start
         for micro_batch in step.micro_batches:

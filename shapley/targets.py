@@ -16,10 +16,12 @@ from system.parallel import local
 
 
 class Targets:
-    def __init__(self, targets, weights, loss, settings):
+    def __init__(self, targets, weights, loss, settings, check):
         """weights: Weights. loss(X, Y) -> mean loss, a scalar tensor. settings: Settings of
-        valuation.py, of which target_batch, target_sampling, micro_batch and seed count here."""
+        valuation.py, of which target_batch, target_sampling, micro_batch and seed count here.
+        check: see Valuation."""
         self.targets, self.weights, self.loss, self.settings = targets, weights, loss, settings
+        self.check = check
         self.model = weights.model
 
     def __len__(self):
@@ -57,6 +59,7 @@ class Targets:
             share = n_labels[chunks].sum() / n_labels.sum()
             if not share:
                 chunks = [n_labels.argmax()]
+            self.check()
             yield X[chunks], Y[chunks], share
 
     # --- losses and gradients ---------------------------------------------------
@@ -66,8 +69,10 @@ class Targets:
         """The model without dropout."""
         was_training = self.model.training
         self.model.eval()
-        yield
-        self.model.train(was_training)
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     @torch.no_grad()
     def losses(self, step):

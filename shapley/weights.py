@@ -77,9 +77,11 @@ class Weights:
         """Within it a backward makes no weight gradient."""
         for whole in self.whole.values():
             whole.requires_grad_(False)
-        yield
-        for whole in self.whole.values():
-            whole.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for whole in self.whole.values():
+                whole.requires_grad_(True)
 
     # --- directions -----------------------------------------------------------
 

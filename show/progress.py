@@ -1,24 +1,33 @@
-"""A run's line of progress: the clocks behind it, and what it says."""
+"""A run's lines while it trains: its progress, the time it will take, its evaluations."""
 
 import contextlib
 import math
 import time
-from datetime import timedelta
 
 import torch
 
 from system import parallel
 from system.errors import UserError
+from system.terminal import shorten, visible
+
+SOON = (1, 3)  # steps of a start after which there is a line, whatever log_interval is
+DAY = 86400  # seconds
+MOST_DOMAINS = 6  # whose losses are all printed
+IN_A_ROW = 3  # domains in a line of 100 columns
+LONGEST_NAME = 22  # characters of a domain's name in such a line
 
 
 class Progress:
     """The steps since the last line: their losses and their time, without pauses."""
 
     def __init__(self, model, cfg, iter_num, peak_flops):
-        """model: has estimate_mfu. iter_num: steps done before. peak_flops: of all processes."""
+        """model: has estimate_mfu. iter_num: steps done before. peak_flops: of all processes, NaN
+        where it is not known."""
         self.model, self.cfg, self.peak_flops = model, cfg, peak_flops
         self.history = []  # [(steps done, mean loss in nats since the line before)]
+        self.first_iter_num = iter_num
         self.began = time.perf_counter()
+        self.pause_seconds = 0.0  # of the last pause
         self.start_line(iter_num)
 
     def start_line(self, iter_num):
@@ -29,12 +38,21 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self):
+        """Within it the clock of the steps stands still: an evaluation."""
         t0 = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - t0
+        self.pause_seconds = time.perf_counter() - t0
+        self.paused += self.pause_seconds
 
-    def line(self, iter_num, valuation, visits):
-        """Ends the line: returns its text, and its numbers by their names on a dashboard.
+    def is_due(self, iter_num):
+        """Whether a line is due after so many steps. The first ones come soon, so that something
+        is seen."""
+        is_soon = iter_num - self.first_iter_num in SOON
+        return is_soon or iter_num % self.cfg.log_interval == 0
+
+    def lines(self, iter_num, valuation, visits):
+        """Ends the line: returns its text, with one line more where the time of all steps can be
+        told, as a list, and its numbers by their names on a dashboard.
 
         visits: the records of the steps since the last line, or None. Raises UserError where the
         loss is not finite. Every rank must call.
@@ -56,23 +74,77 @@ class Progress:
             f"loss {loss:.4f}",
             f"{dt * 1e3:.0f} ms",
             f"{tokens_per_s:,.0f} tok/s",
-            f"mfu {mfu:.1%}",
         ]
-        if visits is not None:
-            parts.append(f"negative {(visits['value'] < 0).mean():.0%}")
-            parts.append(f"valuation {share:.0%}")
-        left = timedelta(seconds=int(dt * (cfg.max_iters - iter_num)))
-        parts.append(f"{left} left")
         metrics = {
             "train/loss": loss,
             "train/tokens_per_s": tokens_per_s,
             "overhead/ms_per_step": dt * 1e3,
-            "overhead/mfu": mfu,
             "overhead/valuation_share": share,
         }
+        if not math.isnan(mfu):
+            parts.append(f"mfu {mfu:.1%}")
+            metrics["overhead/mfu"] = mfu
+        if visits is not None:
+            parts.append(f"negative {(visits['value'] < 0).mean():.0%}")
+            parts.append(f"valuation {share:.0%}")
+        parts.append(f"{duration(dt * (cfg.max_iters - iter_num))} left")
+        lines = [" | ".join(parts)]
+        if iter_num - self.first_iter_num == SOON[-1]:
+            lines.append(self.estimate(dt))
         self.start_line(iter_num)
-        return " | ".join(parts), metrics
+        return lines, metrics
+
+    def estimate(self, dt):
+        """A line: how long this start will take. dt: seconds of a step."""
+        cfg = self.cfg
+        steps = cfg.max_iters - self.first_iter_num
+        evaluations = steps // cfg.eval_interval + 1 if cfg.eval_interval else 0
+        seconds = dt * steps + self.pause_seconds * evaluations
+        line = f"about {duration(seconds)} for all {steps:,} steps at this speed"
+        if seconds < DAY:
+            return line
+        smaller = "configs/small.py" if cfg.device == "cpu" else "configs/medium.py"
+        return f"{line}. {smaller} is made for a machine like this one"
 
     def took(self):
         """The time since the start, as text."""
-        return str(timedelta(seconds=int(time.perf_counter() - self.began)))
+        return duration(time.perf_counter() - self.began)
+
+
+def duration(seconds):
+    """A time as people say it: "4 s", "12 min", "2 h 10 min", "3 days 4 h"."""
+    seconds = round(seconds)
+    minutes = round(seconds / 60)
+    hours = minutes // 60
+    if seconds < 90:
+        return f"{seconds} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24:,} days {hours % 24} h"
+
+
+# --- evaluations --------------------------------------------------------------------
+
+
+def evaluation_lines(iter_num, loss, by_domain):
+    """What an evaluation found, in lines of at most 100 columns: the mean, and the losses of all
+    domains if they are few, else the lowest and the highest ones. by_domain: {name: nats}."""
+    lines = [f"step {iter_num}: val loss {loss:.4f}"]
+    names = list(by_domain)
+    if len(names) <= MOST_DOMAINS:
+        for start in range(0, len(names), IN_A_ROW):
+            lines.append(f"  {row_of(names[start : start + IN_A_ROW], by_domain)}")
+        return lines
+    names.sort(key=by_domain.get)
+    lines.append(f"  lowest: {row_of(names[:IN_A_ROW], by_domain)}")
+    lines.append(f"  highest: {row_of(names[: -IN_A_ROW - 1 : -1], by_domain)}")
+    return lines
+
+
+def row_of(names, by_domain):
+    cells = []
+    for name in names:
+        cells.append(f"{shorten(visible(name), LONGEST_NAME)} {by_domain[name]:.3f}")
+    return ", ".join(cells)

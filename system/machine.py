@@ -2,16 +2,17 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import timeit
 
 import numpy as np
 import torch
 
+from system import needs, parallel
 from system.errors import UserError
 
 
@@ -28,20 +29,6 @@ def check_device(name):
         raise UserError(f"--device={name} is not on this machine: write --device=cpu")
 
 
-def check_size(cfg):
-    """Raises UserError where the machine's memory cannot hold the model, its gradient and moments.
-    A layer's own objects count too: there may be a billion layers of nothing."""
-    parameters = 12 * cfg.n_layer * cfg.n_embd**2 + 256 * cfg.n_embd
-    needed = 16 * parameters + 20_000 * cfg.n_layer
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if cfg.device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(cfg.device).total_memory
-    if needed > memory * int(os.environ.get("WORLD_SIZE", "1")):
-        what = f"--n_layer={cfg.n_layer} --n_embd={cfg.n_embd} make {parameters:.1e} parameters"
-        room = f"over {needed / 1e9:,.0f} GB, and here are {memory / 1e9:,.0f}"
-        raise UserError(f"{what}, with their moments {room}: write smaller numbers")
-
-
 def check_package(name, key):
     if importlib.util.find_spec(name) is None:
         raise UserError(
@@ -52,7 +39,7 @@ def check_package(name, key):
 def check_system(cfg):
     """Raises UserError where this machine cannot do what a train.Config asks for."""
     check_device(cfg.device)
-    check_size(cfg)
+    needs.check_memory(cfg)
     if cfg.wandb_log:
         check_package("wandb", "wandb_log")
     if cfg.shard and "RANK" not in os.environ:
@@ -93,20 +80,14 @@ def git_commit(root):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, of the data sheets
 
 
-def peak_flops(device, dtype):
-    """The operations a second that MFU is a share of: of a GPU known here the data sheet's, else
-    what a large matmul reaches (in float32 on a CPU, where bfloat16 is slower)."""
-    on_gpu = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if on_gpu else ""
+def peak_flops(device):
+    """The operations a second that MFU is a share of, by the device's data sheet. NaN where there
+    is none, as for a CPU: a share of what a matmul reaches at some moment would say nothing."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     for known, peak in PEAK_FLOPS.items():
         if known in name:
             return peak
-    a = torch.ones(1024, 1024, device=device, dtype=dtype if on_gpu else torch.float32)
-
-    def multiply():
-        return float((a @ a)[0, 0])  # reading a number waits for the device
-
-    return 2 * 1024**3 / min(timeit.repeat(multiply, number=1, repeat=3))
+    return math.nan
 
 
 def compile_model(model):
@@ -118,13 +99,22 @@ def compile_model(model):
     return torch.compile(model, fullgraph=True)
 
 
+class Stopped(Exception):
+    """The run was asked to end, and gives up the step that is under way."""
+
+
 class Interrupted:
-    """Whether SIGTERM or SIGINT has asked the run to end after its step. A second signal raises
+    """Whether SIGTERM or SIGINT has asked the run to end. A second signal raises
     KeyboardInterrupt."""
 
     def __init__(self):
-        self.is_asked = False
+        self.is_asked = False  # of this process
+        self.is_stopped = False  # whether check() has raised Stopped
+        self.is_held = False
         self.handlers = {}
+
+    def listen(self):
+        """From here on to restore() the two signals ask, and do not kill."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.handlers[number] = signal.signal(number, self.ask)
 
@@ -132,6 +122,21 @@ class Interrupted:
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
+
+    def check(self):
+        """Raises Stopped where any process was asked to end. Every process must call."""
+        if not self.is_held and parallel.any_of(self.is_asked):
+            self.is_stopped = True
+            raise Stopped
+
+    @contextlib.contextmanager
+    def held(self):
+        """Within it check() does nothing: what stands there is done as a whole."""
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False
 
     def restore(self):
         for number, handler in self.handlers.items():

@@ -67,7 +67,7 @@ def readers(run, other, data_dir, folder):
     chosen += [
         ("report.py", [run, f"--out={folder / 'report.html'}", "--tokens=2"]),
         ("curate.py", [run, f"--out={folder / 'kept'}", "--drop_fraction=.2", "--overwrite"]),
-        ("sample.py", [f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=5"]),
+        ("sample.py", [run, "--num_samples=1", "--max_new_tokens=5"]),
         ("revalue.py", [run, "--name=walked", "--end=2", "--overwrite"]),
         ("train.py", [run / "config.json", "--init_from=resume"]),
         ("prepare_pile.py", [f"--data_dir={data_dir}", "--verify"]),
