@@ -1,6 +1,7 @@
 """Errors that a user can mend, as opposed to bugs."""
 
 import errno
+import os
 
 
 class UserError(ValueError):
@@ -20,7 +21,7 @@ CURES = {
     errno.EROFS: "choose a place that can be written to",
     errno.ENOENT: "look whether the path is right",
     errno.ENOTDIR: "a part of that path is a file: choose another place",
-    errno.EISDIR: "name a file",
+    errno.EISDIR: "name a file in it",
     errno.EEXIST: "choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "it is a symbolic link, which is not followed here: remove it",
@@ -30,9 +31,14 @@ CURES = {
 
 
 def explain(error):
-    """An OSError -> one line: the path, what the system says, and what to do."""
+    """An OSError -> one line: the path that the user named, what the system says, what to do."""
     text = error.strerror or str(error) or type(error).__name__
-    if error.filename is not None:
-        text = f"{error.filename}: {text}"
     cure = CURES.get(error.errno)
+    if error.filename is not None:
+        # files are written under another name first (files.atomic), which nobody typed
+        path = str(error.filename).removesuffix(".tmp")
+        folder = os.path.dirname(path)
+        if error.errno == errno.ENOENT and folder and not os.path.isdir(folder):
+            cure = f"there is no folder {folder}: make it, or choose another place"
+        text = f"{path}: {text}"
     return f"{text}: {cure}" if cure else text

@@ -34,6 +34,10 @@ class RunFolder:
         on_rank_0(self.take)
 
     def take(self):
+        for part in (self.path, *self.path.parents):
+            if part.exists() and not part.is_dir():
+                what = f"--out_dir={self.path}: {part} is a file, and a run needs a folder"
+                raise UserError(f"{what}: write another --out_dir")
         self.claim = Claim(self.path, "out_dir")
         if self.before.is_dir() and (self.path / "ckpt.pt").exists():
             self.forget_before()

@@ -41,11 +41,12 @@ from model import GPT, GPTConfig
 from pile.installed import installed_text
 from pile.records import opened
 from shapley import exact, ghost, rules
+from system import machine
 from system.checkpoints import Checkpoints
 from system.files import write_json
 from system.folder import RunFolder
 from system.store import read
-from valuation import NoValuation
+from valuation import NoValuation, Valuation
 
 SCRIPT = Path(train.__file__)
 
@@ -212,6 +213,28 @@ def test_the_end_of_a_run_prints_the_values_of_each_domain(valued):
             assert float(total) == pytest.approx(v.sum(), abs=1e-4)
 
 
+def test_a_finished_run_ends_with_the_command_to_type_next(valued):
+    assert valued.printed[-1] == f"next: python report.py {valued.folder}"
+    assert valued.printed[-2].startswith(f"written to {valued.folder} in ")
+    assert not any(line.startswith("stopped") for line in valued.printed)
+
+
+def test_a_run_says_what_it_needs_and_what_it_is_about_to_do_before_it_does(valued):
+    printed = valued.printed
+    beginnings = ["needs at least", "evaluating ", "step 0: val"]
+    beginnings += ["step 1/12 |", "step 2/12 |", "step 3/12 |", "about "]
+    places = []
+    for beginning in beginnings:
+        places += [i for i, line in enumerate(printed) if line.startswith(beginning)][:1]
+    assert len(places) == len(beginnings)
+    assert places == sorted(places)
+    assert printed[places[-1]].endswith("for all 12 steps at this speed")
+
+
+def test_lines_of_a_run_on_a_cpu_have_no_mfu(valued):
+    assert not any("mfu" in line or "nan" in line for line in valued.printed)
+
+
 def source_texts(rows):
     """The texts of documents as the source has them, bytes by (domain, source). rows: of the table
     of documents."""
@@ -320,8 +343,9 @@ def test_training_with_values_has_the_losses_of_training_without(
     assert np.abs(differences).max() < tolerance
 
 
-def test_training_without_values_writes_none(python_data, tmp_path):
+def test_training_without_values_writes_none(python_data, tmp_path, capsys):
     run(python_data, tmp_path / "run", "--rule=off", "--max_iters=2", "--n_layer=1")
+    assert capsys.readouterr().out.endswith(f"next: python sample.py {tmp_path}/run\n")
     assert (tmp_path / "run" / "ckpt.pt").exists()
     assert not list((tmp_path / "run").glob("*.npy"))
     assert not (tmp_path / "run" / "values.json").exists()
@@ -438,6 +462,113 @@ def test_the_truth_of_an_audit_has_an_error_where_permutations_are_drawn(audited
 def test_audited_values_correlate_with_the_truth(audited):
     """In the last audit, for the first one is of the fourth step, where every rule is rough."""
     assert audited.audits["pearson"][-1].min() > 0.8
+
+
+# --- stop and resume ----------------------------------------------------------
+
+STOPPABLE = [
+    TWO_TARGETS,
+    "--rule=adamw2",
+    "--dropout=0.2",
+    "--book_interval=2",
+    "--eval_interval=3",
+]
+STOPPABLE += ["--audit_interval=4", "--max_iters=5", "--lr_decay_iters=5", "--n_layer=1"]
+
+
+def run_with_check(monkeypatch, check, python_data, out, *more):
+    """A run whose Interrupted.check is another one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.Interrupted, "check", check)
+        run(python_data, out, *STOPPABLE, *more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(python_data, tmp_path_factory):
+    """A whole run, and how often it looked whether to stop."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    looked = []
+    with pytest.MonkeyPatch.context() as patch:
+        run_with_check(patch, lambda interrupted: looked.append(1), python_data, out)
+    return out, len(looked)
+
+
+# within the first steps and their evaluation, an audit, the last evaluation
+@pytest.mark.parametrize("share", [0.07, 0.2, 0.35, 0.5, 0.7, 0.9, 0.99])
+def test_a_run_stopped_anywhere_goes_on_to_the_bytes_of_an_undisturbed_one(
+    python_data, tmp_path, monkeypatch, capsys, undisturbed, share
+):
+    """The step that was under way leaves nothing behind, its random numbers neither."""
+    whole, looks = undisturbed
+    out = tmp_path / "run"
+    left = iter(range(int(share * looks)))
+    check = machine.Interrupted.check
+
+    def asked(interrupted):
+        if next(left, None) is None:
+            interrupted.is_asked = True
+        check(interrupted)
+
+    run_with_check(monkeypatch, asked, python_data, out)
+    printed = capsys.readouterr().out
+    assert f"to go on: python train.py {out}/config.json --init_from=resume" in printed
+    run_argv([str(out / "config.json"), "--init_from=resume"])
+    assert_same_run(out, whole)
+    evaluations = [path / "evaluations.jsonl" for path in (out, whole)]
+    assert evaluations[0].read_bytes() == evaluations[1].read_bytes()
+
+
+def test_a_run_looks_whether_to_stop_before_every_forward(python_data, tmp_path, monkeypatch):
+    """Of the evaluation, the targets, the step and the second pass; an audit has more."""
+    forwards = [0]
+    forward = GPT.forward
+
+    def counted(model, *args):
+        forwards[-1] += 1
+        return forward(model, *args)
+
+    monkeypatch.setattr(GPT, "forward", counted)
+    run_with_check(
+        monkeypatch,
+        lambda _: forwards.append(0),
+        python_data,
+        tmp_path / "run",
+        "--audit_interval=0",
+    )
+    assert len(forwards) > 50
+    assert max(forwards) == 1
+
+
+def test_a_run_stopped_before_its_first_step_ends_at_once(
+    python_data, tmp_path, monkeypatch, capsys
+):
+    def asked(interrupted):
+        interrupted.is_stopped = True
+        raise machine.Stopped
+
+    with pytest.raises(KeyboardInterrupt):
+        run_with_check(monkeypatch, asked, python_data, tmp_path / "run")
+    assert "nothing is saved" in capsys.readouterr().out.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("*.pt"))
+    run(python_data, tmp_path / "run", *STOPPABLE)
+
+
+def test_a_stopped_run_says_how_to_go_on_and_not_that_it_is_done(
+    python_data, tmp_path, monkeypatch, capsys
+):
+    end_step = Valuation.end_step
+
+    def ask(valuation):
+        os.kill(os.getpid(), signal.SIGINT)
+        end_step(valuation)
+
+    monkeypatch.setattr(Valuation, "end_step", ask)
+    run(python_data, tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    resume = f"python train.py {tmp_path}/run/config.json --init_from=resume"
+    assert lines[-2] == f"stopped after step 1; to go on: {resume}"
+    assert lines[-1] == f"next: python report.py {tmp_path}/run"
+    assert "done" not in " ".join(lines).lower()
 
 
 # --- kill and resume ----------------------------------------------------------
@@ -576,7 +707,9 @@ def test_a_run_does_not_go_on_with_other_data(finished, tmp_path, capsys):
 def test_a_finished_run_stays_as_it_is_when_it_is_resumed(python_data, finished_copy, capsys):
     before = read_bytes(finished_copy)
     run(python_data, finished_copy, "--init_from=resume")
-    assert "already at step 12" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    resume = f"python train.py {finished_copy}/config.json --init_from=resume"
+    assert lines[-2] == f"already at step 12; to go on: {resume} --max_iters=24"
     assert read_bytes(finished_copy) == before
 
 
@@ -871,7 +1004,7 @@ def test_wandb_goes_offline_without_a_login(logged):
 
 
 def test_wandb_has_every_metric_by_its_name(logged):
-    names = ["train/loss", "train/lr", "overhead/mfu", "overhead/valuation_share", "val/loss"]
+    names = ["train/loss", "train/lr", "overhead/valuation_share", "val/loss"]
     for target in ("Python code", "Docstrings"):
         names += [f"val_loss/{target}", f"value_by_domain/{target}/Topics"]
         names += [f"books/{target}/{x}" for x in ("drop", "data", "momentum", "residual")]
