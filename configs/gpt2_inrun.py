@@ -6,7 +6,8 @@ This is the run of "Data Shapley in One Training Run" (arXiv 2406.11011).
     python prepare_pile.py
     python train.py configs/gpt2_inrun.py
 
-Machine: made for one GPU with 80 GB. This project has not run it in full (results/README.md).
+Machine: made for one GPU with 80 GB, and 5 GB of disk. This project has not run it in full
+(results/README.md). On a CPU it would take years: begin with configs/small.py.
 Expected: what nanoGPT reaches at this batch size, and out/gpt2_inrun/values.npy with a value for
 each chunk used.
 """

@@ -1,5 +1,6 @@
 """Options as people type them: numbers that cannot work, targets with commas, other line ends."""
 
+import shlex
 import sys
 import typing
 
@@ -83,6 +84,82 @@ def test_options_of_sample_are_checked(argument):
     outcome = run("sample.py", [argument])
     assert outcome.is_refusal(), outcome
     assert argument.split("=")[0] in outcome.err
+
+
+def test_sample_takes_a_runs_folder_as_the_other_commands_do(python_data, tmp_path, monkeypatch):
+    """Also the folder that one is in."""
+    out = tmp_path / "run"
+    assert run("train.py", arguments(python_data, out, "--max_iters=2")).code == 0
+    few = ["--num_samples=1", "--max_new_tokens=3"]
+    assert run("sample.py", [str(out), *few]).code == 0
+    outcome = run("sample.py", [f"--out_dir={out}", *few])
+    assert outcome.is_refusal()
+    assert f"write python sample.py {out}" in outcome.err
+    outcome = run("sample.py", [])
+    assert outcome.is_refusal()
+    assert "python sample.py out/demo" in outcome.err
+    monkeypatch.chdir(out)
+    assert run("sample.py", [".", *few]).code == 0
+    assert run("report.py", [".", "--tokens=0"]).code == 0
+    assert run("values.py", ["summary", "."]).code == 0
+
+
+# --- help -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_lists_the_choices_and_defaults_that_can_be_typed(module):
+    lines = config.describe(module.Config).splitlines()
+    for key, kind in typing.get_type_hints(module.Config).items():
+        (line,) = [line for line in lines if line.startswith(f"  --{key}=")]
+        choices = typing.get_args(kind)
+        if choices:
+            assert line.endswith(f"[{' | '.join(choices)}]")
+        shown = line.split()[0].partition("=")[2]
+        default = module.Config.__dataclass_fields__[key].default
+        if isinstance(default, str) and default.strip():
+            assert shlex.split(shown) == [default]
+        assert "lambda" not in line
+        assert "dataclass" not in line
+
+
+# --- a file in a config's place ---------------------------------------------------------
+
+
+def test_text_in_a_configs_place_is_answered_with_the_two_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my corpus.jsonl").write_text("{}")
+    outcome = run("train.py", ["my corpus.jsonl"])
+    assert outcome.is_refusal()
+    prepare = "python prepare_pile.py '--source=my corpus.jsonl' '--data_dir=data/my corpus'"
+    train = "python train.py configs/small.py '--data_dir=data/my corpus'"
+    assert f"type: {prepare}; then: {train}" in outcome.err
+
+
+def test_prepared_data_in_a_configs_place_is_answered_with_its_option(python_data):
+    outcome = run("train.py", [str(python_data)])
+    assert outcome.is_refusal()
+    assert f"it is prepared data: write --data_dir={python_data}" in outcome.err
+
+
+# --- paths that cannot be written to --------------------------------------------------------
+
+
+def test_a_path_that_cannot_be_written_is_the_one_that_was_typed(python_data, tmp_path):
+    """Not the name under which it is written first, and with what to type."""
+    out = tmp_path / "run"
+    assert run("train.py", arguments(python_data, out, "--max_iters=2")).code == 0
+    missing = tmp_path / "nowhere" / "page.html"
+    outcome = run("report.py", [str(out), f"--out={missing}", "--tokens=0"])
+    assert outcome.is_refusal()
+    assert f"{missing}: " in outcome.err
+    assert f"there is no folder {missing.parent}: make it" in outcome.err
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        outcome = run("train.py", arguments(python_data, folder))
+        assert outcome.is_refusal()
+        what = f"--out_dir={folder}: {tmp_path}/file is a file, and a run needs a folder"
+        assert what in outcome.err
 
 
 def test_the_largest_seed_works(python_data, tmp_path):

@@ -184,7 +184,7 @@ def test_help_shows_the_comments_behind_and_above_a_field():
     lines = [line.split() for line in config.describe(Commented).splitlines()]
     assert ["--steps=3", "how", "many", "steps", "there", "are,", "all", "in", "all"] in lines
     assert ["--rate=0.0006", "how", "fast"] in lines
-    assert ["--name='a'"] in lines
+    assert ["--name=a"] in lines
     assert ["numbers"] in lines
 
 

@@ -41,8 +41,10 @@ from model import GPT, GPTConfig
 from pile.installed import installed_text
 from pile.records import opened
 from shapley import exact, ghost, rules
-from system import machine
+from show import progress
+from system import machine, needs
 from system.checkpoints import Checkpoints
+from system.errors import UserError
 from system.files import write_json
 from system.folder import RunFolder
 from system.store import read
@@ -493,8 +495,8 @@ def undisturbed(python_data, tmp_path_factory):
     return out, len(looked)
 
 
-# within the first steps and their evaluation, an audit, the last evaluation
-@pytest.mark.parametrize("share", [0.07, 0.2, 0.35, 0.5, 0.7, 0.9, 0.99])
+# in steps, in an audit, in the last evaluation; the first step is another test
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.6, 0.8, 0.99])
 def test_a_run_stopped_anywhere_goes_on_to_the_bytes_of_an_undisturbed_one(
     python_data, tmp_path, monkeypatch, capsys, undisturbed, share
 ):
@@ -850,6 +852,112 @@ def test_damaged_data_is_named(python_data, tmp_path, capsys, name, damage, answ
         (folder / name).write_bytes(damage(content))
     assert answer in refused(capsys, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- what does not fit ---------------------------------------------------------
+
+LARGE = [
+    ("--batch_size=1e9", "write --batch_size="),
+    ("--gradient_accumulation_steps=100000", "--gradient_accumulation_steps=1"),
+    ("--n_embd=1000000", "GB of memory"),
+    ("--n_embd=20000", "GB of memory"),
+    ("--n_layer=1000000000", "GB of memory"),
+]
+
+
+@pytest.mark.parametrize("argument, answer", LARGE)
+def test_what_no_memory_or_data_can_hold_is_refused_before_anything_is_written(
+    python_data, tmp_path, capsys, monkeypatch, argument, answer
+):
+    monkeypatch.setattr(needs, "memory_here", lambda device: 24e9)
+    assert answer in refused(capsys, python_data, tmp_path / "run", argument)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_may_hold_all_chunks_once(python_data):
+    n_chunks = len(data.open_dataset(python_data).train.rows)
+    needs.check_batch(train.Config(batch_size=n_chunks), n_chunks)
+    with pytest.raises(UserError, match="one would be in it twice"):
+        needs.check_batch(train.Config(batch_size=n_chunks + 1), n_chunks)
+
+
+def test_a_batch_that_no_memory_can_hold_is_refused():
+    cfg = config.load(train.Config, ["configs/gpt2_inrun.py", "--device=cpu"])
+    needs.check_memory(cfg, 50304, 1)
+    cfg.batch_size = 10**6
+    with pytest.raises(UserError, match="write smaller numbers"):
+        needs.check_memory(cfg, 50304, 1)
+
+
+def test_the_estimate_of_memory_is_below_what_a_model_takes():
+    """Else a run would be refused that works: weights, gradients, moments and a direction."""
+    cfg = config.load(train.Config, ["configs/small.py", "--block_size=64", "--device=cpu"])
+    cfg.batch_size = 1
+
+    class Data:
+        meta = {"vocab_size": 256}
+
+    model = train.build_model(cfg, Data, "cpu")
+    taken = 4 * 5 * sum(p.numel() for p in model.parameters())
+    estimate = needs.memory(cfg, 256, n_targets=1, processes=1)
+    assert 0.8 * taken < estimate < 1.2 * taken
+
+
+def test_the_estimate_of_disk_is_what_a_run_leaves(valued):
+    cfg = config.load(train.Config, [str(valued.folder / "config.json")])
+    vocab_size = weights(valued.folder)["lm_head.weight"].shape[0]
+    n_chunks = len(valued.data.train.rows)
+    kept = sum(path.stat().st_size for path in valued.folder.iterdir() if path.is_file())
+    estimate = needs.disk(cfg, vocab_size, 2, n_chunks)
+    assert 0.5 * kept < estimate < 3 * kept
+
+
+def test_a_run_warns_of_a_disk_that_will_be_full(valued, monkeypatch):
+    cfg = config.load(train.Config, [str(valued.folder / "config.json")])
+    lines = needs.expected(cfg, valued.folder, 256, 2, 1000, 1)
+    assert len(lines) == 1
+    usage = shutil.disk_usage(valued.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
+    cfg.max_iters = 10**6
+    lines = needs.expected(cfg, valued.folder, 256, 2, 1000, 1)
+    assert lines[1].startswith("warning: the disk of")
+
+
+# --- lines of a run -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_domains", [1, 6, 20, 200])
+def test_lines_of_an_evaluation_fit_100_columns(n_domains):
+    losses = {f"{i} a long name of a domain": 9.0 - i / 100 for i in range(n_domains)}
+    lines = progress.evaluation_lines(250, 4.12341, losses)
+    assert lines[0] == "step 250: val loss 4.1234"
+    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 3
+    told = " ".join(lines)
+    if n_domains <= 6:
+        assert all(f"{loss:.3f}" in told for loss in losses.values())
+    else:
+        assert lines[1].startswith(f"  lowest: {n_domains - 1} a long")
+        assert lines[2].startswith("  highest: 0 a long")
+
+
+def test_a_domain_in_a_line_of_an_evaluation_moves_no_cursor():
+    assert "\x1b" not in "".join(progress.evaluation_lines(0, 1.0, {"\x1b[2J": 1.0}))
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(3.2, "3 s"), (89, "89 s"), (720, "12 min"), (7800, "2 h 10 min"), (273_600, "3 days 4 h")],
+)
+def test_times_are_told_as_people_say_them(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_a_run_of_days_names_a_smaller_one():
+    cfg = config.load(train.Config, ["configs/gpt2_inrun.py", "--device=cpu"])
+    line = progress.Progress(None, cfg, 0, float("nan")).estimate(60.0)
+    assert line.startswith("about 347 days 5 h for all 500,000 steps")
+    assert "configs/small.py" in line
 
 
 # --- losses that are not finite, a full disk ----------------------------------
