@@ -376,7 +376,7 @@ def train(cfg):
     needs.check_batch(cfg, len(data.train.rows if data.keep is None else data.keep))
     needs.check_memory(cfg, data.meta["vocab_size"], len(targets))
     parallel.mine(cfg.batch)  # raises where the processes cannot share a step
-    with RunFolder(cfg.out_dir) as folder:
+    with RunFolder(cfg.out_dir) as folder, machine.memory_told():
         return run(cfg, folder, device, data, targets)
 
 

@@ -99,6 +99,26 @@ def compile_model(model):
     return torch.compile(model, fullgraph=True)
 
 
+@contextlib.contextmanager
+def memory_told():
+    """Where memory ends within it, a UserError says what to type."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # torch's own error of a GPU is a RuntimeError
+        if not ends_memory(e):
+            raise
+        what = "the memory of the device is full"
+        cure = "halve --batch_size and double --gradient_accumulation_steps: it is the same step"
+        raise UserError(f"{what}: {cure}. Or write a smaller --n_embd") from e
+
+
+def ends_memory(error):
+    """Whether an exception says that there is no more memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # torch's, on a CPU
+
+
 class Stopped(Exception):
     """The run was asked to end, and gives up the step that is under way."""
 

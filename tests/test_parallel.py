@@ -299,7 +299,7 @@ def test_a_run_whose_ranks_are_killed_ends_in_the_bytes_of_an_undisturbed_one(
 
 def test_a_stalled_rank_a_sigterm_and_a_full_disk_lose_nothing(python_data, tmp_path):
     """One after another in one run, which ends in the bytes of an undisturbed one. SIGTERM to a
-    single rank lets all finish the step and write a checkpoint."""
+    single rank lets all give up the same step and keep the last whole one."""
     log = tmp_path / "log"
     out = tmp_path / "run"
     options = [*OPTIONS, "--max_iters=60", "--checkpoint_interval=10", "--lr_decay_iters=60"]
@@ -319,7 +319,7 @@ def test_a_stalled_rank_a_sigterm_and_a_full_disk_lose_nothing(python_data, tmp_
     program = "torchrun --nproc_per_node=2 train.py"
     assert stopped[0].endswith(f"to go on: {program} {out}/config.json --init_from=resume")
     step = int(stopped[0].split()[3].rstrip(";"))
-    assert 10 < step < 50
+    assert 10 <= step < 50
     assert len(read(out)) == 4 * step
 
     size = (out / "ckpt.pt").stat().st_size

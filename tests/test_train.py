@@ -874,6 +874,23 @@ def test_what_no_memory_or_data_can_hold_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_memory_ends_says_what_to_type(python_data, tmp_path, capsys, monkeypatch):
+    """Where the estimate was too low. Another error of torch keeps its traceback."""
+
+    def allocate(*args):
+        return torch.empty(2**60)
+
+    def multiply(*args):
+        return torch.ones(2, 3) @ torch.ones(2, 3)
+
+    monkeypatch.setattr(GPT, "forward", allocate)
+    line = refused(capsys, python_data, tmp_path / "run")
+    assert "the memory of the device is full: halve --batch_size" in line
+    monkeypatch.setattr(GPT, "forward", multiply)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run(python_data, tmp_path / "run")
+
+
 def test_a_step_may_hold_all_chunks_once(python_data):
     n_chunks = len(data.open_dataset(python_data).train.rows)
     needs.check_batch(train.Config(batch_size=n_chunks), n_chunks)
