@@ -1,6 +1,7 @@
 """
 Train a GPT-2 on numbered chunks and value every chunk in the same run.
 
+    python train.py configs/small.py --data_dir=data/mine       text of your own, on a CPU
     python train.py configs/gpt2_inrun.py                       the paper's run
     python train.py configs/demo.py --max_iters=100             a config file, then --key=value
     python train.py out/demo/config.json --init_from=resume     go on where a run stopped

@@ -8,7 +8,7 @@ import torch
 
 from system import parallel
 from system.errors import UserError
-from system.terminal import shorten, visible
+from system.terminal import command, shorten, visible
 
 SOON = (1, 3)  # steps of a start after which there is a line, whatever log_interval is
 DAY = 86400  # seconds
@@ -104,7 +104,8 @@ class Progress:
         if seconds < DAY:
             return line
         smaller = "configs/small.py" if cfg.device == "cpu" else "configs/medium.py"
-        return f"{line}. {smaller} is made for a machine like this one"
+        first_look = command("python", "train.py", smaller, f"--data_dir={cfg.data_dir}")
+        return f"{line}. For a first look: {first_look}"
 
     def took(self):
         """The time since the start, as text."""

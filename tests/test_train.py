@@ -353,6 +353,13 @@ def test_training_without_values_writes_none(python_data, tmp_path, capsys):
     assert not (tmp_path / "run" / "values.json").exists()
 
 
+def test_a_run_on_chosen_chunks_is_compared_with_the_one_they_were_chosen_from(tmp_path):
+    (tmp_path / "evaluations.jsonl").write_text("")
+    curated = train.Config(rule="off", keep=f"{tmp_path}/keep.npy", out_dir="out/curated")
+    expected = f"python values.py losses {tmp_path} out/curated"
+    assert train.next_command(curated) == expected
+
+
 @pytest.mark.parametrize("rule", ["adamw", "adamw2"])
 def test_values_do_not_depend_on_how_a_batch_is_cut(python_data, tmp_path, rule):
     """The same global batch as 1, 2 and 4 micro-batches: the same rows of the ledger."""
@@ -974,7 +981,7 @@ def test_a_run_of_days_names_a_smaller_one():
     cfg = config.load(train.Config, ["configs/gpt2_inrun.py", "--device=cpu"])
     line = progress.Progress(None, cfg, 0, float("nan")).estimate(60.0)
     assert line.startswith("about 347 days 5 h for all 500,000 steps")
-    assert "configs/small.py" in line
+    assert line.endswith("For a first look: python train.py configs/small.py --data_dir=data/pile")
 
 
 # --- losses that are not finite, a full disk ----------------------------------
