@@ -342,7 +342,8 @@ def validation_notes(dataset):
     missing = [dataset.domains[i] for i in np.flatnonzero(chunks == 0)]
     if not missing:
         return ()
-    of_all = f"{len(missing)} of {len(dataset.domains)} domains have no validation chunk"
+    have = "has" if len(missing) == 1 else "have"
+    of_all = f"{len(missing)} of {len(dataset.domains)} domains {have} no validation chunk"
     before = prepared_with(dataset.meta, "val_fraction")
     cure = f"for them to be in it, prepare with more than --val_fraction={before}"
     return (f"val: {of_all} ({terminal.listed(missing, 5)}): {cure}",)

@@ -103,9 +103,12 @@ def not_validated(meta):
 
 def explain_not_validated(meta, names):
     """A line on what it means that these domains have no validation chunk."""
-    have = "has" if len(names) == 1 else "have"
-    of_all = f"{len(names):,} of {len(meta['by_domain']):,} domains {have} no validation chunk"
-    return f"{of_all}: no targets, and val does not speak of them ({listed(names, NAMED)})"
+    n = f"{len(names):,} of {len(meta['by_domain']):,}"
+    if len(names) == 1:
+        what = f"{n} domains has no validation chunk: val leaves it out, and it cannot be a target"
+    else:
+        what = f"{n} domains have no validation chunk: val leaves them out, none can be a target"
+    return f"{what} ({listed(names, NAMED)})"
 
 
 MOST_VALIDATION = 0.3  # of the documents

@@ -146,7 +146,7 @@ def test_domains_without_a_validation_chunk_are_named_and_the_line_to_type_helps
     source = write(tmp_path / "d.jsonl", twenty)
     printed = printed_by(capsys, tmp_path, source, val_fraction=0.01)
     line = line_with("no validation chunk", printed)
-    missing = int(line.split(" of 22 domains have no validation chunk: no targets")[0])
+    missing = int(line.split(" of 22 domains have no validation chunk: val leaves")[0])
     assert missing >= 15
     assert re.search(r"\((domain \d+, ){5}\.\.\. \(\d+ in all\)\)$", line)
     argv = typed(line_with("for more of them", printed))

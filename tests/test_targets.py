@@ -194,7 +194,7 @@ def test_a_target_that_is_long_enough_says_nothing(dataset, tmp_path):
 
 def test_val_says_which_domains_it_does_not_speak_of(dataset):
     (note,) = target_of("val", dataset).notes
-    assert note.startswith("val: 1 of 2 domains have no validation chunk (b): ")
+    assert note.startswith("val: 1 of 2 domains has no validation chunk (b): ")
     assert "more than --val_fraction=0.3" in note
 
 
