@@ -69,7 +69,7 @@ class Config:
     # --- valuation
     # what a value is: README, and docs/method.md
     rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw"
-    targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file.txt>
+    targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file>
     # chunks of each target that speak for it in a step: more of them, less noise, more time
     target_batch: int = 1
     # the same target chunks all along, or new ones at every step
@@ -539,6 +539,9 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
             cfg, out_dir, vocab_size, len(targets), n_chunks, ddp_world_size
         ):
             print0(line)
+    for target in targets:
+        for note in target.notes:
+            print0(note)
 
     # random numbers (dropout): of each process its own, and on a resumption those that would follow
     if not master_process:

@@ -192,6 +192,14 @@ def test_a_target_that_is_long_enough_says_nothing(dataset, tmp_path):
     assert target_of("val:a", dataset).notes == ()
 
 
+def test_train_prints_what_is_to_be_known_of_its_targets(python_data, tmp_path):
+    path = write(tmp_path / "t.txt", b"ab")
+    targets = f"--targets=mine={path},val"
+    outcome = run_command("train.py", arguments(python_data, tmp_path / "run", targets))
+    assert outcome.code == 0, outcome.err
+    assert "\nmine: 2 tokens: values for so short a text are mostly noise\n" in outcome.out
+
+
 def test_val_says_which_domains_it_does_not_speak_of(dataset):
     (note,) = target_of("val", dataset).notes
     assert note.startswith("val: 1 of 2 domains has no validation chunk (b): ")
