@@ -13,7 +13,7 @@
 Sources: .parquet; .jsonl, .ndjson and .json with a record a line; .txt. All but .parquet may be
 packed as .gz, .zst, .bz2 or .xz. Text is UTF-8. A folder is read with everything below it, except
 hidden files, files of other kinds and symbolic links (--follow_links reads those). The last lines
-printed say what was left out.
+printed say what was left out, which domains are too small, and what to type next.
 
 First every source file is tokenized into a part in data_dir.parts (small files share one, up to
 64 MB): a run that was killed goes on after its last part. Then the parts are packed, in their

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from commands import run as run_command
 from piles import json_lines, lines, record, run, write
 
 import prepare_pile
@@ -105,6 +106,20 @@ def test_a_source_with_one_record_of_a_domain_says_nothing_of_keys(tmp_path, cap
     source = write(tmp_path / "x.jsonl", json_lines([*rows, record("a", WORDS)]))
     printed = printed_by(capsys, tmp_path, source)
     assert not [line for line in printed if "no record has" in line]
+
+
+@pytest.mark.parametrize("n", [9, 200])
+def test_keys_of_strangers_reach_a_terminal_as_escapes(tmp_path, n):
+    evil = "key\x1b[31m\nerror: forged\u202e"
+    source = write(tmp_path / "x.jsonl", json_lines([{evil: "some text"}] * n))
+    argv = [f"--source={source}", f"--data_dir={tmp_path}/out", "--tokenizer=byte", "--workers=1"]
+    outcome = run_command("prepare_pile.py", argv)
+    assert outcome.is_refusal(), outcome
+    assert "'key\\x1b[31m" in outcome.err
+    assert ("caution" in outcome.out) == (n == 200)
+    for text in (outcome.out, outcome.err):
+        assert "\x1b" not in text
+        assert "\nerror: forged" not in text
 
 
 def test_records_of_text_alone_are_not_given_a_key_for_the_domain(tmp_path, capsys):
