@@ -331,7 +331,9 @@ def parse_target(part, dataset, block_size):
         return Target(domain, rows, ids)
     name, equals, file = part.partition("=")
     if not name or not equals:
-        ways = "write val, val:<domain> or <name>=<file> (a comma in a name or path as \\,)"
+        ways = (
+            "write val, val:<domain> or <name>=<file.txt> (also .jsonl, .parquet; a comma as \\,)"
+        )
         raise UserError(f"--targets: {part!r} is no target: {ways}")
     return file_target(name, file, dataset, block_size)
 
