@@ -127,7 +127,11 @@ def test_records_of_a_target_that_are_skipped_are_counted(dataset, tmp_path):
     [
         ("empty.jsonl", b"", "it is empty"),
         ("array.json", b'[{"text": "a"}]', "write a record a line"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "damaged or cut short"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
+            "damaged or cut short",
+        ),
         ("none.jsonl", None, "No such file"),
         ("none.jsonl:text", None, "none.jsonl: No such file"),
         ("none.txt", None, "No such file"),
