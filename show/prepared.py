@@ -142,7 +142,8 @@ class Next:
 
 TOKENS = {"medium": 10**7, "gpt2_inrun": 10**9}  # that a config needs, to meet few chunks twice
 GPT2_BLOCK = 1024  # tokens of a chunk of gpt2_inrun
-GPT2_GB = 75  # of GPU memory: what is sold as 80 GB has a little less
+MEDIUM_GB = 7.5  # of GPU memory: what is sold as 8 GB has a little less
+GPT2_GB = 75  # the same, of 80 GB
 
 
 def choose_config(meta, gpu_gb):
@@ -151,10 +152,12 @@ def choose_config(meta, gpu_gb):
     tokens = meta["tokens"]["train"]
     have = f"{tokens:,} tokens"
     small = "configs/small.py"
-    if not gpu_gb:
-        return Next(small, f"{have} and no GPU: a small model, some minutes on a CPU")
+    quick = "a small model, a quarter of an hour at the most"
+    if gpu_gb < MEDIUM_GB:
+        gpu = f"a GPU of {gpu_gb:.0f} GB" if gpu_gb else "no GPU"
+        return Next(small, f"{have} and {gpu}: {quick}")
     if tokens < TOKENS["medium"]:
-        return Next(small, f"{have} are few: a small model, some minutes")
+        return Next(small, f"{have} are few: {quick}")
     is_large = tokens >= TOKENS["gpt2_inrun"] and meta["block_size"] >= GPT2_BLOCK
     if is_large and gpu_gb >= GPT2_GB:
         reason = f"{have} and a GPU of {gpu_gb:.0f} GB: GPT-2 124M, as in the paper, some days"

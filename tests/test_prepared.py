@@ -215,8 +215,9 @@ def test_the_fraction_suggested_follows_the_size_of_the_domains(before, document
 @pytest.mark.parametrize(
     "tokens, block_size, gpu_gb, config, reason",
     [
-        (10**6, 1024, 0, "small", "1,000,000 tokens and no GPU: a small model, some minutes"),
+        (10**6, 1024, 0, "small", "1,000,000 tokens and no GPU: a small model, a quarter"),
         (10**11, 1024, 0, "small", "no GPU"),
+        (10**8, 1024, 6, "small", "a GPU of 6 GB: a small model"),
         (10**6, 1024, 85, "small", "1,000,000 tokens are few"),
         (10**8, 256, 8, "medium", "a GPU of 8 GB: a medium model, about an hour"),
         (10**10, 1024, 24, "medium", "a GPU of 24 GB"),
