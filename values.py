@@ -7,7 +7,7 @@ python values.py docs out/demo --bottom               the worst documents; witho
 python values.py chunk out/demo 17                    one chunk: its text, documents, every visit
 python values.py doc out/demo 203                     one document: its chunks, value, text
 python values.py tokens out/demo --chunk=17           a chunk's value, token by token
-python values.py losses out/curated out/control       validation losses of runs, side by side
+python values.py losses out/control out/curated       validation losses of runs, side by side
 python values.py compare out/demo out/other           the same data valued twice: who moved
 python values.py export out/demo values.parquet       all of it as a table
 python values.py query out/demo --text="To be"        chunks that helped to write this (approximate)

@@ -31,7 +31,7 @@ HELP = {
     "run": "a run's folder, as out/demo",
     "other": "another run's folder",
     "data_dir": "where the run's data is now, if it moved",
-    "runs": "folders of runs, as out/curated out/control",
+    "runs": "folders of runs, as out/control out/curated",
     "n": "how many of them",
     "target": "one of the run's targets, which `summary` lists; default: its first",
     "domain": "only those of this domain; `domains` lists them",
