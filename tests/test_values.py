@@ -767,7 +767,7 @@ def test_losses_refuses_damaged_evaluations(evaluated, tmp_path, refused, entrie
 # --- in words --------------------------------------------------------------------------
 
 
-def test_text_says_lately_what_was_found_and_what_to_type_next(arguments, typed):
+def test_text_ends_with_what_was_found_and_what_to_type_next(arguments, typed):
     """The last line is a command of this project, which works; the one before is the finding."""
     assert len(arguments) == 10
     for command, argv in arguments.items():
