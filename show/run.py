@@ -11,6 +11,7 @@ from pile.tokenizers import tokenizer
 from system import store, terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, load_array, read_json
+from system.folder import data_of
 
 END_OF_TEXT = "\n<|endoftext|>\n"  # what stands between two documents of a chunk
 LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most
@@ -174,7 +175,7 @@ def open_run(path, data_dir=""):
     path = Path(path)
     cfg = read_config(path)
     info, (values, visits, books, audit) = read_commit(path, cfg)
-    folder = Path(data_dir) if data_dir else find_data(path, cfg["data_dir"])
+    folder = Path(data_dir) if data_dir else data_of(path, cfg["data_dir"])
     if not folder.is_dir():
         what = f"the data of {path} is not in {folder}"
         raise UserError(f"{what}: name the folder it is in with --data_dir=...")
@@ -188,17 +189,6 @@ def open_run(path, data_dir=""):
     if not cfg["block_size"] <= data.meta["block_size"]:
         raise UserError(f"{path}/config.json is damaged (its block_size): {again(path)}")
     return Run(path, cfg, info, data, values, visits, books, audit)
-
-
-def find_data(path, data_dir):
-    """The folder of a run's data. The run names it as seen from where train.py was started: from
-    here, or, where the reader went into the run's folder, from a folder above that."""
-    if Path(data_dir).is_dir():
-        return Path(data_dir)
-    for above in path.resolve().parents:
-        if (above / data_dir).is_dir():
-            return above / data_dir
-    return Path(data_dir)
 
 
 MOST_NAMED = 5  # runs, where a folder that holds several is none itself

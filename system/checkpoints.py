@@ -12,6 +12,7 @@ import torch
 from system import store
 from system.errors import UserError
 from system.files import atomic, check_entries, crc32, read_json, short
+from system.folder import data_of
 from system.parallel import full, is_sharded, rank
 from system.terminal import command, say, warn
 
@@ -232,6 +233,8 @@ def settings_of(path):
     for key in STARTS:
         settings.pop(key, None)
     settings["out_dir"] = str(folder)
+    if settings.get("data_dir"):
+        settings["data_dir"] = str(data_of(folder, settings["data_dir"]))
     if settings.get("keep") and (folder / "chunks.npy").is_file():
         settings["keep"] = str(folder / "chunks.npy")
     return settings

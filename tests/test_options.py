@@ -1,6 +1,7 @@
 """Options as people type them: numbers that cannot work, targets with commas, other line ends."""
 
 import shlex
+import shutil
 import sys
 import typing
 
@@ -86,8 +87,7 @@ def test_options_of_sample_are_checked(argument):
     assert argument.split("=")[0] in outcome.err
 
 
-def test_sample_takes_a_runs_folder_as_the_other_commands_do(python_data, tmp_path, monkeypatch):
-    """Also the folder that one is in."""
+def test_sample_takes_a_runs_folder_as_the_other_commands_do(python_data, tmp_path):
     out = tmp_path / "run"
     assert run("train.py", arguments(python_data, out, "--max_iters=2")).code == 0
     few = ["--num_samples=1", "--max_new_tokens=3"]
@@ -98,10 +98,26 @@ def test_sample_takes_a_runs_folder_as_the_other_commands_do(python_data, tmp_pa
     outcome = run("sample.py", [])
     assert outcome.is_refusal()
     assert "python sample.py out/demo" in outcome.err
-    monkeypatch.chdir(out)
-    assert run("sample.py", [".", *few]).code == 0
-    assert run("report.py", [".", "--tokens=0"]).code == 0
-    assert run("values.py", ["summary", "."]).code == 0
+
+
+def test_every_reader_takes_the_folder_that_one_is_in(python_data, tmp_path, monkeypatch):
+    """Though the run's data_dir is relative to where it was started."""
+    shutil.copytree(python_data, tmp_path / "data" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert run("train.py", arguments("data/mine", "out/run", "--max_iters=2")).code == 0
+    monkeypatch.chdir(tmp_path / "out" / "run")
+    readers = {
+        "sample.py": [".", "--num_samples=1", "--max_new_tokens=3"],
+        "report.py": [".", "--tokens=0"],
+        "values.py": ["summary", "."],
+        "curate.py": ["."],
+        "revalue.py": [".", "--end=1", "--name=again"],
+        "train.py": ["config.json", "--init_from=resume"],
+    }
+    assert readers.keys() == ENTRIES.keys() - {"prepare_pile.py"}
+    for script, argv in readers.items():
+        outcome = run(script, argv)
+        assert outcome.code == 0, (script, outcome)
 
 
 # --- help -----------------------------------------------------------------------------

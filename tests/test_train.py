@@ -502,29 +502,45 @@ def undisturbed(python_data, tmp_path_factory):
     return out, len(looked)
 
 
-# in steps, in an audit, in the last evaluation; the first step is another test
-@pytest.mark.parametrize("share", [0.25, 0.4, 0.6, 0.8, 0.99])
-def test_a_run_stopped_anywhere_goes_on_to_the_bytes_of_an_undisturbed_one(
-    python_data, tmp_path, monkeypatch, capsys, undisturbed, share
-):
-    """The step that was under way leaves nothing behind, its random numbers neither."""
-    whole, looks = undisturbed
-    out = tmp_path / "run"
-    left = iter(range(int(share * looks)))
+def stopped_and_resumed(monkeypatch, is_asked, python_data, out):
+    """A run that is asked to end when it looks and is_asked(interrupted); then it goes on."""
     check = machine.Interrupted.check
 
     def asked(interrupted):
-        if next(left, None) is None:
-            interrupted.is_asked = True
+        interrupted.is_asked = interrupted.is_asked or is_asked(interrupted)
         check(interrupted)
 
     run_with_check(monkeypatch, asked, python_data, out)
-    printed = capsys.readouterr().out
-    assert f"to go on: python train.py {out}/config.json --init_from=resume" in printed
     run_argv([str(out / "config.json"), "--init_from=resume"])
-    assert_same_run(out, whole)
-    evaluations = [path / "evaluations.jsonl" for path in (out, whole)]
+
+
+def assert_same_run_and_evaluations(one, other):
+    assert_same_run(one, other)
+    evaluations = [path / "evaluations.jsonl" for path in (one, other)]
     assert evaluations[0].read_bytes() == evaluations[1].read_bytes()
+
+
+# in steps, in an audit, in the last evaluation; the first step is another test
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.6, 0.8, 0.99])
+def test_a_run_stopped_anywhere_goes_on_to_the_bytes_of_an_undisturbed_one(
+    python_data, tmp_path, monkeypatch, undisturbed, share
+):
+    """The step that was under way leaves nothing behind, its random numbers neither."""
+    whole, looks = undisturbed
+    left = iter(range(int(share * looks)))
+    out = tmp_path / "run"
+    stopped_and_resumed(monkeypatch, lambda _: next(left, None) is None, python_data, out)
+    assert_same_run_and_evaluations(out, whole)
+
+
+def test_a_run_stopped_while_the_books_follow_an_update_keeps_both(
+    python_data, tmp_path, monkeypatch, capsys, undisturbed
+):
+    """Weights and values move together: the stop waits until the step is whole."""
+    out = tmp_path / "run"
+    stopped_and_resumed(monkeypatch, lambda run: run.is_held, python_data, out)
+    assert "stopped after step 1; to go on" in capsys.readouterr().out
+    assert_same_run_and_evaluations(out, undisturbed[0])
 
 
 def test_a_run_looks_whether_to_stop_before_every_forward(python_data, tmp_path, monkeypatch):
