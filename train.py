@@ -534,10 +534,9 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
     valued = f"rule {cfg.rule}, targets: {', '.join(names) or 'none'}"
     print0(f"steps {state.iter_num} to {cfg.max_iters}, {valued} -> {out_dir}")
     if master_process:
-        vocab_size, n_chunks = raw_model.config.vocab_size, len(data.train.rows)
-        for line in needs.expected(
-            cfg, out_dir, vocab_size, len(targets), n_chunks, ddp_world_size
-        ):
+        vocab_size = raw_model.config.vocab_size
+        n_chunks = len(data.train.rows)
+        for line in needs.expected(cfg, out_dir, vocab_size, len(targets), n_chunks):
             print0(line)
     for target in targets:
         for note in target.notes:
@@ -574,8 +573,7 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
             if iter_num == cfg.max_iters:
                 break
 
-            # forward backward update, with optional gradient accumulation to simulate larger batch
-            # size
+            # forward backward update, with gradient accumulation to simulate larger batch size
             ids, X, Y = get_batch(iter_num)
             # one-pass rules: the targets' gradients become directions
             valuation.begin_step(iter_num, lr, tokens=(X, Y))
@@ -686,7 +684,8 @@ def next_command(cfg):
     if cfg.rule != "off":
         return terminal.command("python", "report.py", cfg.out_dir)
     chosen_from = Path(cfg.keep).parent
-    if cfg.keep and (chosen_from / "evaluations.jsonl").exists():
+    is_another_run = chosen_from.resolve() != Path(cfg.out_dir).resolve()
+    if cfg.keep and is_another_run and (chosen_from / "evaluations.jsonl").exists():
         folders = [str(chosen_from), cfg.out_dir]
         return terminal.command("python", "values.py", "losses", *folders)
     return terminal.command("python", "sample.py", cfg.out_dir)

@@ -45,6 +45,11 @@ def memory(cfg, vocab_size, n_targets, processes):
     return of_weights + of_micro_batch + of_tokens + LAYER * cfg.n_layer
 
 
+def n_processes():
+    """As torchrun says it, before they have met."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def memory_here(device):
     """The bytes of a device's memory: a GPU's, or what this process may use of the machine's."""
     if device.startswith("cuda"):
@@ -59,8 +64,7 @@ def memory_here(device):
 
 def check_memory(cfg, vocab_size=0, n_targets=0):
     """Raises UserError where the device cannot hold the run. vocab_size: 0 while it is unknown."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = memory(cfg, vocab_size, n_targets, processes)
+    needed = memory(cfg, vocab_size, n_targets, n_processes())
     here = memory_here(cfg.device)
     if needed <= here:
         return
@@ -98,11 +102,11 @@ def disk(cfg, vocab_size, n_targets, n_chunks):
     return total
 
 
-def expected(cfg, folder, vocab_size, n_targets, n_chunks, processes):
+def expected(cfg, folder, vocab_size, n_targets, n_chunks):
     """Lines that say what a run will need, and a warning where the disk has no room for it.
 
     folder: the run's, which is there."""
-    needed = memory(cfg, vocab_size, n_targets, processes)
+    needed = memory(cfg, vocab_size, n_targets, n_processes())
     here = memory_here(cfg.device)
     on_disk = disk(cfg, vocab_size, n_targets, n_chunks)
     there = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

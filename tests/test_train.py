@@ -358,6 +358,8 @@ def test_a_run_on_chosen_chunks_is_compared_with_the_one_they_were_chosen_from(t
     curated = train.Config(rule="off", keep=f"{tmp_path}/keep.npy", out_dir="out/curated")
     expected = f"python values.py losses {tmp_path} out/curated"
     assert train.next_command(curated) == expected
+    resumed = train.Config(rule="off", keep=f"{tmp_path}/chunks.npy", out_dir=str(tmp_path))
+    assert train.next_command(resumed) == f"python sample.py {tmp_path}"
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adamw2"])
@@ -954,12 +956,12 @@ def test_the_estimate_of_disk_is_what_a_run_leaves(valued):
 
 def test_a_run_warns_of_a_disk_that_will_be_full(valued, monkeypatch):
     cfg = config.load(train.Config, [str(valued.folder / "config.json")])
-    lines = needs.expected(cfg, valued.folder, 256, 2, 1000, 1)
+    lines = needs.expected(cfg, valued.folder, 256, 2, 1000)
     assert len(lines) == 1
     usage = shutil.disk_usage(valued.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
     cfg.max_iters = 10**6
-    lines = needs.expected(cfg, valued.folder, 256, 2, 1000, 1)
+    lines = needs.expected(cfg, valued.folder, 256, 2, 1000)
     assert lines[1].startswith("warning: the disk of")
 
 
