@@ -2,7 +2,8 @@
 the run may still be going on.
 
 python report.py out/demo
-python report.py out/demo --tokens=0     # without coloured tokens, which take a checkpoint
+python report.py out/demo --against=out/control   # validation losses beside those of another run
+python report.py out/demo --tokens=0              # no coloured tokens, which take a checkpoint
 """
 
 import base64
@@ -13,17 +14,24 @@ from pathlib import Path
 import jinja2
 
 import config
+from show import findings
 from show import page as payload
 from show.documents import Documents
+from show.losses import losses, side_by_side
 from show.run import open_run
 from system.errors import UserError
 from system.files import atomic
 from system.terminal import say
 
+MOST_RUNS = 8  # whose losses a page has room for
+# one script, in this order
+SCRIPTS = ("report_basics.js", "report_charts.js", "report_chunks.js", "report.js")
+
 
 @dataclass
 class Config:
     run: str = ""  # the run's folder; needs no --run=
+    against: str = ""  # other runs, with commas between, whose validation losses stand beside
     tokens: int = 20  # chunks of which each token is coloured by its value; 0: none
     out: str = ""  # where the page goes; default <run>/report.html
     data_dir: str = ""  # where the run's data is now, if it moved
@@ -36,14 +44,48 @@ def report(cfg):
     if not 0 <= cfg.tokens <= room:
         what = f"--tokens={cfg.tokens}: a page has room for the tokens of {room} chunks"
         raise UserError(f"{what}: type --tokens={room}")
-    content = payload.gather(run, Documents(run))
+    out = place(cfg.out) if cfg.out else run.path / "report.html"
+    content = payload.gather(run, Documents(run), validation(run, cfg.against))
     if cfg.tokens:
         colour_tokens(content, run, cfg.tokens)
     page = render(content)
-    out = cfg.out or run.path / "report.html"
-    with atomic(out) as file:
-        file.write(page)
+    try:
+        with atomic(out) as file:
+            file.write(page)
+    except OSError as e:  # it names the temporary file, which nobody typed
+        raise OSError(e.errno, e.strerror, str(out)) from e
     say(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")
+    say(f"{findings.short(run.names[0])}: {content['findings'][0]['found']}")
+    say(f"next: {content['next']}")
+
+
+def place(out):
+    """--out as a path. Raises UserError where no file can be written there."""
+    path = Path(out)
+    if path.is_dir():
+        raise UserError(f"--out={out} is a folder: name a file in it, as --out={path}/report.html")
+    if not path.parent.is_dir():
+        what = f"--out={out}: there is no folder {path.parent}"
+        raise UserError(f"{what}: make it first, or name a file in another")
+    return path
+
+
+def validation(run, against):
+    """The validation losses to show: [show.losses.Losses], the run's own first. Without other runs
+    none need be there."""
+    others = [path for path in against.split(",") if path]
+    if len(others) >= MOST_RUNS:
+        what = f"--against names {len(others)} runs"
+        raise UserError(f"{what}: a page has room for {MOST_RUNS - 1}, name fewer")
+    if others:
+        return side_by_side([run.path, *others])
+    if not (run.path / "evaluations.jsonl").is_file():
+        return []
+    try:
+        return [losses(run.path)]
+    except UserError as e:
+        say(f"the page is without validation losses: {e}")
+        return []
 
 
 def colour_tokens(content, run, n):
@@ -62,14 +104,19 @@ def colour_tokens(content, run, n):
 def render(content):
     """The page with its content, bytes. Its policy allows its own style and script alone, by their
     hashes."""
+    template = read("report.html")
+    parts = {"css": read("report.css"), "js": "\n".join(map(read, SCRIPTS))}
     values = {"data": payload.encode(content).decode()}
-    for kind in ("html", "css", "js"):
-        text = Path(config.ROOT, "show", f"report.{kind}").read_text(encoding="utf-8")
+    for kind, text in parts.items():
         digest = hashlib.sha256(text.encode()).digest()
         values[kind] = text
         values[f"{kind}_hash"] = base64.b64encode(digest).decode()
-    template = jinja2.Template(values["html"], autoescape=True)
-    return template.render(values).encode()
+    return jinja2.Template(template, autoescape=True).render(values).encode()
+
+
+def read(name):
+    """A file of the page, as text."""
+    return Path(config.ROOT, "show", name).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

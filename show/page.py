@@ -1,9 +1,9 @@
 """What a report shows of a run, as one dict for JSON: numbers binned, points sampled, texts cut, so
 that a page holds it.
 
-A value is in nats of the target's mean token loss, positive where the chunk lowered it. A value per
-token is over the tokens trained on: visits * width. Arrays (K, D, ...) are of the targets and of
-the domains that are shown. None stands where there is no number.
+A value is in nats of the target's mean token loss, positive where the chunk lowered it; the page
+writes it in 1e-6 nats. Arrays (K, D, ...) are of the targets and of the domains that are shown.
+None stands where there is no number.
 """
 
 import itertools
@@ -12,12 +12,19 @@ import math
 
 import numpy as np
 
+from show import findings
+from show.losses import common_steps
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
+from system.terminal import command
 
 # at most:
 DOMAINS = 60  # by name
 CELLS = 1200  # targets times domains: with many targets fewer domains are named
 BINS = 60  # columns of a chart
+BARS = 16  # bars of a chart
+EVALUATIONS = 40  # rows of a table of losses
+LOSSES = 400  # points of a curve of losses
+VALUE = 7  # digits of a value that is written out, as float32 has them
 NUMBERS = 24_000  # of a chart, for all targets and domains together
 POINTS = 4000
 CHUNKS = 600
@@ -28,7 +35,6 @@ TOKENS = 800_000  # bytes of all the coloured tokens
 
 BAD = 0.1  # a residual above this share of the drop is a warning
 GOOD = 0.9  # an audited step's Pearson below this is a warning
-LONE = 0.2  # a step with more than this share of the size of all values is left out of the sums
 
 RULES = {
     "sgd": "first order, as if plain SGD trained",
@@ -39,33 +45,35 @@ RULES = {
 }
 
 
-def gather(run, documents):
-    """The content of a page, from a Run and its Documents, by one pass over the visits: dict(run,
-    targets, domains, lone, trust, spread, time, histogram, points, chunks)."""
+def gather(run, documents, runs=()):
+    """The content of a page, from a Run and its Documents, by two passes over the visits.
+
+    runs: of show.losses, whose validation losses are shown; the first is the run's own.
+    """
     names, slots = domains(run)
     used = run.used
     values = run.values[used]
-    K = len(run.names)
     D = len(names)
-    shown = choose(values, slots[used], K, D)
-    shown = shown[: max(100, 40 * CHUNKS // (K + 40))]
-    sums = Sums(run, slots, D, used[shown])
+    sizes, shares = findings.over_steps(run.blocks(), run.info["batch"], slots, D)
+    sums = Sums(run, slots, D, sizes)
     for visits in run.blocks():
         sums.add(visits)
-    lone = sums.leave_out()
-    tokens = sums.count[used] * run.width
+    score = (sums.score[:, used] / np.maximum(sums.count[used], 1)).T  # (n, K)
+    shown = choose(score, values, slots[used], D)
     content = {
         "run": describe(run, sums),
         "targets": [short(name) for name in run.names],
         "domains": names,
-        "lone": lone,
+        "next": command("python", "curate.py", str(run.path)),
         "trust": trust(run, sums.early),
-        "spread": spread(values, tokens, slots[used], sums.left_out[:, used]),
+        "spread": spread(values, used, slots[used], shares),
         "time": over_time(run, sums),
+        "losses": beside(runs),
         "histogram": histograms(values, slots[used], D),
         "points": points(run, slots),
-        "chunks": chunks(run, documents, used[shown], values[shown], slots, sums),
+        "chunks": chunks(run, documents, used[shown], score[shown], slots, sums),
     }
+    content["findings"] = found(run, score, sizes, content["trust"])
     room_for_texts = min(TEXTS, PAGE - TOKENS - len(encode(content)))
     add_texts(content["chunks"], run, max(0, room_for_texts) // len(shown))
     return content
@@ -108,32 +116,35 @@ def fit(text, limit):
 
 def domains(run):
     """-> the names shown, the largest domain first, and slots, int16 (n_chunks,): the number of the
-    shown name that each chunk is of. Where there are many, the smallest are put together."""
+    shown name that each chunk is of. Where there are many, the smallest are put together. Chunks of
+    domains that the run did not use have 0."""
     domain = np.asarray(run.data.train.domain)
     size = np.bincount(domain[run.used], minlength=len(run.domains))
     order = [d for d in np.argsort(-size, kind="stable") if size[d]]
     names = [short(run.domains[d]) for d in order]
     most = min(DOMAINS, max(8, CELLS // len(run.names)))
-    slot_of = np.full(len(size), -1, np.int16)
+    slot_of = np.zeros(len(size), np.int16)
     slot_of[order] = np.minimum(np.arange(len(order)), most - 1)
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} other domains"]
     return names, slot_of[domain]
 
 
-def choose(values, slots, K, D):
-    """The chunks to show, as positions in values: the most extreme of every target first, then
-    those of every domain.
+def choose(score, values, slots, D):
+    """The chunks to show, as positions in values: the most extreme of every target first, by score
+    and by value, then those of every domain by score.
 
-    values: (n, K). slots: (n,), the shown domains.
+    score, values: (n, K). slots: (n,), the shown domains.
     """
+    K = values.shape[1]
     n_overall = max(5, min(50, 100 // K))
     n_of_domain = max(1, min(3, 150 // (K * D)))
-    orders = [np.argsort(values[:, k], kind="stable") for k in range(K)]
+    orders = [np.argsort(score[:, k], kind="stable") for k in range(K)]
     ends = []
-    for order in orders:
-        ends.append(order[::-1][:n_overall])
-        ends.append(order[:n_overall])
+    for k, order in enumerate(orders):
+        for ranked in (order, np.argsort(values[:, k], kind="stable")):
+            ends.append(ranked[::-1][:n_overall])
+            ends.append(ranked[:n_overall])
     positions = np.stack(ends, 1).ravel().tolist()  # in turns: a target's best, its worst
     for order in orders:
         ranked = slots[order]
@@ -141,104 +152,91 @@ def choose(values, slots, K, D):
             members = order[ranked == d]
             positions += members[::-1][:n_of_domain].tolist()
             positions += members[:n_of_domain].tolist()
-    return np.array(list(dict.fromkeys(positions)))
+    most = max(100, 40 * CHUNKS // (K + 40))
+    return np.array(list(dict.fromkeys(positions)))[:most]
+
+
+class Columns:
+    """A chart's columns over the steps, and for each what the domains' chunks brought there."""
+
+    def __init__(self, edges, K, D):
+        """edges: the steps that the columns begin with, and the step after the last."""
+        self.edges = np.asarray(edges)
+        self.sums = np.zeros((K, len(self.edges) - 1, D))
+
+    def add(self, k, step, slot, amounts):
+        """Of some visits (n,): their steps, their domains, and what each brings target k."""
+        sums = self.sums[k]
+        column = np.searchsorted(self.edges, step, "right") - 1
+        inside = (column >= 0) & (column < len(sums))
+        cell = column * sums.shape[1] + slot
+        added = np.bincount(cell[inside], amounts[inside], sums.size)
+        sums += added.reshape(sums.shape)
+
+    def per_step(self):
+        """The mean over a column's steps: (K, columns, D)."""
+        return self.sums / np.diff(self.edges)[:, None]
 
 
 class Sums:
     """What is summed up over a run's visits, a block at a time."""
 
-    def __init__(self, run, slots, D, shown):
-        """slots: (n_chunks,), the shown domain of each chunk, of D. shown: numbers of chunks."""
+    def __init__(self, run, slots, D, sizes):
+        """slots: (n_chunks,), the shown domain of each chunk, of D. sizes: (K, steps), of each
+        step the sum of its values without sign."""
         self.run = run
         self.slots = slots
-        self.D = D
         self.K = len(run.names)
         self.first = run.first_step
         self.steps = run.info["committed_step"] - self.first
+        self.sizes = sizes
         self.row = 0  # the next visit to be summed up
         bins = min(BINS, max(10, NUMBERS // (self.K * D)))
-        # the columns of the cumulative chart
-        columns = np.linspace(0, self.steps, min(self.steps, bins) + 1).astype(int)
-        self.edges = self.first + np.unique(columns)
-        self.sums = np.zeros((self.K, len(self.edges) - 1, D))
-        # the columns of the normalised chart: at least four measured steps each, or the scatter of
-        # their drops would not be known
+        self.cumulative = Columns(self.equal_columns(bins), self.K, D)
+        self.bars = Columns(self.equal_columns(min(bins, BARS)), self.K, D)
+        # the columns of the loss drop: at least four measured steps each, or the scatter of their
+        # drops would not be known
         self.measured = run.books["step"][is_measured(run.books)]
         n_groups = max(1, min(bins // 2, len(self.measured) // 4))
         groups = np.array_split(self.measured, n_groups)
         self.groups = [group for group in groups if len(group)]
         starts = [group[0] for group in self.groups]
-        self.group_edges = np.array([*starts, self.first + self.steps])
-        self.group_sums = np.zeros((self.K, len(self.groups), D))
+        self.drops = Columns([*starts, self.first + self.steps], self.K, D)
         # of each chunk
         n_chunks = len(slots)
         self.count = np.zeros(n_chunks, np.int32)
-        self.left_out = np.zeros((self.K, n_chunks), bool)  # met in a step that is left out
-        # of those shown
-        self.position = np.full(n_chunks, -1, np.int32)
-        self.position[shown] = np.arange(len(shown))
-        self.first_visit = np.full(len(shown), np.iinfo("i4").max)
-        self.loss = np.zeros(len(shown))
-        # of each step the size of its values, without sign
-        self.sizes = np.zeros((self.K, self.steps))
+        self.first_visit = np.full(n_chunks, np.iinfo("i4").max, np.int32)
+        self.loss = np.zeros(n_chunks)
+        self.score = np.zeros((self.K, n_chunks))  # values over the mean size of their step's
         self.early = set()
         self.early_size = np.zeros(self.K)
 
+    def equal_columns(self, n):
+        """Edges of at most n columns of about equal width."""
+        edges = np.linspace(0, self.steps, min(self.steps, n) + 1).astype(int)
+        return self.first + np.unique(edges)
+
     def add(self, visits):
+        batch = self.run.info["batch"]
         rows = np.arange(self.row, self.row + len(visits))
-        step = self.first + rows // self.run.info["batch"]
+        step = self.first + rows // batch
         self.row += len(visits)
         chunk = visits["chunk"]
+        slot = self.slots[chunk]
         values = visits["value"].astype(float)
-        early = visits["early"] > 0
-        np.add.at(self.count, chunk, 1)
         for k in range(self.K):
-            self.add_to_columns(k, step, chunk, values[:, k])
-            start = step[0] - self.first
-            size = np.bincount(step - step[0], abs(values[:, k]))
-            self.sizes[k, start : start + len(size)] += size
+            size = np.maximum(self.sizes[k, step - self.first], findings.TINY)
+            share = values[:, k] / size
+            self.cumulative.add(k, step, slot, values[:, k])
+            self.drops.add(k, step, slot, values[:, k])
+            self.bars.add(k, step, slot, share)
+            np.add.at(self.score[k], chunk, batch * share)
+        np.add.at(self.count, chunk, 1)
+        np.add.at(self.loss, chunk, visits["loss"].astype(float))
+        np.minimum.at(self.first_visit, chunk, step.astype(np.int32))
+        early = visits["early"] > 0
         self.early.update(np.unique(step[early]).tolist())
         self.early_size += abs(values[early]).sum(0)
-        position = self.position[chunk]
-        is_shown = position >= 0
-        np.minimum.at(self.first_visit, position[is_shown], step[is_shown])
-        np.add.at(self.loss, position[is_shown], visits["loss"][is_shown])
-
-    def add_to_columns(self, k, step, chunk, values):
-        charts = ((self.sums[k], self.edges), (self.group_sums[k], self.group_edges))
-        for sums, edges in charts:
-            column = np.searchsorted(edges, step, "right") - 1
-            inside = (column >= 0) & (column < len(sums))
-            cell = column * self.D + self.slots[chunk]
-            added = np.bincount(cell[inside], values[inside], sums.size)
-            sums += added.reshape(sums.shape)
-
-    def leave_out(self):
-        """Takes steps that outweigh all others out of the sums, and marks their chunks.
-
-        Where a rule overshoots, one step can be larger than the loss ever was, and nothing else
-        would be seen. Returns for each target [[step, its share of the size of all values, its sum
-        in nats]].
-        """
-        self.total = self.sizes.sum(1)
-        lone = []
-        for k in range(self.K):
-            outliers = []
-            if self.steps >= 1 / LONE**2:
-                outliers = np.flatnonzero(self.sizes[k] > LONE * self.total[k])
-            lone.append([self.leave_out_step(k, i) for i in outliers])
-        return lone
-
-    def leave_out_step(self, k, i):
-        """i: the step, counted from the first."""
-        B = self.run.info["batch"]
-        visits = self.run.visits[i * B : (i + 1) * B]
-        values = visits["value"][:, k]
-        self.add_to_columns(k, visits["step"], visits["chunk"], -values.astype(float))
-        self.left_out[k, visits["chunk"]] = True
-        share = self.sizes[k, i] / self.total[k]
-        self.sizes[k, i] = 0
-        return [int(i) + self.first, num(share), num(values.sum(dtype=float))]
 
 
 def is_measured(books):
@@ -284,7 +282,7 @@ def describe(run, sums):
         "hash": run.data.hash[:12],
         "approximate": run.info.get("approximate"),
         "early": len(sums.early),
-        "early_share": num(sums.early_size / np.maximum(sums.total, 1e-300)),
+        "early_share": num(sums.early_size / np.maximum(sums.sizes.sum(1), findings.TINY)),
     }
 
 
@@ -343,33 +341,108 @@ def compare(audit):
     }
 
 
-def spread(values, tokens, slots, left_out):
-    """For each target and domain: tokens; of the chunks not left out the sum (nats), and per token
-    the mean and its standard error; of all, five quantiles per token and the share below 0.
+def found(run, score, sizes, trusted):
+    """For each target what its values say, in words: found, stood_out, cautions and trust.
 
-    values: (n, K). tokens: (n,). slots: (n,). left_out: bool (K, n). exponent: a power of ten that
-    suits the values per token.
+    score: (n, K), of the chunks used. sizes: (K, steps). trusted: what trust() gives.
     """
-    columns = {"tokens": [], "sum": [], "mean": [], "error": [], "quantiles": [], "negative": []}
-    members = [np.flatnonzero(slots == d) for d in range(slots.max() + 1)]
-    for v, is_out in zip(values.T.astype(float), left_out):
-        per_token = v / tokens
-        kept = [rows[~is_out[rows]] for rows in members]
-        sums = np.array([v[rows].sum() for rows in kept])
-        sizes = np.array([tokens[rows].sum() for rows in kept])
-        errors = [standard_error(per_token[rows], np.nan) for rows in kept]
-        probabilities = (0.05, 0.25, 0.5, 0.75, 0.95)
-        quantiles = [np.quantile(per_token[rows], probabilities) for rows in members]
-        columns["tokens"].append(sizes.tolist())
-        columns["sum"].append(num(sums))
-        columns["mean"].append(num(sums / np.where(sizes, sizes, np.nan)))
-        columns["error"].append(num(errors))
-        columns["quantiles"].append(num(quantiles))
-        columns["negative"].append(num([(v[rows] < 0).mean() for rows in members]))
-    sizes = np.abs(np.array(columns["quantiles"], float))
-    typical = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
-    columns["exponent"] = 3 * math.floor(math.log10(typical) / 3)
+    used = run.used
+    domain = np.asarray(run.data.train.domain)[used]
+    answers = []
+    for k, name in enumerate(run.names):
+        values = run.values[used, k]
+        rows = findings.by_domain(values, domain)
+        target = findings.short(name)  # it stands above the sentences already
+        sentence = findings.found(name, rows, run.domains)
+        cautions = findings.cautions(
+            name, values, used, run.domain_of, sizes[k], first_step=run.first_step
+        )
+        answers.append(
+            {
+                "found": sentence.removeprefix(f"{target}: "),
+                "stood_out": stood_out(run, values, score[:, k]),
+                "cautions": [line.removeprefix(f"caution, {target}: ") for line in cautions[:5]],
+                "trust": in_words(trusted[k]),
+            }
+        )
+    return answers
+
+
+def stood_out(run, values, score):
+    """A sentence on the share of negative chunks, and on the best and the worst chunk.
+
+    values, score: (n,), of the chunks used."""
+    chunks = "1 chunk used has" if len(values) == 1 else f"{len(values):,} chunks used have"
+    negative = f"{(values < 0).mean():.0%} of the {chunks} a negative value"
+    best, worst = (int(run.used[i]) for i in (score.argmax(), score.argmin()))
+    best = f"chunk {best} ({findings.short(run.domain_of(best))})"
+    worst = f"chunk {worst} ({findings.short(run.domain_of(worst))})"
+    return f"{negative}. Relative to its step, {best} helped most, {worst} least."
+
+
+def in_words(row):
+    """How far to trust a target's values, in a sentence. row: of trust()."""
+    steps = row["steps"]
+    measured = "1 measured step" if steps == 1 else f"{steps} measured steps"
+    residual = row["parts"]["residual"]
+    if not steps:
+        books = "no step was measured, so it is not known how well the values add up"
+    elif residual is None:
+        books = f"the loss did not fall over {measured}, so there is no drop to add up to"
+    else:
+        drop = f"the loss drop of {row['drop']:.4f} nats in {measured}"
+        books = f"values, momentum and weight decay make {1 - residual:.0%} of {drop}"
+    audit = "no step was compared with exact Shapley values"
+    if row["audit"]:
+        steps = row["audit"]["steps"]
+        audited = "1 audited step" if steps == 1 else f"{steps} audited steps"
+        pearson = [decimals(x) for x in row["audit"]["pearson"]]
+        audit = f"in {audited} they correlate with exact Shapley values by {pearson[0]}"
+        audit += f" (lowest {pearson[1]})"
+    order = ""
+    if row["bad_books"] or row["bad_audit"]:
+        order = ". Read them as a rough order, not as amounts"
+    return f"Trust: {books}; {audit}{order}."
+
+
+def decimals(x):
+    """A correlation as a text."""
+    return "-" if x is None else f"{x:.4f}"
+
+
+def spread(values, used, slots, shares):
+    """For each target and domain, in lists (K, D): chunks; their median and its error, five
+    quantiles, mean and sum (nats); the share below 0; the share of the steps' values; and where one
+    chunk holds much of the sum, its number and its part.
+
+    values: (n, K). used, slots: (n,), the chunks' numbers and shown domains. shares: (K, D).
+    """
+    columns = {}
+    for k, v in enumerate(values.T.astype(float)):
+        rows = sorted(findings.by_domain(v, slots), key=lambda row: row.domain)
+        cells = [domain_cells(row, v[slots == row.domain], used) for row in rows]
+        for d, cell in enumerate(cells):
+            cell["share"] = num(shares[k, d])
+        for name in cells[0]:
+            columns.setdefault(name, []).append([cell[name] for cell in cells])
     return columns
+
+
+def domain_cells(row, values, used):
+    """What the page has of a domain. row: its findings.DomainValues. values: of its chunks."""
+    p5, p95 = np.percentile(values, (5, 95))
+    return {
+        "chunks": row.chunks,
+        "few": row.is_few,
+        "median": num(row.median, VALUE),
+        "error": num(row.error, VALUE),
+        "quantiles": num([p5, row.p25, row.median, row.p75, p95]),
+        "negative": num(row.negative),
+        "mean": num(row.mean, VALUE),
+        "sum": num(row.sum),
+        "heavy": int(used[row.largest]) if row.is_lopsided else None,
+        "heavy_share": num(row.largest_share),
+    }
 
 
 def standard_error(x, unknown):
@@ -378,37 +451,63 @@ def standard_error(x, unknown):
 
 
 def over_time(run, sums):
-    """The values over the steps, for two charts.
+    """The values over the steps, for three charts: {name: {edges, values (K, D, columns)}}. edges:
+    the steps that the columns begin with, and the last step.
 
-    cumulative: (K, D, columns), nats. size: (K, columns), the same of all domains without signs.
-    share: (K, D, groups), a domain's values of a step over the measured drop of a step, both
-    averaged over the group's steps; None where the drop is not above twice its standard error.
-    edges and groups: the steps that the columns and the groups begin with, and the last step.
-    drop and error: (K, groups), the mean drop and its standard error.
+    share: the share of a step's values, as a mean over the column's steps. drop: a domain's values
+    of a step over the measured drop of a step, both averaged over the column's steps; None where
+    the drop is not above twice its standard error. sum: summed up from the first step, in nats.
     """
     index = np.searchsorted(run.books["step"], sums.measured)
     drops = (run.books["before"] - run.books["after"])[index].astype(float).T  # (K, measured)
     bounds = np.cumsum([0, *map(len, sums.groups)])
-    shares, means, errors = [], [], []
-    for k in range(len(run.names)):
+    of_drop = []
+    for k, per_step in enumerate(sums.drops.per_step()):
         groups = [drops[k, start:end] for start, end in itertools.pairwise(bounds)]
         mean = np.array([group.mean() for group in groups])
         error = np.array([standard_error(group, np.inf) for group in groups])
         is_clear = mean > 2 * error
-        per_step = sums.group_sums[k] / np.diff(sums.group_edges)[:, None]
         share = per_step.T / np.where(is_clear, mean, 1)
-        shares.append(np.where(is_clear, share, np.nan))
-        means.append(mean)
-        errors.append(error)
-    sizes = np.add.reduceat(sums.sizes, sums.edges[:-1] - sums.first, 1)
+        of_drop.append(np.where(is_clear, share, np.nan))
+    share = sums.bars.per_step()
+    size = np.add.reduceat(sums.sizes, sums.bars.edges[:-1] - sums.first, 1)  # (K, bars)
+    share[size == 0] = np.nan
+    summed = sums.cumulative.sums.cumsum(1)
     return {
-        "edges": sums.edges.tolist(),
-        "cumulative": num(sums.sums.cumsum(1).transpose(0, 2, 1)),
-        "groups": sums.group_edges.tolist(),
-        "size": num(sizes.cumsum(1)),
-        "share": num(shares, 3),
-        "drop": num(means),
-        "error": num(errors),
+        "share": chart(sums.bars, share.transpose(0, 2, 1)),
+        "drop": chart(sums.drops, of_drop),
+        "sum": chart(sums.cumulative, summed.transpose(0, 2, 1)),
+    }
+
+
+def chart(columns, values):
+    return {"edges": columns.edges.tolist(), "values": num(values)}
+
+
+def beside(runs):
+    """The validation losses of some runs, of show.losses, or None where there are none: the runs'
+    names, their curves, and at common steps tables of numbers in nats, a column a run."""
+    if not runs:
+        return None
+    steps = common_steps(runs)
+    places = np.linspace(0, len(steps) - 1, min(len(steps), EVALUATIONS)).astype(int)
+    shown = steps[places].tolist()
+    last = shown[-1]
+    names = [name for name in runs[0].by_domain if all(name in run.by_domain for run in runs)]
+    curves = []
+    for run in runs:
+        few = np.linspace(0, len(run.steps) - 1, min(len(run.steps), LOSSES)).astype(int)
+        curves.append({"steps": run.steps[few].tolist(), "val": num(run.val[few], 6)})
+    by_domain = []
+    for name in names[:DOMAINS]:
+        by_domain.append([num(run.at(last, name), 6) for run in runs])
+    return {
+        "runs": [short(run.name) for run in runs],
+        "curves": curves,
+        "steps": shown,
+        "at": [[num(run.at(step), 6) for run in runs] for step in shown],
+        "domains": [short(name) for name in names[:DOMAINS]],
+        "by_domain": by_domain,
     }
 
 
@@ -452,24 +551,25 @@ def points(run, slots):
 # --- chunks -------------------------------------------------------------------------
 
 
-def chunks(run, documents, shown, values, slots, sums):
-    """A dict for each chunk shown (n,): its values (n, K), its documents, its visits."""
+def chunks(run, documents, shown, score, slots, sums):
+    """A dict for each chunk shown (n,): its score (n, K), its values, its documents, its visits."""
     rows = [None] * len(shown)
     for i in np.argsort(shown):  # in the documents' order
         chunk = int(shown[i])
         inside = documents.of_chunk(chunk)
         named = [[doc["doc"], fit(doc["source"], 100), doc["record"]] for doc in inside[:DOCUMENTS]]
-        first_visit = int(sums.first_visit[i])
+        first_visit = int(sums.first_visit[chunk])
         rows[i] = {
             "chunk": chunk,
             "domain": int(slots[chunk]),
-            "values": num(values[i]),
+            "score": num(score[i]),
+            "values": num(run.values[chunk], VALUE),
             "documents": named,
             "more": len(inside) - len(named),
             "visits": int(sums.count[chunk]),
             "step": first_visit,
             "early": first_visit in sums.early,
-            "loss": num(sums.loss[i] / sums.count[chunk]),
+            "loss": num(sums.loss[chunk] / sums.count[chunk]),
         }
     return rows
 
@@ -500,5 +600,6 @@ def add_tokens(content, run, step, values):
         row["tokens"] = {
             "pieces": run.pieces(row["chunk"])[: len(of_chunk)],
             "largest": num(largest),
+            "sum": num(of_chunk.sum(0), VALUE),
             "parts": parts.T.tolist(),
         }
