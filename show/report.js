@@ -19,9 +19,10 @@ function drawFindings() {
   const { found, stood_out, trust, cautions } = R.findings[state.target];
   const items = [found, stood_out, trust].map((text) => make("li", {}, name(text)));
   $("findings").replaceChildren(...items);
-  $("cautions").replaceChildren(
-    ...cautions.map((text) => make("p", { class: "warning" }, name(text))),
-  );
+  const warnings = cautions.map((text) => {
+    return make("p", { class: "warning" }, make("b", {}, "Caution: "), name(text));
+  });
+  $("cautions").replaceChildren(...warnings);
 }
 
 // --- trust ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from sealed import replace_records
+from sealed import replace_array, replace_records
 
 import config
 import data
@@ -23,13 +23,15 @@ import prepare_pile
 import revalue
 import train
 from pile.pack import DOCUMENTS
-from report import Config, report
+from report import SCRIPTS, Config, report
+from show import findings, tables
 from show import page as payload
-from show import tables
 from show.documents import Documents
+from show.losses import losses
 from show.run import open_run
+from show.scores import chunk_scores, score_and_error
 from system import store
-from system.files import write_json
+from system.files import write_json, write_lines
 
 ROOT = Path(config.__file__).parent
 HOSTILE = [
@@ -285,15 +287,67 @@ def content_of(tab):
 # --- what the page says -----------------------------------------------------------
 
 
-def test_the_page_begins_with_the_facts_of_the_run(trained, written, visit):
+def test_the_first_screen_has_three_findings_and_the_medians(trained, written, visit):
+    """As the command line words them, for the target that is chosen."""
     run = open_run(trained)
     tab = visit(written)
+    domain = np.asarray(run.data.train.domain)[run.used]
+    for k, target in enumerate(run.names):
+        tab.get_by_label("Target").select_option(target)
+        values = run.values[run.used, k]
+        expected = findings.found(target, findings.by_domain(values, domain), run.domains)
+        words = tab.locator("#findings li").all_inner_texts()
+        assert len(words) == 3
+        assert f"{target}: {words[0]}" == expected
+        assert f"{(values < 0).mean():.0%} of the {len(values)} chunks used" in words[1]
+        assert "20 measured steps; in 3 audited steps" in words[2]
+    assert tab.locator("#next").inner_text() == f"python curate.py {trained}"
+    for part in ("#findings", "#medians svg", "#next"):
+        box = tab.locator(part).bounding_box()
+        assert box["y"] + box["height"] < 900, part
+
+
+def test_the_first_screen_names_the_best_and_the_worst_chunk_within_their_steps(
+    trained, written, visit
+):
+    run = open_run(trained)
+    score, _ = score_and_error(chunk_scores(run, 0, "share"), summed=False)
+    words = visit(written).locator("#findings li").nth(1).inner_text()
+    assert f"chunk {np.nanargmax(score)} (" in words.split(" helped most")[0]
+    assert f"chunk {np.nanargmin(score)} (" in words.split(" helped most")[1]
+
+
+def test_trust_comes_after_the_findings_and_the_facts_of_the_run_last(trained, written, visit):
+    tab = visit(written)
+    heads = tab.locator("h2").all_inner_texts()
+    assert heads[0].startswith("What helped")
+    assert heads[1] == "How far to trust the values"
+    assert heads[-1] == "The run"
+    assert not tab.locator("#reading p").first.is_visible()
     facts = tab.locator("#facts").inner_text()
     assert "of 60 (100%), 4 chunks each" in facts
-    assert f"of {len(run.values):,}" in facts
-    assert "adamw" in facts
+    assert f"of {len(open_run(trained).values):,}" in facts
+    assert "1 chunk speaks for each in a step" in facts
     assert "trained to its end" in tab.locator("#lead").inner_text()
     assert "3 steps are marked early" in tab.locator("#warnings").inner_text()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, "make 90% of the loss drop of 0.5000 nats in 7 measured steps; no step was compared"),
+        ({"steps": 1}, "in 1 measured step;"),
+        ({"steps": 0}, "no step was measured"),
+        ({"parts": {"residual": None}}, "the loss did not fall over 7 measured steps"),
+        ({"bad_books": True}, "Read them as a rough order, not as amounts."),
+        ({"audit": {"steps": 1, "pearson": [0.98, 0.9]}}, "in 1 audited step they correlate with"),
+        ({"audit": {"steps": 2, "pearson": [None, 0.9]}}, "by - (lowest 0.9000)"),
+    ],
+)
+def test_trust_in_a_sentence(changes, words):
+    row = {"steps": 7, "drop": 0.5, "parts": {"residual": 0.1}, "audit": None}
+    row |= {"bad_books": False, "bad_audit": False}
+    assert words in payload.in_words(row | changes)
 
 
 def test_the_cards_say_what_the_end_table_says_of_books_and_audit(trained, written, visit):
@@ -310,33 +364,69 @@ def test_the_cards_say_what_the_end_table_says_of_books_and_audit(trained, writt
         assert "3 audited steps" in card
 
 
-def test_the_table_of_domains_has_mean_and_median_per_token(trained, written, visit):
+def test_the_table_of_domains_has_medians_and_means_in_one_unit(trained, written, visit):
     run = open_run(trained)
     tab = visit(written)
-    assert "10\u207b" in tab.locator(".unit").first.inner_text()
-    tab.locator("summary").click()
-    exponent = payload.gather(run, Documents(run))["spread"]["exponent"]
-    size = np.bincount(run.visits["step"], np.abs(run.visits["value"][:, 0]))
-    lone = np.flatnonzero(size > 0.2 * size.sum())  # means leave such a step out
-    left_out = run.visits["chunk"][np.isin(run.visits["step"], lone)]
-    names, means, medians = [cells(tab, "#domain-table", column) for column in (1, 5, 9)]
-    assert len(names) == 3
-    for name, mean, median in zip(names, means, medians):
+    tab.locator("summary", has_text="These numbers").click()
+    columns = [cells(tab, "#domain-table", column) for column in (1, 3, 9, 10)]
+    assert len(columns[0]) == 3
+    medians = numbers(columns[1])
+    assert medians == sorted(medians, reverse=True)
+    for name, median, mean, total in zip(*columns):
         chunks = run.used[run.data.train.domain[run.used] == run.domain(name)]
-        kept = chunks[~np.isin(chunks, left_out)]
-        unit = run.width * 10**exponent
-        expected_mean = run.values[kept, 0].mean() / unit
-        expected_median = np.median(run.values[chunks, 0]) / unit
-        assert number(mean) == pytest.approx(expected_mean, rel=6e-3, abs=1e-3)
-        assert number(median) == pytest.approx(expected_median, rel=6e-3, abs=1e-3)
+        values = run.values[chunks, 0].astype(float)
+        assert median == findings.micro(np.median(values)).replace("-", MINUS)
+        assert number(mean) == pytest.approx(1e6 * values.mean(), rel=1e-5, abs=0.06)
+        assert number(total) == pytest.approx(values.sum(), rel=1e-3, abs=6e-5)
 
 
-def test_the_list_of_chunks_begins_with_the_best_or_the_worst(trained, written, visit):
+MINUS = "\u2212"
+
+
+def test_values_are_in_one_unit_all_over_the_page(coloured):
+    """A value of a chunk reads like the terminal's, and no power of ten stands anywhere."""
+    tab, chunk = coloured
+    content = content_of(tab)
+    for button in tab.locator("summary").all():
+        button.click()
+    text = tab.locator("body").inner_text() + " ".join(tab.locator("svg").all_text_contents())
+    for word in ("10\u207b", "\u00b7 10", "per token"):
+        assert word not in text
+    assert text.count("1e-6 nats") > 8
+    (row,) = [row for row in content["chunks"] if row["chunk"] == chunk]
+    expected = findings.micro(row["values"][0]).replace("-", MINUS)
+    assert cells(tab, "#chunk-table", 1)[0] == expected
+
+
+@pytest.mark.parametrize("nats", [0.886, -1.5e-5, 9.99e-7, 0, -3e-8, 4e-11])
+def test_a_value_is_written_as_the_terminal_writes_it(written, visit, nats):
+    shown = visit(written).evaluate("nats => micro(nats)", nats)
+    if nats == 0:
+        assert shown == "0.0"
+    else:
+        assert number(shown) == number(findings.micro(nats))
+        assert shown[0] == "+" if nats > 0 else MINUS
+
+
+def test_the_list_of_chunks_begins_with_the_best_within_its_step(trained, written, visit):
     run = open_run(trained)
     tab = visit(written)
-    assert numbers(cells(tab, "#chunk-table", 3))[0] == np.nanargmax(run.values[:, 0])
-    tab.locator("#chunk-table").get_by_role("button", name="Value").click()
-    assert numbers(cells(tab, "#chunk-table", 3))[0] == np.nanargmin(run.values[:, 0])
+    score, _ = score_and_error(chunk_scores(run, 0, "share"), summed=False)
+    assert numbers(cells(tab, "#chunk-table", 4))[0] == np.nanargmax(score)
+    assert number(cells(tab, "#chunk-table", 2)[0]) == pytest.approx(np.nanmax(score), abs=6e-3)
+    head = tab.locator("#chunk-table")
+    head.get_by_role("button", name="Share").click()
+    assert numbers(cells(tab, "#chunk-table", 4))[0] == np.nanargmin(score)
+
+
+def test_the_list_of_chunks_has_the_largest_and_the_smallest_value(trained, written, visit):
+    run = open_run(trained)
+    tab = visit(written)
+    head = tab.locator("#chunk-table").get_by_role("button", name="Value")
+    head.click()
+    assert numbers(cells(tab, "#chunk-table", 4))[0] == np.nanargmax(run.values[:, 0])
+    head.click()
+    assert numbers(cells(tab, "#chunk-table", 4))[0] == np.nanargmin(run.values[:, 0])
 
 
 def test_an_open_chunk_shows_its_documents(written, visit):
@@ -355,8 +445,8 @@ def test_the_histogram_counts_every_chunk_used(trained, written, visit):
 def test_shares_of_the_drop_are_the_values_over_the_measured_drop(tmp_path):
     """By loops, from the ledger and the books."""
     run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 500, domains=3), 400))
-    time_chart = payload.gather(run, Documents(run))["time"]
-    assert time_chart["groups"] == [0, 80, 160, 240, 320, 400]
+    chart = payload.gather(run, Documents(run))["time"]["drop"]
+    assert chart["edges"] == [0, 80, 160, 240, 320, 400]
     slots = payload.domains(run)[1]
     n_shares = 0
     for k, g, d in itertools.product(range(2), range(5), range(3)):
@@ -367,7 +457,7 @@ def test_shares_of_the_drop_are_the_values_over_the_measured_drop(tmp_path):
         inside = run.data.train.domain[visits["chunk"]] == d
         per_step = visits["value"][inside, k].sum(dtype=float) / 80
         slot = slots[np.flatnonzero(run.data.train.domain == d)[0]]
-        share = time_chart["share"][k][slot][g]
+        share = chart["values"][k][slot][g]
         if drop.mean() > 2 * drop.std(ddof=1) / 2:
             assert share == pytest.approx(per_step / drop.mean(), rel=1e-2)
             n_shares += 1
@@ -378,26 +468,131 @@ def test_shares_of_the_drop_are_the_values_over_the_measured_drop(tmp_path):
 
 def test_the_cumulative_chart_ends_with_the_sum_of_all_values(tmp_path):
     run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 500, domains=3), 400))
-    cumulative = np.array(payload.gather(run, Documents(run))["time"]["cumulative"])
+    time_charts = payload.gather(run, Documents(run))["time"]
+    cumulative = np.array(time_charts["sum"]["values"])
     expected = run.visits["value"].sum(0, dtype=float)
     assert cumulative[:, :, -1].sum(1) == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_step_that_outweighs_all_others_is_left_out_and_named(tmp_path, visit):
-    data_dir = make_data(tmp_path / "data", 4000)
-    run = make_run(tmp_path / "run", data_dir, 200, overshoot=77, audits=3)
+def test_shares_of_the_values_are_means_over_the_steps(tmp_path):
+    """By loops, from the ledger: in all, and of each bar."""
+    run = open_run(make_run(tmp_path / "run", make_data(tmp_path / "data", 500, domains=3), 64))
+    content = payload.gather(run, Documents(run))
+    slots = payload.domains(run)[1]
+    bars = content["time"]["share"]["edges"]
+    assert len(bars) == 17
+    for k, d in itertools.product(range(2), range(3)):
+        shares = []
+        for step in range(64):
+            visits = run.visits[8 * step : 8 * step + 8]
+            values = visits["value"][:, k].astype(float)
+            shares.append(values[slots[visits["chunk"]] == d].sum() / abs(values).sum())
+        assert content["spread"]["share"][k][d] == pytest.approx(np.mean(shares), rel=1e-3)
+        for bar, (start, end) in enumerate(itertools.pairwise(bars)):
+            shown = content["time"]["share"]["values"][k][d][bar]
+            assert shown == pytest.approx(np.mean(shares[start:end]), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def overshot(tmp_path_factory):
+    """The report of a run of which step 77 outweighs all others, for the first target."""
+    folder = tmp_path_factory.mktemp("overshot")
+    data_dir = make_data(folder / "data", 4000)
+    run = make_run(folder / "run", data_dir, 200, overshoot=77, audits=3)
+    report(Config(run=str(run), tokens=0))
+    return run
+
+
+def test_a_step_that_outweighs_all_others_is_named_on_the_first_screen(overshot, visit):
+    tab = visit(overshot / "report.html")
+    cautions = tab.locator("#cautions").inner_text()
+    assert "step 77 alone holds" in cautions
+    assert "medians do not" in cautions
+    tab.get_by_label("Target").select_option("second")
+    assert "step 77" not in tab.locator("#cautions").inner_text()
+    assert "correlate only 0.5" in tab.locator("#warnings").inner_text()
+
+
+def test_a_step_that_outweighs_all_others_turns_no_figure_round(overshot, tmp_path, visit):
+    """Medians and shares are nearly those of the same run without that step."""
+    calm = make_run(tmp_path / "run", overshot.parent / "data", 200, audits=3)
+    contents = []
+    for path in (overshot, calm):
+        run = open_run(path)
+        contents.append(payload.gather(run, Documents(run)))
+    with_step, without = (content["spread"] for content in contents)
+    assert np.allclose(with_step["median"][0], without["median"][0], atol=3e-5)
+    assert np.allclose(with_step["share"][0], without["share"][0], atol=2 / 200)
+    assert max(map(abs, with_step["sum"][0])) > 5  # while the sums speak of it
+    tab = visit(overshot / "report.html")
+    notes = [text for text in tab.locator("#shares text").all_text_contents() if "\u2192" in text]
+    shares = numbers(text.split("\u2192 ")[1] for text in notes)
+    assert len(shares) == 20
+    assert max(map(abs, shares)) <= 100
+
+
+def test_where_one_chunk_holds_much_of_a_domain_it_is_named_in_the_table(overshot, visit):
+    tab = visit(overshot / "report.html")
+    tab.locator("summary", has_text="These numbers").click()
+    named = [text for text in cells(tab, "#domain-table", 11) if text]
+    visits = np.load(overshot / "ledger.npy")
+    heavy = visits["chunk"][visits["step"] == 77]
+    assert len(named) > 4
+    for text in named:
+        assert int(text.split(":")[0].removeprefix("chunk ")) in heavy
+
+
+def test_a_median_within_two_errors_of_0_is_grey(tmp_path, visit):
+    """One domain is clearly above 0, one clearly below, one neither; its mean is far above."""
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 300, domains=3), 60, B=5)
+    visits = np.load(run / "ledger.npy")
+    domain = np.load(tmp_path / "data" / "train_domain.npy")[visits["chunk"]]
+    rng = np.random.default_rng(3)
+    visits["value"] = rng.normal(0, 1e-5, visits["value"].shape)
+    visits["value"][domain == 0] += 1e-4
+    visits["value"][domain == 1] -= 1e-4
+    visits["value"][domain == 2] -= np.median(visits["value"][domain == 2], 0) + 1e-7
+    visits["value"][np.flatnonzero(domain == 2)[0]] = 1
+    replace_visits(run, visits)
     report(Config(run=str(run), tokens=0))
     tab = visit(run / "report.html")
-    warnings = tab.locator("#warnings").inner_text()
-    assert "Step 77 alone holds" in warnings
-    assert "+72 nats together" in warnings
-    assert "correlate only 0.5" in warnings
-    content = content_of(tab)
-    values = np.load(run / "values.npy")[np.load(run / "ledger.npy")["chunk"], 0]
-    kept = values[values < 9 - 1]
-    assert np.sum(content["spread"]["sum"][0]) == pytest.approx(kept.sum(), rel=1e-2)
-    assert content["lone"][1] == []
-    assert max(map(max, content["time"]["cumulative"][0])) < 1
+    for chart in ("#medians", "#spread"):
+        sides = tab.locator(f"{chart} svg > g").evaluate_all(
+            "nodes => nodes.map(n => n.classList[0])"
+        )
+        assert sides == ["help", "even", "hurt"], chart
+    assert tab.locator("#shares svg > g").nth(1).get_attribute("class") == "even"
+    row = tab.locator("#heat tbody tr", has_text="Domain 2")
+    for cell in row.locator("td").all():
+        assert cell.get_attribute("class") == "num even"
+    colours = tab.locator("#heat tbody tr", has_text="D0").locator("td").first
+    assert colours.get_attribute("class") == "num v5"
+
+
+def replace_visits(run, visits):
+    """Writes a run's ledger anew, and the values that are its sums."""
+    total = np.zeros((len(np.load(run / "values.npy")), visits["value"].shape[1]))
+    used = np.zeros(len(total), bool)
+    store.add_visits(visits, total, used)
+    store.write_values(run, total, used)
+    replace_array(run, "values.npy", np.load(run / "values.npy"))
+    replace_records(run, "ledger", visits)
+
+
+def test_a_part_of_the_drop_below_0_is_explained_on_its_card(tmp_path, visit):
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000), 400)
+    books = np.load(run / "books.npy")
+    at = books["step"] % 20 == 0
+    books["momentum"][at] = -0.0005
+    books["after"][at] = books["before"][at] - 0.001
+    books["data"][at] = 0.0015
+    books["residual"][at] = 0
+    replace_records(run, "books", books)
+    report(Config(run=str(run), tokens=0))
+    card = visit(run / "report.html").locator(".card").first.inner_text()
+    assert "150%" in card
+    assert "\u221250%" in card
+    assert "the momentum of earlier chunks pulls against the chunks of the step" in card
 
 
 def test_a_run_of_one_step_has_a_report_without_made_up_numbers(tmp_path, visit):
@@ -408,17 +603,51 @@ def test_a_run_of_one_step_has_a_report_without_made_up_numbers(tmp_path, visit)
     tab = visit(run / "report.html")
     assert "after 1 of 2 steps" in tab.locator("#lead").inner_text()  # of a run that goes on
     assert "No step was measured yet" in tab.locator("#trust").inner_text()
-    tab.get_by_label("share of the loss drop").check()
-    assert "No step of this run was measured yet" in tab.locator("#time-note").inner_text()
-    assert tab.locator("#time svg").count() == 0
+    assert tab.get_by_label("share of the loss drop").is_disabled()
+    assert "no step of this run was measured yet" in tab.locator("#time-off").inner_text()
+    assert tab.locator("#time svg").count() == 1
     assert tab.locator("#heat-part").is_hidden()
     assert len(cells(tab, "#chunk-table", 1)) == 5
+
+
+def test_a_measure_without_data_is_off_for_that_target_alone(tmp_path, visit):
+    """The drop of the first target is noise. The page opens on bars, and turning to it from the
+    other target's share of the drop leaves none empty."""
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 3000), 400)
+    books = np.load(run / "books.npy")
+    books["after"][::20, 0] = 5 + np.where(np.arange(20) % 2, 0.01, -0.01)
+    books["after"][::20, 1] = 4.99
+    replace_records(run, "books", books)
+    report(Config(run=str(run), tokens=0))
+    tab = visit(run / "report.html")
+    drop = tab.get_by_label("share of the loss drop")
+    bars = tab.locator("#time rect.help, #time rect.hurt")
+    assert bars.count() > 100
+    assert drop.is_disabled()
+    assert "this target's mean drop" in tab.locator("#time-off").inner_text()
+    tab.get_by_label("Target").select_option("second")
+    assert tab.locator("#time-off").is_hidden()
+    drop.check()
+    assert bars.count() > 20
+    tab.get_by_label("Target").select_option("first")
+    assert not drop.is_checked()
+    assert bars.count() > 100
 
 
 # --- the page in use ----------------------------------------------------------------
 
 
-CHARTS = ("#spread", "#shares", "#time", "#histogram", "#scatter", "#domain-table", "#chunk-table")
+CHARTS = (
+    "#findings",
+    "#medians",
+    "#spread",
+    "#shares",
+    "#time",
+    "#histogram",
+    "#scatter",
+    "#domain-table",
+    "#chunk-table",
+)
 
 
 def drawn(tab, chart):
@@ -432,7 +661,8 @@ def test_another_target_redraws_all_charts_and_the_list(trained, written, visit)
     tab.get_by_label("Target").select_option("Docstrings")
     for chart in CHARTS:
         assert drawn(tab, chart) != before[chart], chart
-    assert numbers(cells(tab, "#chunk-table", 3))[0] == np.nanargmax(run.values[:, 1])
+    score, _ = score_and_error(chunk_scores(run, 1, "share"), summed=False)
+    assert numbers(cells(tab, "#chunk-table", 4))[0] == np.nanargmax(score)
     assert tab.locator("b.target").first.inner_text() == "Docstrings"
 
 
@@ -473,7 +703,7 @@ def test_the_histogram_of_one_domain_counts_its_chunks(trained, written, visit):
 def test_the_list_is_filtered_by_domain_and_sign(written, visit):
     tab = visit(written)
     tab.locator("#domain").select_option("Docstrings")
-    assert set(cells(tab, "#chunk-table", 2)) == {"Docstrings"}
+    assert set(cells(tab, "#chunk-table", 3)) == {"Docstrings"}
     tab.locator("#sign").select_option("raised it")
     assert max(numbers(cells(tab, "#chunk-table", 1))) < 0
 
@@ -482,7 +712,7 @@ def test_the_search_finds_a_chunk_by_its_number(written, visit):
     tab = visit(written)
     chunk = content_of(tab)["chunks"][11]["chunk"]
     tab.get_by_role("searchbox").fill(str(chunk))
-    assert chunk in numbers(cells(tab, "#chunk-table", 3))
+    assert chunk in numbers(cells(tab, "#chunk-table", 4))
 
 
 def test_the_search_finds_words_in_any_case(written, visit):
@@ -511,15 +741,45 @@ def test_a_search_for_nothing_there_finds_no_chunk_and_an_empty_one_all(written,
     assert len(cells(tab, "#chunk-table", 1)) == n
 
 
-def test_the_dark_theme_changes_the_colour_and_changes_it_back(written, visit):
+def test_the_button_says_what_it_does_and_changes_the_colour_and_changes_it_back(written, visit):
     tab = visit(written)
     colour = "getComputedStyle(document.body).backgroundColor"
     light = tab.evaluate(colour)
     tab.get_by_role("button", name="Dark").click()
     assert tab.evaluate(colour) != light
-    assert tab.locator("#theme").get_attribute("aria-pressed") == "true"
-    tab.get_by_role("button", name="Dark").click()
+    tab.get_by_role("button", name="Light").click()
     assert tab.evaluate(colour) == light
+    assert tab.get_by_role("button", name="Dark").is_visible()
+
+
+# the contrast (WCAG) of the button's text with its ground, and of its edge with the page
+CONTRASTS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const light = (colour) => {
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const parts = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((x) => x / 255);
+    const [r, g, b] = parts.map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (a, b) => {
+    const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const button = getComputedStyle(document.getElementById("theme"));
+  const page = getComputedStyle(document.body).backgroundColor;
+  return [
+    contrast(button.color, button.backgroundColor),
+    contrast(button.borderTopColor, page),
+  ];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_button_stands_out_in_both_themes(written, visit, scheme):
+    text, edge = visit(written, color_scheme=scheme).evaluate(CONTRASTS)
+    assert text > 7
+    assert edge > 3
 
 
 def test_the_charts_are_drawn_again_for_another_width(written, visit):
@@ -550,7 +810,7 @@ def test_the_keyboard_reaches_every_control(written, visit):
 
 def test_what_has_the_focus_has_a_ring(written, visit):
     tab = visit(written, color_scheme="dark")
-    assert tab.locator("#theme").get_attribute("aria-pressed") == "true"
+    assert tab.locator("#theme").inner_text() == "Light"
     for _ in range(20):
         tab.keyboard.press("Tab")
         style = tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -566,7 +826,7 @@ def test_the_keyboard_sorts_the_list_both_ways_and_keeps_the_focus(written, visi
         head = tab.locator("#chunk-table th", has_text="Chunk")
         assert head.get_attribute("aria-sort") == direction
         assert tab.locator("#chunk-table [aria-sort]").count() == 1
-        chunks = numbers(cells(tab, "#chunk-table", 3))
+        chunks = numbers(cells(tab, "#chunk-table", 4))
         assert chunks == sorted(chunks, reverse=direction == "descending")
         assert len(chunks) > 5
     assert tab.evaluate("document.activeElement.textContent") == "Chunk"
@@ -576,9 +836,9 @@ def test_a_click_on_a_head_sorts_the_list_by_it(written, visit):
     tab = visit(written)
     head = tab.locator("#chunk-table")
     head.get_by_role("button", name="Domain").click()
-    domains = cells(tab, "#chunk-table", 2)
+    domains = cells(tab, "#chunk-table", 3)
     assert domains == sorted(domains, key=str.lower)
-    for title, column in (("Loss", 5), ("Step", 4)):
+    for title, column in (("Loss", 6), ("Step", 5)):
         head.get_by_role("button", name=title).click()
         figures = numbers(text.split()[0] for text in cells(tab, "#chunk-table", column))
         assert figures == sorted(figures, reverse=True)
@@ -589,7 +849,7 @@ def coloured(trained, written, visit):
     """-> the page with the tokens of its first chunk open, and that chunk's number."""
     tab = visit(written)
     tab.locator("#chunk-table .open").first.click()
-    return tab, int(numbers(cells(tab, "#chunk-table", 3))[0])
+    return tab, int(numbers(cells(tab, "#chunk-table", 4))[0])
 
 
 def test_twenty_chunks_have_coloured_tokens(trained, coloured):
@@ -605,14 +865,9 @@ def test_twenty_chunks_have_coloured_tokens(trained, coloured):
     assert "after step 60" in tab.locator(".detail:visible").inner_text()
 
 
-SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-
-
 def value_in_title(span):
-    """A token's value as its title says it, as "+26 \u00b7 10⁻⁶ nats"."""
-    title = span.get_attribute("title").removesuffix(" nats")
-    figure, _, power = title.partition(" \u00b7 10")
-    return number(figure) * 10.0 ** int(power.translate(SUPERSCRIPTS) or 0)
+    """A token's value in nats, as its title says it, as "+26.4 (1e-6 nats)"."""
+    return 1e-6 * number(span.get_attribute("title").removesuffix(" (1e-6 nats)"))
 
 
 def level(span):
@@ -636,6 +891,20 @@ def test_tokens_have_the_values_of_the_chosen_target(trained, coloured):
             # two digits, of thousandths of the largest
             assert value == pytest.approx(expected[0, t, k], rel=0.05, abs=1e-3 * largest)
             assert level(span) == 0 or (level(span) > 0) == (value > 0)
+
+
+def test_the_tokens_sum_stands_beside_the_chunks_value(trained, coloured):
+    """With the steps that both are of, for they are of different weights."""
+    run = open_run(trained)
+    tab, chunk = coloured
+    step = run.visits["step"][run.visits["chunk"] == chunk][0]
+    _, values = revalue.tokens(run, [chunk])
+    words = tab.locator(".detail:visible").inner_text()
+    there, own = tab.locator(".detail:visible b").all_inner_texts()
+    assert number(there) == pytest.approx(1e6 * values[0, :, 0].sum(), rel=1e-3, abs=0.1)
+    assert number(own) == pytest.approx(1e6 * run.values[chunk, 0], rel=1e-5, abs=0.06)
+    assert "with the weights after step 60" in words
+    assert f"in its own step, {step}" in words
 
 
 def test_keys_and_the_mouse_name_a_token(coloured):
@@ -698,7 +967,7 @@ def test_values_that_came_later_have_a_report_too(trained, tmp_path, visit, repl
     assert min(row["step"] for row in content["chunks"]) >= 30
     assert content["token_step"] == 60
     total = np.nansum(open_run(folder).values, 0)
-    shown = np.array(content["time"]["cumulative"])[:, :, -1].sum(1)
+    shown = np.array(content["time"]["sum"]["values"])[:, :, -1].sum(1)
     np.testing.assert_allclose(shown, total, rtol=1e-3)
 
 
@@ -851,12 +1120,16 @@ def test_a_text_is_cut_to_the_bytes_of_its_json():
 # --- the command ---------------------------------------------------------------------
 
 
-def test_report_says_where_the_page_is(trained):
+def test_report_says_where_the_page_is_the_finding_and_what_is_next(trained):
     """In a process of its own."""
     command = [sys.executable, ROOT / "report.py", str(trained), "--tokens=0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{trained}/report.html: 0.")
+    where, finding, following = done.stdout.splitlines()
+    assert where.startswith(f"{trained}/report.html: 0.")
+    assert finding.startswith("Python code: ")
+    assert "(median chunk " in finding
+    assert following == f"next: python curate.py {trained}"
     assert b"tokens_step" not in (trained / "report.html").read_bytes()
     assert not list(trained.glob("*.tmp"))
 
@@ -869,7 +1142,11 @@ def test_report_says_where_the_page_is(trained):
         (["RUN", "--tokens=100000"], "type --tokens="),
         (["RUN", "--data_dir=."], "no prepared data"),
         (["RUN", "--tokes=1"], "did you mean 'tokens'"),
-        (["RUN", "--tokens=0", "--out=none/x.html"], "No such file"),
+        (["RUN", "--tokens=0", "--out=none/x.html"], "--out=none/x.html: there is no folder none"),
+        (["RUN", "--tokens=0", "--out=."], "--out=. is a folder: name a file in it"),
+        (["RUN", "--against=nowhere"], "nowhere does not exist"),
+        (["RUN", "--against=."], "holds no run"),
+        (["RUN", "--against=a,b,c,d,e,f,g,h"], "room for 7, name fewer"),
     ],
 )
 def test_report_refuses_wrong_arguments_in_one_line(
@@ -896,8 +1173,97 @@ PARSING = ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval("
 
 
 @pytest.mark.parametrize("word", PARSING)
-def test_the_script_of_the_page_parses_nothing(word):
-    assert word not in (ROOT / "show" / "report.js").read_text()
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_of_the_page_parse_nothing(script, word):
+    assert word not in (ROOT / "show" / script).read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_of_the_page_have_lines_of_100_columns(script):
+    lines = (ROOT / "show" / script).read_text().splitlines()
+    assert len(lines) > 50
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_page_that_cannot_be_written_is_named_as_it_was_typed(trained, tmp_path, monkeypatch):
+    """Not by the temporary file, which nobody typed."""
+    out = tmp_path / ("x" * 250 + ".html")  # with .tmp it is longer than a name may be
+    with pytest.raises(OSError) as error:
+        report(Config(run=str(trained), tokens=0, out=str(out)))
+    assert error.value.filename == str(out)
+
+
+# --- losses beside those of other runs -------------------------------------------------
+
+
+def add_losses(run, steps, loss):
+    """Gives a run evaluations: loss(step) of the first domain, a nat more of the second."""
+    lines = []
+    for step in steps:
+        by_domain = {"one": loss(step), "</script>two": loss(step) + 1}
+        lines.append({"step": step, "val": loss(step) + 0.5, "loss": by_domain})
+    write_lines(run / "evaluations.jsonl", lines)
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    data_dir = make_data(tmp_path / "data", 300, domains=3)
+    run = make_run(tmp_path / "run", data_dir, 40)
+    control = make_run(tmp_path / "control", data_dir, 40)
+    add_losses(run, range(0, 41, 10), lambda step: 5 - step / 20)
+    add_losses(control, range(0, 61, 20), lambda step: 5 - step / 25)
+    return run, control
+
+
+def test_losses_stand_beside_those_of_another_run_at_common_steps(two_runs, visit):
+    run, control = two_runs
+    report(Config(run=str(run), against=str(control), tokens=0))
+    tab = visit(run / "report.html")
+    section = tab.locator("#losses")
+    assert section.locator("h2").inner_text() == "Validation loss beside control"
+    note = tab.locator("#losses-note").inner_text()
+    assert "After 40 steps" in note
+    assert "3.5000 nats for run, 3.9000 for control (0.4000 higher)" in note
+    assert "says nothing about the spread over seeds" in note
+    assert tab.locator("#losses-key").inner_text().split() == ["run", "control"]
+    assert section.locator("#losses-chart path").count() == 2
+    section.locator("summary").click()
+    assert cells(tab, "#losses-steps", 1) == ["0", "20", "40"]
+    assert cells(tab, "#losses-steps", 2) == ["5.5000", "4.5000", "3.5000"]
+    assert cells(tab, "#losses-steps", 3) == ["5.5000", "4.7000", "3.9000"]
+    assert cells(tab, "#losses-steps", 4) == ["0.0000", "+0.2000", "+0.4000"]
+    assert set(cells(tab, "#losses-domains", 1)) == {"one", "</script>two"}
+    assert cells(tab, "#losses-domains", 4) == ["+0.4000", "+0.4000"]
+
+
+def test_without_other_runs_the_runs_own_losses_are_shown(trained, two_runs, visit):
+    run, _ = two_runs
+    report(Config(run=str(run), tokens=0))
+    tab = visit(run / "report.html")
+    assert tab.locator("#losses h2").inner_text() == "Validation loss"
+    assert "seeds" not in tab.locator("#losses-note").inner_text()
+    assert tab.locator("#losses-chart path").count() == 1
+
+
+def test_a_run_without_losses_has_no_part_for_them(written, visit):
+    assert visit(written).locator("#losses").is_hidden()
+
+
+def test_damaged_losses_cost_the_page_its_losses_alone(two_runs, capsys):
+    run, _ = two_runs
+    (run / "evaluations.jsonl").write_text('{"step": 1}\n')
+    report(Config(run=str(run), tokens=0))
+    assert "without validation losses: " in capsys.readouterr().out
+    assert (run / "report.html").is_file()
+
+
+def test_many_evaluations_are_thinned_and_the_last_stays(two_runs):
+    run, _ = two_runs
+    add_losses(run, range(2001), lambda step: 5 - step / 1000)
+    content = payload.beside([losses(run)])
+    assert len(content["steps"]) == payload.EVALUATIONS
+    assert content["steps"][-1] == 2000
+    assert len(content["curves"][0]["steps"]) == payload.LOSSES
 
 
 # --- how large a page gets ------------------------------------------------------------
