@@ -22,6 +22,7 @@ DOMAINS = 60  # by name
 CELLS = 1200  # targets times domains: with many targets fewer domains are named
 BINS = 60  # columns of a chart
 BARS = 16  # bars of a chart
+CAUTIONS = 2  # sentences
 EVALUATIONS = 40  # rows of a table of losses
 LOSSES = 400  # points of a curve of losses
 VALUE = 7  # digits of a value that is written out, as float32 has them
@@ -361,11 +362,23 @@ def found(run, score, sizes, trusted):
             {
                 "found": sentence.removeprefix(f"{target}: "),
                 "stood_out": stood_out(run, values, score[:, k]),
-                "cautions": [line.removeprefix(f"caution, {target}: ") for line in cautions[:5]],
+                "cautions": first_cautions(cautions, f"caution, {target}: "),
                 "trust": in_words(trusted[k]),
             }
         )
     return answers
+
+
+def first_cautions(lines, prefix):
+    """Of findings.cautions()' lines the few that a first screen has room for, without their prefix.
+    A step comes before the chunks that it may have brought."""
+    sentences = [line.removeprefix(prefix) for line in lines]
+    sentences.sort(key=lambda sentence: not sentence.startswith("step "))  # else they keep order
+    more = len(sentences) - CAUTIONS
+    if more > 0:
+        what = "1 more chunk or step holds" if more == 1 else f"{more} more chunks or steps hold"
+        sentences[CAUTIONS:] = [f"{what} over a tenth each"]
+    return sentences
 
 
 def stood_out(run, values, score):

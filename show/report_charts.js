@@ -63,7 +63,7 @@ function rowChart(host, list, { what, range, format, axis, mark, noteWidth = 150
     const text = label(format(t), x(t), bottom + 17);
     made.append(text);
     const half = text.getComputedTextLength() / 2;
-    text.setAttribute("x", Math.min(x(t), width - half));
+    text.setAttribute("x", Math.max(half, Math.min(x(t), width - half)));
   }
   made.append(label(axis, (left + right) / 2, bottom + 37));
   list.forEach((row, i) => {

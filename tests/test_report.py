@@ -31,6 +31,7 @@ from show.losses import losses
 from show.run import open_run
 from show.scores import chunk_scores, score_and_error
 from system import store
+from system.errors import UserError
 from system.files import write_json, write_lines
 
 ROOT = Path(config.__file__).parent
@@ -387,7 +388,7 @@ def test_values_are_in_one_unit_all_over_the_page(coloured):
     """A value of a chunk reads like the terminal's, and no power of ten stands anywhere."""
     tab, chunk = coloured
     content = content_of(tab)
-    for button in tab.locator("summary").all():
+    for button in tab.locator("summary:visible").all():
         button.click()
     text = tab.locator("body").inner_text() + " ".join(tab.locator("svg").all_text_contents())
     for word in ("10\u207b", "\u00b7 10", "per token"):
@@ -508,6 +509,7 @@ def test_a_step_that_outweighs_all_others_is_named_on_the_first_screen(overshot,
     cautions = tab.locator("#cautions").inner_text()
     assert "step 77 alone holds" in cautions
     assert "medians do not" in cautions
+    assert "more chunks or steps hold over a tenth each" in cautions
     tab.get_by_label("Target").select_option("second")
     assert "step 77" not in tab.locator("#cautions").inner_text()
     assert "correlate only 0.5" in tab.locator("#warnings").inner_text()
@@ -535,11 +537,15 @@ def test_where_one_chunk_holds_much_of_a_domain_it_is_named_in_the_table(oversho
     tab = visit(overshot / "report.html")
     tab.locator("summary", has_text="These numbers").click()
     named = [text for text in cells(tab, "#domain-table", 11) if text]
-    visits = np.load(overshot / "ledger.npy")
-    heavy = visits["chunk"][visits["step"] == 77]
     assert len(named) > 4
+    values = np.load(overshot / "values.npy")[:, 0]
+    domain = np.load(overshot.parent / "data" / "train_domain.npy")
     for text in named:
-        assert int(text.split(":")[0].removeprefix("chunk ")) in heavy
+        chunk, _, share = text.removeprefix("chunk ").partition(": ")
+        sizes = np.abs(np.where(domain == domain[int(chunk)], values, np.nan))
+        assert sizes[int(chunk)] == np.nanmax(sizes)
+        assert number(share) == pytest.approx(100 * np.nanmax(sizes) / np.nansum(sizes), abs=0.51)
+        assert number(share) > 10
 
 
 def test_a_median_within_two_errors_of_0_is_grey(tmp_path, visit):
@@ -1144,8 +1150,7 @@ def test_report_says_where_the_page_is_the_finding_and_what_is_next(trained):
         (["RUN", "--tokes=1"], "did you mean 'tokens'"),
         (["RUN", "--tokens=0", "--out=none/x.html"], "--out=none/x.html: there is no folder none"),
         (["RUN", "--tokens=0", "--out=."], "--out=. is a folder: name a file in it"),
-        (["RUN", "--against=nowhere"], "nowhere does not exist"),
-        (["RUN", "--against=."], "holds no run"),
+        (["RUN", "--against=nowhere"], "no evaluations.jsonl"),
         (["RUN", "--against=a,b,c,d,e,f,g,h"], "room for 7, name fewer"),
     ],
 )
@@ -1225,7 +1230,7 @@ def test_losses_stand_beside_those_of_another_run_at_common_steps(two_runs, visi
     assert "After 40 steps" in note
     assert "3.5000 nats for run, 3.9000 for control (0.4000 higher)" in note
     assert "says nothing about the spread over seeds" in note
-    assert tab.locator("#losses-key").inner_text().split() == ["run", "control"]
+    assert tab.locator("#losses-key .key").all_inner_texts() == ["run", "control"]
     assert section.locator("#losses-chart path").count() == 2
     section.locator("summary").click()
     assert cells(tab, "#losses-steps", 1) == ["0", "20", "40"]
@@ -1234,6 +1239,13 @@ def test_losses_stand_beside_those_of_another_run_at_common_steps(two_runs, visi
     assert cells(tab, "#losses-steps", 4) == ["0.0000", "+0.2000", "+0.4000"]
     assert set(cells(tab, "#losses-domains", 1)) == {"one", "</script>two"}
     assert cells(tab, "#losses-domains", 4) == ["+0.4000", "+0.4000"]
+
+
+def test_another_run_that_is_not_there_is_an_error(two_runs):
+    run, _ = two_runs
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        report(Config(run=str(run), against="nowhere", tokens=0))
+    assert not (run / "report.html").exists()
 
 
 def test_without_other_runs_the_runs_own_losses_are_shown(trained, two_runs, visit):
