@@ -127,7 +127,8 @@ function compact(millionths) {
 function percent(x) {
   if (x == null) return NONE;
   const decimals = Math.abs(x) < 0.0995 && x !== 0 ? 1 : 0;
-  return `${minus((100 * x).toFixed(decimals))}%`;
+  const text = (100 * x).toFixed(decimals);
+  return Number(text) === 0 ? `${text.replace("-", "")}%` : `${minus(text)}%`;
 }
 
 function large(n) {
