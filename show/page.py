@@ -47,7 +47,7 @@ RULES = {
 
 
 def gather(run, documents, runs=()):
-    """The content of a page, from a Run and its Documents, by two passes over the visits.
+    """The content of a page, from a Run and its Documents, by three passes over the visits.
 
     runs: of show.losses, whose validation losses are shown; the first is the run's own.
     """
@@ -165,14 +165,17 @@ class Columns:
         self.edges = np.asarray(edges)
         self.sums = np.zeros((K, len(self.edges) - 1, D))
 
-    def add(self, k, step, slot, amounts):
-        """Of some visits (n,): their steps, their domains, and what each brings target k."""
-        sums = self.sums[k]
-        column = np.searchsorted(self.edges, step, "right") - 1
-        inside = (column >= 0) & (column < len(sums))
-        cell = column * sums.shape[1] + slot
-        added = np.bincount(cell[inside], amounts[inside], sums.size)
-        sums += added.reshape(sums.shape)
+    def add(self, steps, slot, amounts):
+        """Of whole steps (s,): the domains of their visits (n,), and what each brings the targets
+        (n, K)."""
+        n_columns, D = self.sums.shape[1:]
+        column = np.searchsorted(self.edges, steps, "right") - 1
+        column = np.repeat(column, len(slot) // len(steps))
+        inside = (column >= 0) & (column < n_columns)
+        cell = (column * D + slot)[inside]
+        for sums, of_target in zip(self.sums, amounts.T):
+            added = np.bincount(cell, of_target[inside], n_columns * D)
+            sums += added.reshape(n_columns, D)
 
     def per_step(self):
         """The mean over a column's steps: (K, columns, D)."""
@@ -191,7 +194,7 @@ class Sums:
         self.first = run.first_step
         self.steps = run.info["committed_step"] - self.first
         self.sizes = sizes
-        self.row = 0  # the next visit to be summed up
+        self.step = self.first  # the next to be summed up
         bins = min(BINS, max(10, NUMBERS // (self.K * D)))
         self.cumulative = Columns(self.equal_columns(bins), self.K, D)
         self.bars = Columns(self.equal_columns(min(bins, BARS)), self.K, D)
@@ -206,8 +209,6 @@ class Sums:
         # of each chunk
         n_chunks = len(slots)
         self.count = np.zeros(n_chunks, np.int32)
-        self.first_visit = np.full(n_chunks, np.iinfo("i4").max, np.int32)
-        self.loss = np.zeros(n_chunks)
         self.score = np.zeros((self.K, n_chunks))  # values over the mean size of their step's
         self.early = set()
         self.early_size = np.zeros(self.K)
@@ -218,25 +219,23 @@ class Sums:
         return self.first + np.unique(edges)
 
     def add(self, visits):
+        """visits: of whole steps."""
         batch = self.run.info["batch"]
-        rows = np.arange(self.row, self.row + len(visits))
-        step = self.first + rows // batch
-        self.row += len(visits)
+        steps = np.arange(self.step, self.step + len(visits) // batch)
+        self.step += len(steps)
         chunk = visits["chunk"]
         slot = self.slots[chunk]
         values = visits["value"].astype(float)
-        for k in range(self.K):
-            size = np.maximum(self.sizes[k, step - self.first], findings.TINY)
-            share = values[:, k] / size
-            self.cumulative.add(k, step, slot, values[:, k])
-            self.drops.add(k, step, slot, values[:, k])
-            self.bars.add(k, step, slot, share)
-            np.add.at(self.score[k], chunk, batch * share)
+        sizes = np.maximum(self.sizes[:, steps - self.first], findings.TINY).T  # (steps, K)
+        shares = values / np.repeat(sizes, batch, axis=0)
+        self.cumulative.add(steps, slot, values)
+        self.drops.add(steps, slot, values)
+        self.bars.add(steps, slot, shares)
+        for score, share in zip(self.score, shares.T):
+            np.add.at(score, chunk, batch * share)
         np.add.at(self.count, chunk, 1)
-        np.add.at(self.loss, chunk, visits["loss"].astype(float))
-        np.minimum.at(self.first_visit, chunk, step.astype(np.int32))
         early = visits["early"] > 0
-        self.early.update(np.unique(step[early]).tolist())
+        self.early.update(np.unique(np.repeat(steps, batch)[early]).tolist())
         self.early_size += abs(values[early]).sum(0)
 
 
@@ -567,11 +566,15 @@ def points(run, slots):
 def chunks(run, documents, shown, score, slots, sums):
     """A dict for each chunk shown (n,): its score (n, K), its values, its documents, its visits."""
     rows = [None] * len(shown)
+    visits = run.visits_of(shown)
+    visits = visits[np.argsort(visits["chunk"], kind="stable")]  # of each chunk the first one first
+    begins = np.searchsorted(visits["chunk"], shown)
     for i in np.argsort(shown):  # in the documents' order
         chunk = int(shown[i])
         inside = documents.of_chunk(chunk)
         named = [[doc["doc"], fit(doc["source"], 100), doc["record"]] for doc in inside[:DOCUMENTS]]
-        first_visit = int(sums.first_visit[chunk])
+        own = visits[begins[i] : begins[i] + sums.count[chunk]]
+        first_visit = int(own["step"][0])
         rows[i] = {
             "chunk": chunk,
             "domain": int(slots[chunk]),
@@ -582,7 +585,7 @@ def chunks(run, documents, shown, score, slots, sums):
             "visits": int(sums.count[chunk]),
             "step": first_visit,
             "early": first_visit in sums.early,
-            "loss": num(sums.loss[chunk] / sums.count[chunk]),
+            "loss": num(own["loss"].mean(dtype=float)),
         }
     return rows
 
