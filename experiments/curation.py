@@ -222,18 +222,18 @@ class Arm:
 
 def arms(cfg, condition):
     """{name: Arm}: those of cfg.arms."""
+    chunks = {"by": "chunk", "score": "value", "drop": "negative"}
+    documents = {"by": "document", "score": "share", "drop": "negative"}
     every = {
         ALL: Arm(),
-        "negative chunks": Arm({}, "as many chunks at random"),
-        "as many chunks at random": Arm({"random": True}),
-        "negative documents": Arm(
-            {"by": "document", "score": "share"}, "as many documents at random"
-        ),
-        "as many documents at random": Arm({"by": "document", "score": "share", "random": True}),
+        "negative chunks": Arm(chunks, "as many chunks at random"),
+        "as many chunks at random": Arm({**chunks, "random": True}),
+        "negative documents": Arm(documents, "as many documents at random"),
+        "as many documents at random": Arm({**documents, "random": True}),
     }
     scores = {
         "share": {"score": "share"},
-        "value": {},
+        "value": {"score": "value"},
         "loss": {"score": "loss"},
         "largest": {"score": "share", "invert": True},
     }

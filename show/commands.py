@@ -633,57 +633,6 @@ def losses_in_words(r, at_end):
         yield Next(["train.py", config, f"--seed={seed}", f"--out_dir={run['run']}-seed{seed}"])
 
 
-def show_curated(r):
-    """Of curate.py: what keep.json holds."""
-    cfg = r["config"]
-    out = cfg["out"] or r["run"]
-    dropped = f"{r['units_dropped']:,} of {r['units_scored']:,} dropped"
-    yield f"{r['run']}: {dropped}, {chosen_how(cfg)}"
-    unused = f"{r['chunks_unused']:,} of {r['chunks']:,} chunks were never used"
-    yield f"{r['units_negative']:,} of them have a negative score; {unused}"
-    share = f"{r['chunks_kept'] / r['chunks']:.1%}"
-    kept = f"{r['chunks_kept']:,} chunks, {r['tokens_kept']:,} tokens, {share}"
-    yield f"kept: {kept}; values are sums in nats ({SIGN})"
-    yield ""
-    rows = []
-    for d in sorted(r["domains"], key=lambda d: d["kept"] / d["chunks"]):
-        rows.append(
-            [
-                d["domain"],
-                f"{d['chunks']:,}",
-                f"{d['used']:,}",
-                f"{d['kept']:,}",
-                f"{d['kept'] / d['chunks']:.1%}",
-                f"{d['value']:+.4f}",
-                f"{d['value_kept']:+.4f}",
-            ]
-        )
-    head = ["domain", "chunks", "used", "kept", "share kept", "value", "value kept"]
-    yield from table(head, rows)
-    yield ""
-    export = f", {cfg['export']}" if cfg["export"] else ""
-    yield f"-> {out}/keep.npy, keep.json, dropped.npy{export}"
-    keep = terminal.command(f"--keep={out}/keep.npy")
-    yield f"next: python train.py <config file> {keep} --out_dir=out/curated"
-
-
-def chosen_how(cfg):
-    """In words: which chunks or documents curate.py dropped."""
-    if cfg["random"]:
-        words = "at random, "
-    else:
-        end = "largest" if cfg["invert"] else "smallest"
-        words = f"those with the {end} {cfg['score']} for {cfg['target']}, "
-    if cfg["per_domain"]:
-        words += "by domain, "
-    words += f"a {cfg['by']} each"
-    if not cfg["drop_fraction"]:
-        words += ": as many as are negative"
-        if cfg["confidence"]:
-            words += f" beyond {cfg['confidence']:g} standard errors"
-    return words
-
-
 def show_tokens(r):
     what = f"what each token did for {r['target']}, in {UNIT} ({SIGN})"
     yield f"chunk {r['chunk']}, {r['domain']}: {what}"

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,8 +24,10 @@ import curate
 import data
 import prepare_pile
 import revalue
+import show.curated
 import train
 import values
+from show import dropped as show_dropped
 from show.run import open_run
 from system import store
 from system.files import write_json
@@ -92,6 +96,11 @@ def curated(folder, out, **options):
     return np.load(out / "keep.npy"), about, np.load(out / "dropped.npy")
 
 
+# the paper's choice: chunks of negative value
+NEGATIVE = {"by": "chunk", "score": "value", "drop": "negative"}
+BY_CHUNK = {"by": "chunk", "score": "value"}
+
+
 def gains_by_loops(folder, k, score="value"):
     """{chunk: [what each visit brings]}, by a loop over ledger.npy."""
     gains = {}
@@ -111,8 +120,8 @@ def values_of(folder, k):
 # --- the choice -------------------------------------------------------------------
 
 
-def test_curate_drops_negative_chunks(folder, tmp_path):
-    keep, _, dropped = curated(folder, tmp_path, target="code")
+def test_drop_negative_drops_the_chunks_of_negative_value(folder, tmp_path):
+    keep, _, dropped = curated(folder, tmp_path, target="code", **NEGATIVE)
     values = values_of(folder, 0)
     np.testing.assert_array_equal(keep, np.flatnonzero(~(values < 0)))
     assert set(dropped["chunk"]) == set(np.flatnonzero(values < 0))
@@ -120,16 +129,17 @@ def test_curate_drops_negative_chunks(folder, tmp_path):
 
 
 def test_dropped_npy_has_the_smallest_score_first(folder, tmp_path):
-    _, _, dropped = curated(folder, tmp_path, target="code")
+    _, _, dropped = curated(folder, tmp_path, target="code", **NEGATIVE)
     values = values_of(folder, 0)
     assert (np.diff(dropped["score"]) >= 0).all()
     np.testing.assert_allclose(dropped["score"], values[dropped["chunk"]], rtol=1e-5)
 
 
 def test_keep_json_counts_what_is_kept(folder, tmp_path):
-    keep, about, dropped = curated(folder, tmp_path, target="code")
+    keep, about, dropped = curated(folder, tmp_path, target="code", **NEGATIVE)
     assert about["units_dropped"] == len(dropped)
     assert about["units_negative"] == len(dropped)
+    assert about["units_dropped_negative"] == len(dropped)
     assert about["chunks_kept"] == len(keep)
     assert sum(d["kept"] for d in about["domains"]) == len(keep)
     assert about["tokens_kept"] == 32 * len(keep)
@@ -138,7 +148,7 @@ def test_keep_json_counts_what_is_kept(folder, tmp_path):
 
 @pytest.mark.parametrize("score", ["value", "share", "loss"])
 def test_drop_fraction_drops_the_smallest_by_each_score(folder, tmp_path, score):
-    keep, _, dropped = curated(folder, tmp_path, drop_fraction=0.25, score=score)
+    keep, _, dropped = curated(folder, tmp_path, by="chunk", drop_fraction=0.25, score=score)
     total = np.sum if score == "value" else np.mean
     scores = {chunk: total(gains) for chunk, gains in gains_by_loops(folder, 0, score).items()}
     worst = sorted(scores, key=scores.get)[: round(0.25 * len(scores))]
@@ -148,7 +158,7 @@ def test_drop_fraction_drops_the_smallest_by_each_score(folder, tmp_path, score)
 
 
 def test_per_domain_drops_the_fraction_of_each_domain(folder, tmp_path):
-    _, about, dropped = curated(folder, tmp_path, drop_fraction=0.25, per_domain=True)
+    _, about, dropped = curated(folder, tmp_path, per_domain=True, **BY_CHUNK)
     domain = open_run(folder / "run").data.train.domain
     values = values_of(folder, 0)
     assert len(about["domains"]) == 2
@@ -161,9 +171,9 @@ def test_per_domain_drops_the_fraction_of_each_domain(folder, tmp_path):
 
 
 def test_controls_drop_as_many_as_are_negative(folder, tmp_path):
-    n = len(curated(folder, tmp_path / "negative")[2])
+    n = len(curated(folder, tmp_path / "negative", **NEGATIVE)[2])
     largest = np.argsort(-values_of(folder, 0))[:n]
-    inverted = curated(folder, tmp_path / "inverted", invert=True)[2]["chunk"]
+    inverted = curated(folder, tmp_path / "inverted", invert=True, **NEGATIVE)[2]["chunk"]
     assert set(inverted) == set(largest)
     for seed in (1, 2):
         assert len(dropped_at_random(folder, tmp_path / f"{seed}", seed)) == n
@@ -178,11 +188,11 @@ def test_random_drops_by_its_seed(folder, tmp_path):
 
 
 def dropped_at_random(folder, out, seed):
-    return set(curated(folder, out, random=True, seed=seed)[2]["chunk"])
+    return set(curated(folder, out, random=True, seed=seed, **NEGATIVE)[2]["chunk"])
 
 
 def test_confidence_drops_only_what_is_negative_beyond_its_standard_error(folder, tmp_path):
-    _, _, dropped = curated(folder, tmp_path, confidence=1.0)
+    _, _, dropped = curated(folder, tmp_path, confidence=1.0, **NEGATIVE)
     expected = set()
     for chunk, gains in gains_by_loops(folder, 0).items():
         if len(gains) > 1 and sum(gains) + np.std(gains, ddof=1) * len(gains) ** 0.5 < 0:
@@ -224,8 +234,7 @@ def test_by_document_drops_whole_documents(folder, tmp_path, score):
 
 
 def test_a_chunk_goes_with_the_documents_that_hold_most_of_it(folder, tmp_path):
-    options = {"by": "document", "drop_fraction": 0.3, "target": "code"}
-    keep, about, dropped = curated(folder, tmp_path, **options)
+    keep, about, dropped = curated(folder, tmp_path, drop_fraction=0.3, target="code")
     gone = set(dropped["document"].tolist())
     balance = np.zeros(about["chunks"])
     for doc, chunks in documents_of(folder).items():
@@ -233,6 +242,189 @@ def test_a_chunk_goes_with_the_documents_that_hold_most_of_it(folder, tmp_path):
             balance[chunk] += -tokens if doc in gone else tokens
     assert keep.tolist() == np.flatnonzero(balance >= 0).tolist()
     assert len(keep) < about["chunks"]
+
+
+def test_the_default_drops_a_quarter_of_the_documents_by_share(folder, tmp_path):
+    _, about, dropped = curated(folder, tmp_path / "default")
+    written_out = {"by": "document", "score": "share", "drop": "fraction", "drop_fraction": 0.25}
+    same = curated(folder, tmp_path / "written_out", **written_out)[2]
+    assert dropped.tolist() == same.tolist()
+    assert len(dropped) == round(0.25 * about["units_scored"])
+    assert (np.diff(dropped["score"]) >= 0).all()
+
+
+def test_medians_of_a_domain_are_those_of_its_chunks(folder, tmp_path):
+    keep, about, _ = curated(folder, tmp_path, target="prose", **NEGATIVE)
+    opened = open_run(folder / "run")
+    values = values_of(folder, 1)
+    for d in about["domains"]:
+        own = opened.data.train.domain == opened.domains.index(d["domain"])
+        is_kept = own & np.isin(np.arange(len(own)), keep)
+        assert d["median"] == pytest.approx(np.nanmedian(values[own]))
+        assert d["median_kept"] == pytest.approx(np.nanmedian(values[is_kept]))
+        assert d["used"] == np.isfinite(values[own]).sum()
+        assert d["value_kept"] == pytest.approx(np.nansum(values[is_kept]), rel=1e-4)
+
+
+# --- what is dropped, listed ----------------------------------------------------------
+
+
+def listed(folder, tmp_path, **options):
+    """-> the rows of --list, and dropped.npy."""
+    path = tmp_path / "dropped.jsonl"
+    _, _, dropped = curated(folder, tmp_path / "out", list=str(path), **options)
+    return [json.loads(line) for line in path.read_text().splitlines()], dropped
+
+
+def test_list_has_every_dropped_document_with_its_source(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(show_dropped, "BEGINNING", 40)
+    rows, dropped = listed(folder, tmp_path, drop_fraction=0.5)
+    table = {
+        row["doc"]: row for row in pq.read_table(folder / "data/train_docs.parquet").to_pylist()
+    }
+    assert [row["document"] for row in rows] == dropped["document"].tolist()
+    assert [row["score"] for row in rows] == dropped["score"].tolist()
+    source = source_texts(folder)
+    n_cut = 0
+    for row, error in zip(rows, dropped["standard_error"]):
+        known = table[row["document"]]
+        place = {"source": row["source"], "record": row["record"], "domain": row["domain"]}
+        assert place == {key: known[key] for key in place}
+        assert row["standard_error"] == (None if np.isnan(error) else error)
+        assert source[row["record"]].startswith(row["text"].removesuffix("\u2026"))
+        n_cut += row["text"].endswith("\u2026")
+    assert n_cut > 0
+
+
+def test_list_by_chunk_names_the_document_that_holds_most_of_it(folder, tmp_path):
+    rows, dropped = listed(folder, tmp_path, **NEGATIVE)
+    holders = {}
+    for doc, chunks in documents_of(folder).items():
+        for chunk, tokens in chunks.items():
+            holders.setdefault(chunk, {})[doc] = tokens
+    table = {
+        row["doc"]: row for row in pq.read_table(folder / "data/train_docs.parquet").to_pylist()
+    }
+    assert [row["chunk"] for row in rows] == dropped["chunk"].tolist()
+    opened = open_run(folder / "run")
+    for row in rows:
+        tokens = holders[row["chunk"]]
+        assert tokens[row["document"]] == max(tokens.values())
+        assert row["record"] == table[row["document"]]["record"]
+        assert row["text"] == opened.text(row["chunk"], 200)
+    assert any(len(holders[row["chunk"]]) > 1 for row in rows)
+
+
+def test_a_list_is_the_same_looked_up_few_at_a_time(folder, tmp_path, monkeypatch):
+    whole, _ = listed(folder, tmp_path)
+    monkeypatch.setattr(show_dropped, "AT_ONCE", 3)
+    few, _ = listed(folder, tmp_path, overwrite=True)
+    assert len(whole) > 6
+    assert few == whole
+
+
+# --- what it says ---------------------------------------------------------------------
+
+
+def said(folder, tmp_path, **options):
+    """The lines that curate.py prints."""
+    cfg = curate.Config(run=str(folder / "run"), out=str(tmp_path), **options)
+    return list(show.curated.lines(curate.curate(cfg)))
+
+
+def test_what_is_dropped_first_is_named_with_its_source_and_text(folder, tmp_path):
+    lines = said(folder, tmp_path, drop_fraction=0.3)
+    dropped_first = np.load(tmp_path / "dropped.npy")["document"][:5]
+    (head,) = [i for i, line in enumerate(lines) if line.startswith("document ")]
+    source = source_texts(folder)
+    for line, doc in zip(lines[head + 1 :], dropped_first):
+        number, record, file, _, _, *words = line.split()
+        assert int(number) == doc
+        assert file.endswith("texts.jsonl")
+        assert source[int(record)].startswith(words[0])
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({}, "beat as many at random by .033 +- .011 nats"),
+        ({}, "--score=loss) did as well or better. On clean text no gain was found"),
+        (NEGATIVE, "was not found better than as many at random"),
+        ({"score": "loss"}, "by .048 +- .014 nats"),
+        ({"score": "value"}, "by .021 +- .003 nats"),
+        ({"invert": True}, "cost .021 +- .010 nats"),
+        ({"by": "chunk"}, "The choice best measured is another"),
+        ({"drop_fraction": 0.5}, "The choice best measured is another"),
+        ({"random": True}, "worth as much as what it keeps"),
+    ],
+)
+def test_curate_says_what_is_known_of_the_choice(folder, tmp_path, options, told):
+    text = " ".join(line.strip() for line in said(folder, tmp_path, **options))
+    assert told in text
+
+
+def test_what_is_known_is_what_the_results_say():
+    results = (ROOT / "results/curation/README.md").read_text()
+    every = [show.curated.NEGATIVE, show.curated.LARGEST, *show.curated.MEASURED.values()]
+    figures = set(re.findall(r"\.\d+ \+- \.\d+", " ".join(every)))
+    assert len(figures) == 4
+    for figure in figures:
+        assert figure.replace("+-", "\u00b1") in results, figure
+
+
+def test_the_commands_it_prints_train_the_kept_and_its_control(tmp_path, folder, monkeypatch):
+    """Typed as they stand: runs of equal length, on as many documents, that can be compared."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for options in ({"drop_fraction": 0.4}, NEGATIVE):
+        cfg = curate.Config(run="run", out="kept", overwrite=True, **options)
+        lines = list(show.curated.lines(curate.curate(cfg)))
+        control, train_control, losses = [line for line in lines if line.startswith("  python")]
+        curate.main(config.load(curate.Config, [*shlex.split(control)[2:], "--overwrite"]))
+        for command in (train_control, lines[-1].removeprefix("next: ")):
+            argv = [*shlex.split(command)[2:], "--max_iters=6", "--eval_interval=3", "--overwrite"]
+            train.train(config.load(train.Config, argv))
+        assert losses.split() == ["python", "values.py", "losses", "run_kept", "run_control"]
+        evaluated = [(Path(run) / "evaluations.jsonl").read_text() for run in losses.split()[3:]]
+        assert [text.count("\n") for text in evaluated] == [3, 3]
+        assert len(np.load("kept/dropped.npy")) == len(np.load("run_random/dropped.npy"))
+        assert set(np.load("run_control/chunks.npy")) == set(np.load("run_random/keep.npy"))
+        assert not np.array_equal(np.load("run_random/keep.npy"), np.load("kept/keep.npy"))
+
+
+def test_a_control_says_how_to_train_and_compare_it(folder, tmp_path):
+    lines = said(folder, tmp_path, random=True)
+    run_dir = folder / "run"
+    assert lines[-2].endswith(f"python values.py losses {run_dir}_kept {run_dir}_control")
+    assert lines[-1].startswith(f"next: python train.py {run_dir}/config.json --rule=off ")
+    assert f"--keep={tmp_path}/keep.npy --out_dir={run_dir}_control" in lines[-1]
+
+
+def test_it_says_what_becomes_of_chunks_that_were_never_used(folder, tmp_path):
+    """A document's chunks go with it, whether or not the run used them."""
+    short = run(folder, "little", "--max_iters=3", "--eval_interval=0")
+    about = curate.curate(curate.Config(run=str(short), out=str(tmp_path), drop_fraction=0.5))
+    keep = np.load(tmp_path / "keep.npy")
+    values = np.load(short / "values.npy")[:, 0]
+    unused_gone = set(np.flatnonzero(np.isnan(values))) - set(keep)
+    assert unused_gone
+    text = "\n".join(show.curated.lines(about))
+    assert f"{len(unused_gone):,} of them go with their documents" in text
+    assert "caution: the run used" in text
+
+
+def test_no_documents_table_is_answered_with_by_chunk(folder, tmp_path, capsys):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    os.remove(tmp_path / "data" / "train_docs.parquet")
+    moved = [str(folder / "run"), f"--data_dir={tmp_path}/data", f"--out={tmp_path}/out"]
+
+    def command(*more):
+        curate.main(config.load(curate.Config, [*moved, *more]))
+
+    assert "write --by=chunk" in refused(capsys, command)
+    assert not (tmp_path / "out").exists()
+    command("--by=chunk")
+    assert "next: python train.py" in capsys.readouterr().out
 
 
 # --- texts for other trainers -------------------------------------------------------
@@ -272,7 +464,7 @@ def read_texts(path):
 
 
 def test_export_by_chunk_writes_the_kept_stretches_of_documents(folder, tmp_path):
-    keep, _, _ = curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"))
+    keep, _, _ = curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"), **NEGATIVE)
     opened = data.open_dataset(folder / "data")
     records = read_texts(tmp_path / "kept.jsonl")
     n_characters = sum(len(record["text"]) for record in records)
@@ -286,7 +478,7 @@ def test_export_by_chunk_writes_the_kept_stretches_of_documents(folder, tmp_path
 
 
 def test_prepare_pile_reads_an_export(folder, tmp_path):
-    curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"))
+    curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"), **NEGATIVE)
     prepare(tmp_path / "kept.jsonl", tmp_path / "again")
     assert len(data.open_dataset(tmp_path / "again").train.rows) > 0
 
@@ -296,7 +488,8 @@ def test_export_cuts_no_character(tmp_path, tokenizer, block_size):
     """Of text whose characters lie across the ends of chunks."""
     out, texts = run_on_characters(tmp_path, tokenizer, block_size)
     export = str(tmp_path / "kept.jsonl")
-    curate.curate(curate.Config(str(out), out=str(tmp_path), drop_fraction=0.4, export=export))
+    options = {"by": "chunk", "drop_fraction": 0.4, "export": export}
+    curate.curate(curate.Config(str(out), out=str(tmp_path), **options))
     records = read_texts(tmp_path / "kept.jsonl")
     assert len(records) > 20
     for record in records:
@@ -332,7 +525,8 @@ def test_unused_chunks_stay_unless_unused_is_drop(folder, tmp_path):
     short = run(folder, "short", "--max_iters=5", "--eval_interval=0")
     kept = {}
     for unused in ("keep", "drop"):
-        curate.curate(curate.Config(run=str(short), out=str(tmp_path / unused), unused=unused))
+        options = {"out": str(tmp_path / unused), "unused": unused, **NEGATIVE}
+        curate.curate(curate.Config(run=str(short), **options))
         kept[unused] = set(np.load(tmp_path / unused / "keep.npy").tolist())
     values = np.load(short / "values.npy")[:, 0]
     assert kept["drop"] == set(np.flatnonzero(values >= 0))
@@ -343,7 +537,7 @@ def test_unused_chunks_stay_unless_unused_is_drop(folder, tmp_path):
 def kept_run(folder, tmp_path_factory):
     """-> a run of two passes over kept chunks, and their numbers. Its keep.npy is gone since."""
     cut = tmp_path_factory.mktemp("kept") / "cut"
-    keep, _, _ = curated(folder, cut)
+    keep, _, _ = curated(folder, cut, **NEGATIVE)
     argv = [f"--keep={cut}/keep.npy", f"--max_iters={two_passes(keep)}", "--eval_interval=9"]
     out = run(folder, "kept", *argv, "--eval_chunks=2", "--checkpoint_interval=7")
     os.remove(cut / "keep.npy")
@@ -442,11 +636,18 @@ def test_train_refuses_a_wrong_keep_in_one_line(folder, wrong_keeps, capsys, nam
 @pytest.mark.parametrize(
     "argv, answer",
     [
-        (["RUN", "--drop=positive"], "choose one of negative"),
+        (["RUN", "--drop=positive"], "choose one of fraction, negative"),
         (["RUN", "--drop_fraction=16"], "it must be below 1"),
-        (["RUN", "--drop_fraction=.1", "--confidence=2"], "write one of them"),
-        (["RUN", "--per_domain"], "write --drop_fraction=.16"),
-        (["RUN", "--score=loss"], "write --drop_fraction=.16"),
+        (["RUN", "--drop_fraction=0"], "it must be above 0"),
+        (["RUN", "--drop_fraction=.001"], "documents is none: write --by=chunk"),
+        (["RUN", "--drop_fraction=.001", "--by=chunk"], "chunks is none: write a larger fraction"),
+        (["RUN", "--confidence=2"], "write --drop=negative --confidence=2"),
+        (["RUN", "--drop_fraction=.1", "--drop=negative"], "write one of them"),
+        (["RUN", "--per_domain", "--drop=negative"], "write one of them"),
+        (["RUN", "--score=loss", "--drop=negative"], "write --drop=fraction"),
+        (["RUN", "--list=dropped.txt"], "a .jsonl file"),
+        (["RUN", "--list=no/folder/dropped.jsonl"], "a folder that exists"),
+        (["RUN", "--list=a.jsonl", "--export=a.jsonl"], "write two names"),
         (["RUN", "--invert", "--random"], "write one of them"),
         (["RUN", "--target=Prose"], "'code', 'prose'"),
         (["RUN", "--export=kept.txt"], ".jsonl.zst"),
