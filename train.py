@@ -504,10 +504,7 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
         if master_process:
             files.write_lines(out_dir / "evaluations.jsonl", state.evaluations)
         if board:
-            metrics = {"val/loss": loss}
-            for name, of_domain in by_domain.items():
-                metrics[f"val_loss/{dashboard.metric_name(name)}"] = of_domain
-            board.log(metrics, step=iter_num)
+            board.evaluated(state.evaluations)
 
     def save_checkpoint():
         valuation.commit()  # the values first, then the checkpoint that counts on them

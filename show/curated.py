@@ -171,7 +171,7 @@ JUNK = "With a fifth of planted junk, a quarter of the documents"
 BEST = f"{JUNK} by share beat as many at random by .033 +- .011 nats (six seeds)."
 CLEAN = "On clean text no gain was found."
 MEASURED = {  # a quarter of the documents by a score
-    "share": f"{BEST} Dropping by plain training loss (--score=loss) did as well or better. {CLEAN}",
+    "share": f"{BEST} Dropping by training loss (--score=loss) did as well or better. {CLEAN}",
     "value": f"{JUNK} by value beat as many at random by .021 +- .003 nats (three seeds), by share "
     f".033 +- .011 (six seeds). {CLEAN}",
     "loss": f"{JUNK} by loss beat as many at random by .048 +- .014 nats (six seeds). It takes for "

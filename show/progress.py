@@ -78,12 +78,12 @@ class Progress:
         metrics = {
             "train/loss": loss,
             "train/tokens_per_s": tokens_per_s,
-            "overhead/ms_per_step": dt * 1e3,
-            "overhead/valuation_share": share,
+            "valuing/ms_per_step": dt * 1e3,
+            "valuing/valuation_share": share,
         }
         if not math.isnan(mfu):
             parts.append(f"mfu {mfu:.1%}")
-            metrics["overhead/mfu"] = mfu
+            metrics["valuing/mfu"] = mfu
         if visits is not None:
             parts.append(f"negative {(visits['value'] < 0).mean():.0%}")
             parts.append(f"valuation {share:.0%}")

@@ -1154,14 +1154,14 @@ def test_wandb_goes_offline_without_a_login(logged):
 
 
 def test_wandb_has_every_metric_by_its_name(logged):
-    names = ["train/loss", "train/lr", "overhead/valuation_share", "val/loss"]
+    names = ["train/loss", "train/lr", "valuing/valuation_share", "val/loss", "val/by_domain"]
     for target in ("Python code", "Docstrings"):
-        names += [f"val_loss/{target}", f"value_by_domain/{target}/Topics"]
-        names += [f"books/{target}/{x}" for x in ("drop", "data", "momentum", "residual")]
-        names += [f"audit/{target}/{x}" for x in ("pearson", "rel_l2")]
-        names += [f"value/{target}/{x}" for x in ("mean", "p5", "p95", "negative")]
-        names += [f"histogram/{target}", f"domains/{target}"]
-        names += [f"chunks/{target}/top", f"chunks/{target}/bottom"]
+        names.append(f"val_domain/{target}")
+        names += [f"value_books/{target}/{x}" for x in ("drop", "data", "momentum", "residual")]
+        names += [f"value_audit/{target}/{x}" for x in ("pearson", "rel_l2")]
+        names += [f"value/{target}/{x}" for x in ("median_1e-6", "p5_1e-6", "p95_1e-6", "negative")]
+        names += [f"value_histogram/{target}", f"value_domains/{target}"]
+        names += [f"value_chunks/{target}/top", f"value_chunks/{target}/bottom"]
     (path,) = logged.folder.glob("wandb/offline-run-*/run-*.wandb")
     content = path.read_bytes()
     missing = [name for name in names if name.encode() not in content]
@@ -1172,7 +1172,7 @@ def test_wandb_has_a_table_of_the_best_chunks_for_each_checkpoint(logged, python
     values = np.load(logged.folder / "values.npy")
     dataset = data.open_dataset(python_data)
     best = int(np.nanargmax(values[:, 0]))
-    tables = "wandb/offline-run-*/files/media/table/chunks/Python code/top_*.table.json"
+    tables = "wandb/offline-run-*/files/media/table/value_chunks/Python code/top_*.table.json"
     first_rows = []
     for path in logged.folder.glob(tables):
         first_rows.append(json.loads(path.read_text())["data"][0])
@@ -1180,7 +1180,7 @@ def test_wandb_has_a_table_of_the_best_chunks_for_each_checkpoint(logged, python
     tokens = dataset.train.rows[best]
     domain = dataset.domains[dataset.train.domain[best]]
     text = bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
-    expected = [best, domain, pytest.approx(values[best, 0], abs=1e-6), text]
+    expected = [best, domain, pytest.approx(1e6 * values[best, 0], abs=1), text]
     assert expected in [row[:4] for row in first_rows]
 
 
