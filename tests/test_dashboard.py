@@ -161,12 +161,13 @@ def test_wandb_draws_the_domains_in_one_chart_each(logged, python_data):
         tables = sorted(logged.files.glob(f"media/table/{chart}_table_*.json"))
         assert tables
         rows = json.loads(tables[-1].read_text())["data"]
-        assert {row[1] for row in rows} <= domains
-        assert len({row[1] for row in rows}) > 2
+        shown = {row[1] for row in rows}
+        assert shown <= domains
+        assert len(shown) >= 2
 
 
 def test_wandb_keeps_what_it_hides(logged):
-    hidden = {"val_domain/Topics", "value_books/Docstrings/momentum", "valuing/mfu"}
+    hidden = {"val_domain/Docstrings", "value_books/Docstrings/momentum", "valuing/mfu"}
     hidden |= {"value/Docstrings/mean_1e-6", "value_audit/Python code/rel_l2"}
     assert hidden <= logged.names
     assert hidden <= logged.hidden
@@ -197,7 +198,7 @@ def test_no_name_keeps_wandb_from_hiding_a_metric(name, tmp_path):
 def test_a_domains_share_counts_each_step_the_same(monkeypatch):
     """One step of a thousand times the size does not turn its chart round."""
     monkeypatch.setattr(dashboard.Board, "open", lambda board, cfg: None)
-    visits = np.zeros(12, store.ledger_dtype(1))
+    visits = np.zeros(12, store.visit_dtype(1))
     visits["step"] = np.repeat(np.arange(6), 2)
     visits["chunk"] = np.tile([0, 1], 6)
     visits["value"][:, 0] = np.tile([3.0, -1.0], 6)
