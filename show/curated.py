@@ -39,7 +39,7 @@ def lines(r):
 
 def counts(r):
     cfg = r["config"]
-    dropped = f"dropped {r['units_dropped']:,} of {r['units_scored']:,} {cfg['by']}s with a score"
+    dropped = f"dropped {r['units_dropped']:,} of {r['units_scored']:,} scored {cfg['by']}s"
     part = r["units_dropped"] / r["units_scored"]
     yield f"{r['run']}: {dropped} ({part:.1%}): {chosen_how(cfg)}"
     negative = f"{r['units_dropped_negative']:,} of those dropped have a negative score"
@@ -68,8 +68,9 @@ def cautions(r, part):
         return
     used = r["chunks"] - r["chunks_unused"]
     if used < r["chunks"] / 2:
-        yield f"caution: the run used {used / r['chunks']:.1%} of the chunks, so a document is"
-        yield "judged by a small part of it: train for a pass over the data, or write --by=chunk"
+        seen = f"{used / r['chunks']:.1%} of the chunks"
+        yield f"caution: the run used {seen}, so each document is judged by a small part of it:"
+        yield "train for a pass over the data, or write --by=chunk"
     if r["chunks_used_dropped"] / used < part / 2:
         why = "a chunk goes with the documents that hold most of it, and here they are short"
         yield f"caution: only {r['chunks_used_dropped'] / used:.1%} of the chunks used go: {why};"
@@ -158,13 +159,12 @@ def out_of(r):
 def found(r):
     """In a sentence: which domains lost most."""
     shares = {d["domain"]: 1 - d["kept"] / d["chunks"] for d in r["domains"]}
-    lost = 1 - r["chunks_kept"] / r["chunks"]
     most = max(shares, key=shares.get)
     least = min(shares, key=shares.get)
     if shares[most] == shares[least]:
-        return f"found: {lost:.1%} of the chunks went, of every domain alike"
-    first = f"{short(most)} lost the largest part of its chunks ({shares[most]:.1%})"
-    return f"found: {first}, {short(least)} the smallest ({shares[least]:.1%}); all: {lost:.1%}"
+        return f"found: every domain lost {shares[most]:.1%} of its chunks"
+    first = f"{short(most)} lost the largest part ({shares[most]:.1%} of its chunks)"
+    return f"found: {first}, {short(least)} the smallest ({shares[least]:.1%})"
 
 
 JUNK = "With a fifth of planted junk, a quarter of the documents"

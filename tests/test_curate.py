@@ -413,6 +413,13 @@ def test_it_says_what_becomes_of_chunks_that_were_never_used(folder, tmp_path):
     assert "caution: the run used" in text
 
 
+def test_it_says_where_short_documents_keep_chunks_from_going():
+    counts = {"chunks": 100, "chunks_unused": 0, "chunks_used_dropped": 5}
+    for by, told in (("document", True), ("chunk", False)):
+        lines = list(show.curated.cautions({"config": {"by": by}, **counts}, part=0.25))
+        assert any("only 5.0% of the chunks used go" in line for line in lines) == told
+
+
 def test_no_documents_table_is_answered_with_by_chunk(folder, tmp_path, capsys):
     shutil.copytree(folder / "data", tmp_path / "data")
     os.remove(tmp_path / "data" / "train_docs.parquet")
