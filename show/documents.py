@@ -188,34 +188,25 @@ class Documents:
     def find(self, doc):
         """A document's row of the table, as a dict. Raises UserError for a number that no document
         in it has."""
-        rows = self.rows_of(doc) if 0 <= doc < 2**63 else []
-        if not rows:
+        rows = self.find_all([doc]) if 0 <= doc < 2**63 else {}
+        if doc not in rows:
             why = "it is in the validation set, fills no chunk, or does not exist"
             cure = f"`values.py docs {self.run.path}` lists documents by value"
             raise UserError(f"document {doc} is not in {self.path}: {why}. {cure}")
-        return rows[0]
+        return rows[doc]
 
     def find_all(self, docs):
         """The rows of some documents, given by their numbers: {number: a row of the table, as a
         dict}, of those that are in it."""
         found = {}
         for i in range(len(self.first)):
-            columns = self.group(i)
-            for row in np.flatnonzero(np.isin(columns["doc"], docs)).tolist():
-                found[int(columns["doc"][row])] = {name: columns[name][row] for name in columns}
+            numbers = self.read([i], ["doc"])["doc"].to_numpy()
+            rows = np.flatnonzero(np.isin(numbers, docs)).tolist()
+            columns = self.group(i) if rows else {}
+            for row in rows:
+                record = {name: column[[row]].tolist()[0] for name, column in columns.items()}
+                found[record["doc"]] = record
         return found
-
-    def rows_of(self, doc):
-        import pyarrow.parquet
-
-        options = {"filters": [("doc", "==", doc)], "page_checksum_verification": True}
-        # Arrow's own threads sometimes abort a process as it ends (apache/arrow#34314): none
-        options.update(use_threads=False, pre_buffer=False)
-        try:
-            with open(self.path, "rb") as raw:
-                return pyarrow.parquet.read_table(raw, **options).to_pylist()
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.path} is damaged ({short(e)}): {self.cure}") from e
 
     def pieces(self):
         """Yields for each row group its columns {name: (n,)}, and Pieces, whose documents are rows

@@ -1068,7 +1068,8 @@ run = values.open_run(sys.argv[1])
 import pyarrow
 before = len(os.listdir("/proc/self/task"))
 documents = values.Documents(run)
-assert documents.of_chunk(int(run.used[0]))
+(first, *_) = documents.of_chunk(int(run.used[0]))
+assert documents.find(first["doc"])["source"]
 assert len(list(documents.pieces()))
 print(len(os.listdir("/proc/self/task")) - before)
 """
