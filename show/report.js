@@ -17,7 +17,8 @@ function writeLead() {
 
 function drawFindings() {
   const { found, stood_out, trust, cautions } = R.findings[state.target];
-  const items = [found, stood_out, trust].map((text) => make("li", {}, name(text)));
+  const unbroken = found.replaceAll("e-6", "e\u20116"); // no line ends within a number
+  const items = [unbroken, stood_out, trust].map((text) => make("li", {}, name(text)));
   $("findings").replaceChildren(...items);
   const warnings = cautions.map((text) => {
     return make("p", { class: "warning" }, make("b", {}, "Caution: "), name(text));
