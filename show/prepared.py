@@ -55,22 +55,18 @@ def set_aside(meta):
     lines = explain_left_out(meta["left_out"])
     fallback = "under their file's name"
     if meta["no_domain"]:
-        documents = counted(meta["no_domain"], "document")
+        documents = tables.counted(meta["no_domain"], "document")
         lines.append(f"{documents} without {settings['domain_key']}, {fallback}")
     if meta["long_domain"]:
-        documents = counted(meta["long_domain"], "document")
+        documents = tables.counted(meta["long_domain"], "document")
         lines.append(f"{documents} with a domain of over {LONGEST} characters, {fallback}")
     if meta["skipped"]["too_long"]:
-        records = counted(meta["skipped"]["too_long"], "record")
+        records = tables.counted(meta["skipped"]["too_long"], "record")
         limit = f"--max_document_mb={settings['max_document_mb']}"
         lines.append(f"{records} longer than {limit}: a larger one reads more, and needs memory")
     reasons = [f"{n} {why}" for why, n in meta["skipped"].items() if n]
     skipped = ", ".join(reasons) or "nothing"
     return [*lines, f"{meta['documents']:,} documents; skipped: {skipped}"]
-
-
-def counted(n, what):
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 # --- domains that cannot be compared, or not be targets -------------------------------

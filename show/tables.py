@@ -203,6 +203,10 @@ def ratio(amount, whole):
     return float(amount / whole) if whole else math.nan
 
 
+def counted(n, what):
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
 # --- text in cells ------------------------------------------------------------------
 
 
