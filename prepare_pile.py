@@ -485,7 +485,9 @@ def cautions(cfg, meta, source):
 def say_next(cfg, meta):
     """Says what to type for a run on the data."""
     chosen = prepared.choose_config(meta, largest_gpu())
+    name = os.path.basename(os.path.normpath(cfg.data_dir))
     words = ["python", "train.py", chosen.config, f"--data_dir={cfg.data_dir}"]
+    words.append(f"--out_dir={os.path.join('out', name)}")  # a folder of its own for each data set
     if not meta["chunks"]["val"]:
         say("no validation set (--val_fraction=0): the target is a text of your own")
         words.append("--targets=mine=<a file>")

@@ -110,7 +110,11 @@ def revalue(cfg):
     original = read(cfg)
     data = open_data(original)
     targets = parse_targets(original.options.targets, data, original.options.block_size)
-    if not cfg.targets:
+    if cfg.targets:
+        for target in targets:
+            for note in target.notes:
+                say(note)
+    else:
         check_run_targets(original, targets)
     name = cfg.name or files.name_for("+".join(target.name for target in targets))
     folder = original.path / "revalued" / name
@@ -220,6 +224,7 @@ def replay(cfg, original, data, targets, folder, end, about):
             again.init_from = "auto"
             again.overwrite = False
         train.train(again)
+        check_whole(folder, end)
     finally:
         if sorted(os.listdir(folder)) == [REVALUATION]:  # it came to nothing
             remove_revaluation(folder)
@@ -327,6 +332,14 @@ def replay_steps(folder, original, first, end):
         again.init_from = "resume"
         again.overwrite = False
     train.train(again)
+    check_whole(folder, end)
+
+
+def check_whole(folder, end):
+    """Raises UserError where a training in a folder was stopped before it had done `end` steps."""
+    done = read_checkpoint(folder / "ckpt.pt")["iter_num"]
+    if done < end:
+        raise UserError(f"stopped after step {done} of {end}: type the same again")
 
 
 def put_rows(path, counted, blocks, rows, skipped):

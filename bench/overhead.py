@@ -15,6 +15,7 @@ plain + target, which other users of a shared machine spoil least. Peak memory i
 a process of its own (not measured under torchrun). Prints a table and last one JSON line.
 """
 
+import math
 import statistics
 import subprocess
 import sys
@@ -206,8 +207,11 @@ class Bench:
         parallel.any_of(False)  # for the slowest rank
 
     def mfu(self, seconds):
-        """The share of the device's peak that a step of so many seconds makes use of."""
+        """The share of the device's peak that a step of so many seconds makes use of. None where
+        the peak is not known, as of a CPU."""
         peak = parallel.size() * peak_flops(self.cfg.device)
+        if math.isnan(peak):
+            return None
         chunks = self.B * self.cfg.accumulation
         return self.raw_model.estimate_mfu(chunks, seconds, peak_flops=peak)
 
@@ -300,7 +304,8 @@ def show(rows):
     print(f"{head}{'/best':>8}{'/limit':>8}{'peak MB':>9}{'+params':>9}")
     for r in rows:
         line = f"{r['shape']:16}{r['arm']:16}{r['ms']:9.1f}{r['tokens_per_s']:10,.0f}"
-        line += f"{r['mfu']:7.1%}{r['to_plain']:9.3f}{r['to_plain_target']:10.3f}"
+        line += "      -" if r["mfu"] is None else f"{r['mfu']:7.1%}"
+        line += f"{r['to_plain']:9.3f}{r['to_plain_target']:10.3f}"
         line += f"{r['best_to_plain_target']:8.3f}{r['to_limit']:8.3f}"
         if "peak_mb" in r:
             line += f"{r['peak_mb']:9.0f}{r['above_plain_in_params']:9.2f}"

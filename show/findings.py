@@ -135,7 +135,7 @@ def heavy(sizes):
     """Which of the sizes (n,) hold more than HEAVY of their sum: [(position, share)], the largest
     first."""
     shares = np.asarray(sizes, float) / max(float(np.sum(sizes)), TINY)
-    found = np.flatnonzero((shares > HEAVY) & (shares > ALONE / len(shares)))
+    found = np.flatnonzero(shares > max(HEAVY, ALONE / max(1, len(shares))))
     found = found[np.argsort(-shares[found])]
     return [(int(i), float(shares[i])) for i in found]
 
@@ -144,18 +144,18 @@ def heavy(sizes):
 
 
 def cautions(target, values, chunks, domain_of, step_sizes, first_step=0):
-    """A sentence for each chunk and each step that holds much of the size of a target's values.
+    """A sentence for each step and each chunk that holds much of the size of a target's values.
 
     values (n,): of the chunks used, whose numbers are chunks (n,). domain_of: a chunk's number ->
     its domain's name. step_sizes: (steps,), from over_steps().
     """
     lines = []
+    for position, share in heavy(step_sizes):
+        lines.append(alone(target, f"step {first_step + position}", share))
     for position, share in heavy(np.abs(values)):
         chunk = int(chunks[position])
         what = f"chunk {chunk} ({short(domain_of(chunk))})"
         lines.append(alone(target, what, share))
-    for position, share in heavy(step_sizes):
-        lines.append(alone(target, f"step {first_step + position}", share))
     return lines
 
 

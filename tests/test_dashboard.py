@@ -249,7 +249,7 @@ def test_a_run_goes_on_without_wandb_when_its_process_is_killed(python_data, tmp
     for pid in children.stdout.split():
         os.kill(int(pid), signal.SIGKILL)
     wait_for("goes on without it", log, process)
-    process.send_signal(signal.SIGTERM)  # which lets the step finish
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0, log.read_text()
     lines = log.read_text().splitlines()
     assert len([line for line in lines if line.startswith("wandb failed")]) == 1

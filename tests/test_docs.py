@@ -58,6 +58,7 @@ def test_the_pages_are_there():
         "docs/data.md",
         "docs/files.md",
         "docs/method.md",
+        "docs/questions.md",
         "results/README.md",
     ]
     assert len(PAGES) >= len(GUIDES) + 16

@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from commands import run as run_command
 from piles import json_lines, lines, record, run, write
 
 import prepare_pile
+from config import ROOT
 from pile import keys
 from prepare_pile import Config, prepare
 from show import prepared
@@ -229,6 +231,7 @@ def test_the_config_fits_the_data_and_the_machine(tokens, block_size, gpu_gb, co
     meta = {"tokens": {"train": tokens}, "block_size": block_size}
     chosen = prepared.choose_config(meta, gpu_gb)
     assert chosen.config == f"configs/{config}.py"
+    assert Path(ROOT, chosen.config).is_file()
     assert reason in chosen.reason
 
 
@@ -236,7 +239,8 @@ def test_the_last_line_is_what_to_type_and_the_one_before_says_why(tmp_path, cap
     monkeypatch.setattr(prepare_pile, "largest_gpu", lambda: 0.0)
     source = write(tmp_path / "d.jsonl", lines(documents_of(60, "ab")))
     printed = printed_by(capsys, tmp_path, source)
-    assert printed[-1] == f"next: python train.py configs/small.py --data_dir={tmp_path}/out"
+    train = f"python train.py configs/small.py --data_dir={tmp_path}/out --out_dir=out/out"
+    assert printed[-1] == f"next: {train}"
     assert "tokens and no GPU" in printed[-2]
 
 
