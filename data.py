@@ -296,6 +296,16 @@ class Target:
         return len(self.rows if self.ids is None else self.ids)
 
 
+def own_targets(spec, dataset, block_size):
+    """Of the targets that parse_targets() makes, those of files."""
+    files = [part for part in split_targets(spec, dataset.domains) if is_file_target(part)]
+    return [parse_target(part, dataset, block_size) for part in files]
+
+
+def is_file_target(part):
+    return part != "val" and not part.startswith("val:")
+
+
 def parse_targets(spec, dataset, block_size):
     """ "val", "val:Python code,val:Literature", "name=file.jsonl", or a mixture -> [Target, ...],
     names unique.

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import config
-from data import open_dataset, parse_targets
+from data import open_dataset, own_targets, parse_targets
 from model import GPT, GPTConfig
 from show import dashboard, tables
 from show.progress import Progress, evaluation_lines
@@ -49,6 +49,7 @@ from system.writer import Writer
 from valuation import NoValuation, Settings, Valuation
 
 ON_GPU = torch.cuda.is_available()
+TARGET_CHUNKS = 64  # of a target of one's own that an evaluation uses, at most
 
 # -----------------------------------------------------------------------------
 # default config values designed to train a gpt2 (124M) on the Pile
@@ -344,6 +345,28 @@ def estimate_loss(model, compute_loss, data, cfg, check):
     return float(mean), dict(zip(names, by_domain.tolist()))
 
 
+@torch.no_grad()
+def estimate_target_losses(model, compute_loss, targets, cfg, check):
+    """The mean token loss of each of some targets, in nats, over up to TARGET_CHUNKS of its chunks,
+    the same every time: {name: loss}. Every process computes all of it. check: called before each
+    batch."""
+    model.eval()
+    losses = {}
+    for target in targets:
+        picks = np.arange(len(target))
+        picks = picks[:: max(1, len(picks) // TARGET_CHUNKS)][:TARGET_CHUNKS]
+        total = n_tokens = 0
+        for some in np.split(picks, range(cfg.batch_size, len(picks), cfg.batch_size)):
+            check()
+            X, Y = target.batch(some)
+            n_labels = int((Y >= 0).sum())
+            total += float(compute_loss(X, Y)) * n_labels
+            n_tokens += n_labels
+        losses[target.name] = total / n_tokens
+    model.train()
+    return losses
+
+
 def clip_gradients(model, grad_clip):
     """Clips the gradients' norm. Returns what they were multiplied by: 1.0, or a tensor."""
     if grad_clip == 0.0:
@@ -373,16 +396,22 @@ def train(cfg):
         cure = f"type --block_size={longest}, or prepare_pile.py --block_size={cfg.block_size}"
         raise UserError(f"{what}: {cure}")
     cfg.block_size = cfg.block_size or longest
-    targets = [] if cfg.rule == "off" else parse_targets(cfg.targets, data, cfg.block_size)
+    if cfg.rule == "off":
+        targets = []
+        texts = own_targets(cfg.targets, data, cfg.block_size)
+    else:
+        targets = parse_targets(cfg.targets, data, cfg.block_size)
+        texts = [target for target in targets if target.ids is None]
     needs.check_batch(cfg, len(data.train.rows if data.keep is None else data.keep))
     needs.check_memory(cfg, data.meta["vocab_size"], len(targets))
     parallel.mine(cfg.batch)  # raises where the processes cannot share a step
     with RunFolder(cfg.out_dir) as folder, machine.memory_told():
-        return run(cfg, folder, device, data, targets)
+        return run(cfg, folder, device, data, targets, texts)
 
 
-def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, as nanoGPT's)
-    """The run in its folder, from the newest checkpoint or from nothing."""
+def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat function, as nanoGPT's)
+    """The run in its folder, from the newest checkpoint or from nothing. texts: the targets of the
+    user's own, whose losses an evaluation measures too."""
     # various inits, derived attributes, I/O setup
     out_dir = folder.path
     ddp_world_size = parallel.size()
@@ -498,8 +527,12 @@ def run(cfg, folder, device, data, targets):  # noqa: C901 (one flat function, a
         loss, by_domain = estimate_loss(raw_model, compute_loss, data, cfg, check)
         state.best_val_loss = min(state.best_val_loss, loss)
         state.evaluations = [e for e in state.evaluations if e["step"] < iter_num]
-        state.evaluations.append({"step": iter_num, "val": loss, "loss": by_domain})
-        for line in evaluation_lines(iter_num, loss, by_domain):
+        evaluation = {"step": iter_num, "val": loss, "loss": by_domain}
+        by_target = estimate_target_losses(raw_model, compute_loss, texts, cfg, check)
+        if by_target:
+            evaluation["target"] = by_target
+        state.evaluations.append(evaluation)
+        for line in evaluation_lines(iter_num, loss, by_domain, by_target):
             print0(line)
         if master_process:
             files.write_lines(out_dir / "evaluations.jsonl", state.evaluations)

@@ -324,17 +324,21 @@ def tokens(run, *, chunk: int, target=""):
 
 def losses(*runs):
     """Validation losses of runs side by side, also of runs without values: by step, and by domain
-    after the last step at which all of them were evaluated."""
+    after the last step at which all of them were evaluated. With them the losses of targets that
+    were files."""
     compared = side_by_side(runs)
     first = compared[0]
     last = int(common_steps(compared)[-1])
     steps = sorted({step for run in compared for step in run.steps.tolist()})
+    kinds = [{"domain": None, "target": None}]
+    kinds += [{"domain": None, "target": name} for name in first.by_target]
+    kinds += [{"domain": name, "target": None} for name in first.by_domain]
     rows = []
     for step in steps:
-        for domain in (None, *first.by_domain):
-            loss = {run.name: run.at(step, domain) for run in compared}
+        for of in kinds:
+            loss = {run.name: run.at(step, **of) for run in compared}
             difference = {name: loss[name] - loss[first.name] for name in list(loss)[1:]}
-            rows.append({"step": step, "domain": domain, "loss": loss, "difference": difference})
+            rows.append({"step": step, **of, "loss": loss, "difference": difference})
     described = []
     for run in compared:
         described.append({"name": run.name, "run": str(run.path), "seed": run.cfg.get("seed")})

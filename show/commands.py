@@ -584,20 +584,21 @@ def show_losses(r):
     yield ""
     shown = column_names(names)
     differences = ["difference"] if len(names) == 2 else [f"{name} - first" for name in shown[1:]]
-    by_step = [row for row in r["losses"] if row["domain"] is None]
+    by_step = [row for row in r["losses"] if row["domain"] is None and row["target"] is None]
     rows = [[str(row["step"]), *loss_cells(row)] for row in by_step]
     yield from table(["step", *shown, *differences], rows)
     yield ""
     yield f"after step {step:,}:"
     at_end = [row for row in r["losses"] if row["step"] == step]
     rows = []
-    for row in at_end:
-        rows.append([row["domain"] or "all", *loss_cells(row)])
-    yield from table(["domain", *shown, *differences], [*rows[1:], rows[0]])
+    for row in at_end[1:]:
+        rows.append([row["domain"] or f"target {row['target']}", *loss_cells(row)])
+    rows.append(["all validation chunks", *loss_cells(at_end[0])])
+    yield from table(["domain", *shown, *differences], rows)
     yield ""
     if len(names) == 2:
         yield "difference: the second run's loss less the first one's; negative: it is lower"
-    yield from losses_in_words(r, at_end[0])
+    yield from losses_in_words(r, at_end)
 
 
 def loss_cells(row):
@@ -610,20 +611,22 @@ def loss_cells(row):
 
 
 def losses_in_words(r, at_end):
-    """at_end: the row of all domains at the last step that the runs have in common."""
-    step = at_end["step"]
+    """at_end: the rows of the last step that the runs have in common. The sentences speak of the
+    targets that were files, or else of all validation chunks."""
+    of_targets = []
+    for row in at_end:
+        if row["target"] is not None and all(map(math.isfinite, row["loss"].values())):
+            of_targets.append(row)
     first = r["runs"][0]
-    base = at_end["loss"][first["name"]]
+    for row in of_targets or at_end[:1]:
+        what = "loss" if row["target"] is None else f"loss on {short(row['target'])}"
+        if len(r["runs"]) == 1:
+            loss = row["loss"][first["name"]]
+            yield f"{short(first['name'])}: {what} {loss:.4f} nats after step {row['step']:,}"
+        for run in r["runs"][1:]:
+            yield difference_in_words(row, what, run["name"], first["name"])
     if len(r["runs"]) == 1:
-        yield f"{short(first['name'])}: {base:.4f} nats after step {step:,}"
         return
-    for run in r["runs"][1:]:
-        loss = at_end["loss"][run["name"]]
-        by = f"({loss:.4f} against {base:.4f} after step {step:,})"
-        difference = round(at_end["difference"][run["name"]], 4)
-        amount = f"{abs(difference):.4f} nats {'lower' if difference < 0 else 'higher'} than"
-        how = amount if difference else "the same as"
-        yield f"{short(run['name'])}: its loss is {how} that of {short(first['name'])} {by}"
     if len({run["seed"] for run in r["runs"]}) > 1:
         yield "Their seeds differ: part of the difference may be that of the seeds."
     yield "One run each does not tell how far runs with other seeds lie apart: it may be chance."
@@ -631,6 +634,15 @@ def losses_in_words(r, at_end):
         seed = (run["seed"] or 0) + 1
         config = f"{run['run']}/config.json"
         yield Next(["train.py", config, f"--seed={seed}", f"--out_dir={run['run']}-seed{seed}"])
+
+
+def difference_in_words(row, what, name, first):
+    """Of a row of losses: how the run called name differs from the first one."""
+    by = f"({row['loss'][name]:.4f} against {row['loss'][first]:.4f} after step {row['step']:,})"
+    difference = round(row["difference"][name], 4)
+    amount = f"{abs(difference):.4f} nats {'lower' if difference < 0 else 'higher'} than"
+    how = amount if difference else "the same as"
+    return f"{short(name)}: its {what} is {how} that of {short(first)} {by}"
 
 
 def show_tokens(r):

@@ -211,7 +211,7 @@ def comparison(r):
     """The commands that train on what is kept and on its control, and compare the two."""
     cfg = r["config"]
     base = stem(r["run"])
-    losses = terminal.command("python", "values.py", "losses", f"{base}_kept", f"{base}_control")
+    losses = terminal.command("python", "values.py", "losses", f"{base}_control", f"{base}_kept")
     if not r["val_chunks"]:
         yield "caution: this data has no validation set, so that two runs on it cannot be compared:"
         yield "prepare it again with --val_fraction=.01"

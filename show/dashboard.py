@@ -128,9 +128,11 @@ class Board:
         self.steps += sizes.shape[1]
 
     def evaluated(self, evaluations):
-        """Logs the newest of the run's evaluations, [{step, val, loss: {domain: nats}}]."""
+        """Logs the newest of the run's evaluations, the lines of evaluations.jsonl."""
         newest = evaluations[-1]
         metrics = {"val/loss": newest["val"]}
+        for name, loss in newest.get("target", {}).items():
+            metrics[f"val_target/{metric_name(name)}"] = loss
         lines = {}
         for name, loss in newest["loss"].items():
             metrics[f"val_domain/{metric_name(name)}"] = loss

@@ -25,11 +25,16 @@ class Losses:
     steps: np.ndarray  # int64 (n,): steps done, ascending
     val: np.ndarray  # float64 (n,), nats: the mean over the domains, weighted by their size
     by_domain: dict  # {domain: float64 (n,), nats}
+    by_target: dict  # the same of the targets that were files
 
-    def at(self, step, domain=None):
-        """The loss after so many steps, of all validation chunks or of a domain's, in nats. NaN
-        where it was not measured."""
-        curve = self.val if domain is None else self.by_domain.get(domain)
+    def at(self, step, domain=None, target=None):
+        """The loss after so many steps, in nats: of all validation chunks, of a domain's, or of a
+        target. NaN where it was not measured."""
+        curve = self.val
+        if domain is not None:
+            curve = self.by_domain.get(domain)
+        if target is not None:
+            curve = self.by_target.get(target)
         (places,) = np.nonzero(self.steps == step)
         if curve is None or not len(places):
             return np.nan
@@ -52,15 +57,15 @@ def losses(path):
         raise UserError(f"{what}: it has not begun, or never evaluated. To train it again: {again}")
     rows = read_lines(evaluations)
     for row in rows:
-        check_entries(row, {"step": int, "val": float, "loss": dict}, evaluations, cure)
-        if row["loss"].keys() != rows[0]["loss"].keys():
-            raise UserError(f"{evaluations} is damaged (its domains change): {cure}")
-        check_entries(row["loss"], dict.fromkeys(row["loss"], float), evaluations, cure)
+        row.setdefault("target", {})  # none of them a file
+        entries = {"step": int, "val": float, "loss": dict, "target": dict}
+        check_entries(row, entries, evaluations, cure)
+        for key, what in (("loss", "domains"), ("target", "targets")):
+            if row[key].keys() != rows[0][key].keys():
+                raise UserError(f"{evaluations} is damaged (its {what} change): {cure}")
+            check_entries(row[key], dict.fromkeys(row[key], float), evaluations, cure)
     if not rows:
         raise UserError(f"{evaluations} is damaged (it is empty): {cure}")
-    by_domain = {}
-    for name in rows[0]["loss"]:
-        by_domain[name] = np.array([row["loss"][name] for row in rows])
     return Losses(
         path=path,
         name=path.resolve().name,
@@ -68,12 +73,19 @@ def losses(path):
         data_hash=str(about.get("data_hash", "")),
         steps=np.array([row["step"] for row in rows]),
         val=np.array([row["val"] for row in rows]),
-        by_domain=by_domain,
+        by_domain=curves_of(rows, "loss"),
+        by_target=curves_of(rows, "target"),
     )
 
 
+def curves_of(rows, key):
+    """{name: float64 (n,), nats}, of what stands under a key of evaluations.jsonl."""
+    return {name: np.array([row[key][name] for row in rows]) for name in rows[0][key]}
+
+
 def side_by_side(paths):
-    """Runs' folders -> [Losses], with a name of its own each.
+    """Runs' folders -> [Losses], with a name of its own each. Losses of targets that were files are
+    there where all runs have the same --targets.
 
     Raises UserError where one has no losses, or where two were measured on other validation
     chunks."""
@@ -95,6 +107,9 @@ def side_by_side(paths):
                 raise UserError(
                     f"{what}: their losses are not comparable, train both with the same"
                 )
+    if len({run.cfg.get("targets") for run in runs}) > 1:
+        for run in runs:  # targets of the same name may be of different files
+            run.by_target = {}
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

@@ -505,21 +505,24 @@ def beside(runs):
     places = np.linspace(0, len(steps) - 1, min(len(steps), EVALUATIONS)).astype(int)
     shown = steps[places].tolist()
     last = shown[-1]
-    names = [name for name in runs[0].by_domain if all(name in run.by_domain for run in runs)]
     curves = []
     for run in runs:
         few = np.linspace(0, len(run.steps) - 1, min(len(run.steps), LOSSES)).astype(int)
         curves.append({"steps": run.steps[few].tolist(), "val": num(run.val[few], 6)})
-    by_domain = []
-    for name in names[:DOMAINS]:
-        by_domain.append([num(run.at(last, name), 6) for run in runs])
+    names, rows = [], []  # targets that were files, then domains
+    for name in runs[0].by_target:
+        names.append(f"target {short(name)}")
+        rows.append([num(run.at(last, target=name), 6) for run in runs])
+    for name in list(runs[0].by_domain)[:DOMAINS]:
+        names.append(short(name))
+        rows.append([num(run.at(last, name), 6) for run in runs])
     return {
         "runs": [short(run.name) for run in runs],
         "curves": curves,
         "steps": shown,
         "at": [[num(run.at(step), 6) for run in runs] for step in shown],
-        "domains": [short(name) for name in names[:DOMAINS]],
-        "by_domain": by_domain,
+        "domains": names,
+        "by_domain": rows,
     }
 
 

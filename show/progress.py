@@ -129,10 +129,15 @@ def duration(seconds):
 # --- evaluations --------------------------------------------------------------------
 
 
-def evaluation_lines(iter_num, loss, by_domain):
-    """What an evaluation found, in lines of at most 100 columns: the mean, and the losses of all
-    domains if they are few, else the lowest and the highest ones. by_domain: {name: nats}."""
+def evaluation_lines(iter_num, loss, by_domain, by_target=None):
+    """What an evaluation found, in lines of at most 100 columns: the mean, the losses of targets of
+    one's own, and of all domains if they are few, else the lowest and the highest ones.
+
+    by_domain, by_target: {name: nats}."""
     lines = [f"step {iter_num}: val loss {loss:.4f}"]
+    targets = list(by_target or {})
+    for start in range(0, len(targets), IN_A_ROW):
+        lines.append(f"  targets: {row_of(targets[start : start + IN_A_ROW], by_target)}")
     names = list(by_domain)
     if len(names) <= MOST_DOMAINS:
         for start in range(0, len(names), IN_A_ROW):
@@ -144,8 +149,8 @@ def evaluation_lines(iter_num, loss, by_domain):
     return lines
 
 
-def row_of(names, by_domain):
+def row_of(names, losses):
     cells = []
     for name in names:
-        cells.append(f"{shorten(visible(name), LONGEST_NAME)} {by_domain[name]:.3f}")
+        cells.append(f"{shorten(visible(name), LONGEST_NAME)} {losses[name]:.3f}")
     return ", ".join(cells)

@@ -9,7 +9,8 @@
                  targets, in their order in values.json; NaN = never used
     values.json  sign, unit, rule, the targets, the committed step, the checksums of the files above
     evaluations.jsonl  one line an evaluation: {"step": steps done, "val": mean loss in nats,
-                       "loss": {<domain>: nats, ...}}
+                       "loss": {<domain>: nats, ...}, "target": {<name>: nats, ...}}, the last
+                       of targets that are files, where there are any
     chunks.npy   int64 (n,): the chunks it was trained on, where not all
 
 A value is positive where the chunk lowered the target's loss. Every file is whole at any moment:

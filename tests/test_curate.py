@@ -384,7 +384,7 @@ def test_the_commands_it_prints_train_the_kept_and_its_control(tmp_path, folder,
         for command in (train_control, lines[-1].removeprefix("next: ")):
             argv = [*shlex.split(command)[2:], "--max_iters=6", "--eval_interval=3", "--overwrite"]
             train.train(config.load(train.Config, argv))
-        assert losses.split() == ["python", "values.py", "losses", "run_kept", "run_control"]
+        assert losses.split() == ["python", "values.py", "losses", "run_control", "run_kept"]
         evaluated = [(Path(run) / "evaluations.jsonl").read_text() for run in losses.split()[3:]]
         assert [text.count("\n") for text in evaluated] == [3, 3]
         assert len(np.load("kept/dropped.npy")) == len(np.load("run_random/dropped.npy"))
@@ -395,7 +395,7 @@ def test_the_commands_it_prints_train_the_kept_and_its_control(tmp_path, folder,
 def test_a_control_says_how_to_train_and_compare_it(folder, tmp_path):
     lines = said(folder, tmp_path, random=True)
     run_dir = folder / "run"
-    assert lines[-2].endswith(f"python values.py losses {run_dir}_kept {run_dir}_control")
+    assert lines[-2].endswith(f"python values.py losses {run_dir}_control {run_dir}_kept")
     assert lines[-1].startswith(f"next: python train.py {run_dir}/config.json --rule=off ")
     assert f"--keep={tmp_path}/keep.npy --out_dir={run_dir}_control" in lines[-1]
 

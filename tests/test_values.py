@@ -22,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sealed import as_of_step, change, replace_array
+from torch.nn import functional as F
 
 import config
 import data
@@ -30,6 +32,7 @@ import prepare_pile
 import revalue
 import train
 import values
+from model import GPT
 from show import findings
 from system import store, terminal
 from system.files import read_lines, write_lines
@@ -726,10 +729,59 @@ def test_losses_of_runs_of_one_name_are_told_apart_by_their_paths(evaluated, tmp
     assert result["losses"][0]["difference"] == {str(copy): 0.0}
 
 
+@pytest.fixture(scope="module")
+def judged(prepared):
+    """A run for a target of a file, and one without values beside it."""
+    text = prepared / "mine.jsonl"
+    text.write_text(json.dumps({"text": "the quick brown fox " * 60}) + "\n")
+    targets = f"--targets=mine={text}"
+    first = trained(prepared, "kept", "--eval_interval=10", "--max_iters=20", targets)
+    off = ["--rule=off", "--eval_interval=10", "--max_iters=20", "--seed=2", targets]
+    return first, trained(prepared, "beside", *off)
+
+
+def loss_on(folder, target):
+    """The mean token loss of a run's last model on a target, in nats, chunk by chunk."""
+    model = GPT.from_checkpoint(torch.load(folder / "ckpt.pt", weights_only=True)).eval()
+    losses = 0.0
+    n_tokens = 0
+    for i in range(len(target)):
+        X, Y = map(torch.as_tensor, target.batch(np.array([i])))
+        with torch.no_grad():
+            logits = model(X, Y)[0][0]
+        known = Y[0] >= 0
+        losses += float(F.cross_entropy(logits[known], Y[0][known], reduction="sum"))
+        n_tokens += int(known.sum())
+    return losses / n_tokens
+
+
+def test_losses_on_targets_of_files_are_compared_also_without_values(prepared, judged, typed):
+    dataset = data.open_dataset(prepared / "data")
+    options = json.loads((judged[0] / "config.json").read_text())["config"]
+    (target,) = data.parse_targets(options["targets"], dataset, options["block_size"])
+    result = values.losses(*judged)
+    (row,) = [r for r in result["losses"] if r["step"] == 20 and r["target"] == "mine"]
+    expected = {folder.name: loss_on(folder, target) for folder in judged}
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    said = typed("losses", *judged)
+    how = "lower" if expected["beside"] < expected["kept"] else "higher"
+    amount = f"{abs(row['difference']['beside']):.4f} nats {how}"
+    assert f"beside: its loss on mine is {amount} than that of kept" in said
+    assert "beside: its loss is" not in said
+
+
+def test_losses_on_other_targets_of_the_same_name_are_not_compared(prepared, judged):
+    text = prepared / "other.txt"
+    text.write_text("some other text " * 60)
+    argv = ["--rule=off", "--eval_interval=10", "--max_iters=20", f"--targets=mine={text}"]
+    result = values.losses(judged[0], trained(prepared, "otherwise", *argv))
+    assert {row["target"] for row in result["losses"]} == {None}
+
+
 def test_losses_of_one_run_are_shown_alone(evaluated, typed):
     said = typed("losses", evaluated[0])
     assert "difference" not in said
-    assert f"first: {evaluations(evaluated[0])[20][None]:.4f} nats after step 20" in said
+    assert f"first: loss {evaluations(evaluated[0])[20][None]:.4f} nats after step 20" in said
 
 
 def test_losses_refuses_runs_that_cannot_be_compared(evaluated, folder, on_other_data, refused):
