@@ -55,7 +55,7 @@ def report(cfg):
     except OSError as e:  # it names the temporary file, which nobody typed
         raise OSError(e.errno, e.strerror, str(out)) from e
     say(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")
-    say(f"{findings.short(run.names[0])}: {content['findings'][0]['found']}")
+    say(f"for {findings.short(run.names[0])}: {content['findings'][0]['found']}")
     say(f"next: {content['next']}")
 
 

@@ -359,7 +359,7 @@ def found(run, score, sizes, trusted):
         )
         answers.append(
             {
-                "found": sentence.removeprefix(f"{target}: "),
+                "found": sentence.removeprefix(f"for {target}: "),
                 "stood_out": stood_out(run, values, score[:, k]),
                 "cautions": first_cautions(cautions, f"caution, {target}: "),
                 "trust": in_words(trusted[k]),

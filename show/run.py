@@ -10,8 +10,7 @@ from data import Dataset, open_dataset
 from pile.tokenizers import tokenizer
 from system import store, terminal
 from system.errors import UserError
-from system.files import check_entries, crc32, load_array, read_json
-from system.folder import data_of
+from system.files import check_entries, crc32, data_of, load_array, read_json
 
 END_OF_TEXT = "\n<|endoftext|>\n"  # what stands between two documents of a chunk
 LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most
@@ -186,7 +185,7 @@ def open_run(path, data_dir=""):
     if len(values) != len(data.train.rows):
         what = f"it has {len(values)} values, {data.path} has {len(data.train.rows)} chunks"
         raise UserError(f"{path}/values.npy is damaged, {what}: {again(path)}")
-    if not cfg["block_size"] <= data.meta["block_size"]:
+    if not 0 <= cfg["block_size"] <= data.meta["block_size"]:
         raise UserError(f"{path}/config.json is damaged (its block_size): {again(path)}")
     return Run(path, cfg, info, data, values, visits, books, audit)
 

@@ -11,8 +11,7 @@ import torch
 
 from system import store
 from system.errors import UserError
-from system.files import atomic, check_entries, crc32, read_json, short
-from system.folder import data_of
+from system.files import atomic, check_entries, crc32, data_of, read_json, short
 from system.parallel import full, is_sharded, rank
 from system.terminal import command, say, warn
 

@@ -322,3 +322,14 @@ def remove_folder(folder, known, cure):
     for name in os.listdir(folder):
         (folder / name).unlink()
     folder.rmdir()
+
+
+def data_of(run, data_dir):
+    """The folder of a run's data. A relative data_dir counts from where one stands, or else from a
+    folder above the run's, in which the run was started."""
+    if Path(data_dir).is_dir():
+        return Path(data_dir)
+    for above in Path(run).resolve().parents:
+        if (above / data_dir / "meta.json").is_file():
+            return above / data_dir
+    return Path(data_dir)

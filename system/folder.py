@@ -94,17 +94,6 @@ class RunFolder:
                 folder.rmdir()
 
 
-def data_of(run, data_dir):
-    """The folder of a run's data. A relative data_dir counts from where one stands, or else from a
-    folder above the run's, in which the run was started."""
-    if Path(data_dir).is_dir():
-        return Path(data_dir)
-    for above in Path(run).resolve().parents:
-        if (above / data_dir / "meta.json").is_file():
-            return above / data_dir
-    return Path(data_dir)
-
-
 def own_files(folder):
     """The files in a folder whose names a run gives."""
     names = [n for n in os.listdir(folder) if any(fnmatch.fnmatchcase(n, p) for p in RUN_FILES)]

@@ -56,6 +56,8 @@ def readers(run, other, data_dir, folder):
         "bottom": [run, "--n=3"],
         "domains": [run],
         "chunk": [run, "5"],
+        "docs": [run, "--n=3"],
+        "losses": [run, other],
         "doc": [run, values.Documents(values.open_run(run)).of_chunk(5)[0]["doc"]],
         "export": [run, folder / "values.parquet"],
         "compare": [run, other, "--n=3"],

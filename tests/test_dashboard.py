@@ -167,7 +167,7 @@ def test_wandb_draws_the_domains_in_one_chart_each(logged, python_data):
 
 
 def test_wandb_keeps_what_it_hides(logged):
-    hidden = {"val_domain/Docstrings", "value_books/Docstrings/momentum", "valuing/mfu"}
+    hidden = {"val_domain/Docstrings", "value_books/Docstrings/momentum"}
     hidden |= {"value/Docstrings/mean_1e-6", "value_audit/Python code/rel_l2"}
     assert hidden <= logged.names
     assert hidden <= logged.hidden

@@ -108,8 +108,8 @@ def test_a_chunk_that_holds_much_of_a_sum_is_named():
     good, bad = found(data, planted)
     step = int(planted["step"][planted["chunk"] == chunk][0])
     assert len(good.cautions) == 2
-    assert re.match(rf"caution, good: chunk {chunk} \(code\) alone holds 8\d%", good.cautions[0])
-    assert re.match(rf"caution, good: step {step} alone holds 8\d%", good.cautions[1])
+    assert re.match(rf"caution, good: step {step} alone holds 8\d%", good.cautions[0])
+    assert re.match(rf"caution, good: chunk {chunk} \(code\) alone holds 8\d%", good.cautions[1])
     assert bad.cautions == []
     row = next(row for row in good.domains if row["domain"] == "code")
     assert row["largest_chunk"] == chunk

@@ -339,7 +339,7 @@ def test_the_value_of_a_token_is_the_derivative_of_the_loss_along_its_weights(op
         ([], "no run given"),
         (["{run}/nowhere"], "name the folder of a run"),
         (["{run}", "--targets=val:Nix"], "no domain 'Nix'"),
-        (["{run}", "--targets=x=nowhere.txt"], "cannot be read"),
+        (["{run}", "--targets=x=nowhere.txt"], "nowhere.txt: No such file"),
         (["{run}", "--end=25"], "the newest checkpoint is of step 24"),
         (["{run}", "--replay", "--start=7"], "there are checkpoints of steps 6, 12, 18, 24"),
         (["{run}", "--data_dir={run}"], "no prepared data"),
