@@ -31,7 +31,7 @@ import torch
 import config
 from data import open_dataset, own_targets, parse_targets
 from model import GPT, GPTConfig
-from show import dashboard, tables
+from show import dashboard, findings, tables
 from show.progress import Progress, evaluation_lines
 from system import files, machine, needs, parallel, store, terminal
 from system.checkpoints import (
@@ -704,8 +704,8 @@ def end_table(cfg, writer, data, names):
     books = store.read(writer.run, "books")
     audits = store.read(writer.run, "audit") if cfg.audit_interval else []
     visits = store.read(writer.run)
-    domains = tables.domains(writer.total, writer.used, visits, cfg.batch, data, names)
-    return [*domains, *tables.account(books, audits, names)]
+    found = findings.of_run(writer.total, writer.used, [visits], cfg.batch, data, names)
+    return tables.end_of_run(found, books, audits)
 
 
 def next_command(cfg):

@@ -12,20 +12,18 @@ from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import visible
 
 
-def domains(total, used, visits, batch, data, names):
+def end_of_run(found, books, audits):
     """The lines that say what a run found: for each target a table of the domains by the median
-    value of their chunks, what to beware of, and the finding in a sentence.
+    value of their chunks, and what to beware of; the books and the audit; last, the findings.
 
-    total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,). visits: the records of
-    ledger.npy, batch of them a step. names: of the targets.
+    found: what findings.of_run() gives. books, audits: see account().
     """
     lines = ["", *HEADING]
-    sentences = []
-    for found in findings.of_run(total, used, [visits], batch, data, names):
-        lines += domain_table(found.target, found.domains, found.everything)
-        lines += found.cautions
-        sentences.append(found.finding)
-    return [*lines, "", *sentences]
+    for of_target in found:
+        lines += domain_table(of_target.target, of_target.domains, of_target.everything)
+        lines += of_target.cautions
+    lines += account(books, audits, [of_target.target for of_target in found])
+    return [*lines, "", *[of_target.finding for of_target in found]]
 
 
 HEADING = [
@@ -189,12 +187,12 @@ def compared(name, audit):
     """The line of audited()."""
     steps = counted(audit["steps"], "step")
     what = f"the values of {steps} beside the exact ones"
-    pearson = f"they correlate by {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
-    spearman = f"their ranks by {audit['spearman']:.4f} ({audit['spearman_lowest']:.4f})"
-    l2 = f"their error is {audit['rel_l2']:.1%} of their size"
-    sums = f"their sum {percent(audit['sum_error'], 1, '+')} off"
-    one_out = f"leave-one-out correlates by {audit['loo_pearson']:.4f}"
-    figures = f"{pearson}, {spearman}; {l2}, {sums}; {one_out}"
+    pearson = f"Pearson {audit['pearson']:.4f} (lowest {audit['pearson_lowest']:.4f})"
+    spearman = f"Spearman {audit['spearman']:.4f} ({audit['spearman_lowest']:.4f})"
+    l2 = f"error {audit['rel_l2']:.1%} of their size"
+    sums = f"sum {percent(audit['sum_error'], 1, '+')} off"
+    one_out = f"leave-one-out Pearson {audit['loo_pearson']:.4f}"
+    figures = f"{pearson}, {spearman}, {l2}, {sums}, {one_out}"
     return f"audit, {findings.short(name)}: {what}: {figures}"
 
 

@@ -456,7 +456,7 @@ def test_audits_have_a_row_for_each_audited_step(audited):
 def test_an_audit_is_summed_up_at_the_end_of_a_run(audited):
     mean = audited.audits["pearson"][:, 1].mean()
     what = "audit, Docstrings: the values of 2 steps beside the exact ones"
-    assert f"{what}: they correlate by {mean:.4f} " in audited.printed
+    assert f"{what}: Pearson {mean:.4f} " in audited.printed
 
 
 @pytest.mark.parametrize("audited", ["dropout", "enumerated"], indirect=True)
