@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from show.commands import SIGN, table
-from show.findings import UNIT, micro, short
+from show.findings import FEW, UNIT, micro, short
 from system import terminal
 
 QUARTER = 0.25  # the fraction of the documents that was measured
@@ -95,7 +95,7 @@ def chosen_how(cfg):
 
 def domain_table(domains):
     rows = []
-    for d in sorted(domains, key=lambda d: d["kept"] / d["chunks"]):
+    for d in sorted(domains, key=lambda d: (d["chunks"] < FEW, d["kept"] / d["chunks"])):
         rows.append(
             [
                 d["domain"],
@@ -157,8 +157,9 @@ def out_of(r):
 
 
 def found(r):
-    """In a sentence: which domains lost most."""
-    shares = {d["domain"]: 1 - d["kept"] / d["chunks"] for d in r["domains"]}
+    """In a sentence: which domains lost most, of those that are no single chunks."""
+    large = [d for d in r["domains"] if d["chunks"] >= FEW] or r["domains"]
+    shares = {d["domain"]: 1 - d["kept"] / d["chunks"] for d in large}
     most = max(shares, key=shares.get)
     least = min(shares, key=shares.get)
     if shares[most] == shares[least]:

@@ -95,7 +95,8 @@ def account(entries, audits, names):
     lines = [""]
     for name, total in zip(names, totals):
         lines.append(accounted(name, total))
-    lines += explain_shares(totals)
+    lines += explain_parts(totals)
+    lines += unclosed(names, totals)
     if len(audits):
         for k, name in enumerate(names):
             lines.append(compared(name, audited(audits, k)))
@@ -122,6 +123,7 @@ def booked(entries, k):
 
 
 PARTS = {"data": "values", "momentum": "momentum", "decay": "decay"}  # of a drop, and their names
+CLOSED = 0.1  # the books close where what they leave is a smaller part of the drop
 
 
 def accounted(name, total):
@@ -129,36 +131,45 @@ def accounted(name, total):
     name = findings.short(name)
     if not total:
         return f"books, {name}: no step was measured yet"
-    shares = []
-    for key, shown in PARTS.items():
-        shares.append(f"{shown} {percent(total[key], total['drop'])}")
+    parts = [f"{shown} {nats(total[key])}" for key, shown in PARTS.items()]
     change = "rise" if total["drop"] < 0 else "drop"
     steps = counted(total["measured_steps"], "step")
     whole = f"{total['accounted']:.1%} of the measured {change}"
     size = f"({abs(total['drop']):.4f} nats in {steps})"
     added = "values, momentum and weight decay add up to"
-    return f"books, {name}: {added} {whole} {size}: {', '.join(shares)}"
+    return f"books, {name}: {added} {whole} {size}: {', '.join(parts)} nats"
+
+
+def nats(x):
+    """A part of a drop, with its sign."""
+    return f"{round(x, 4) + 0.0:+.4f}"  # + 0.0, for -0.0 has a sign
+
+
+def explain_parts(totals):
+    """A line on parts below 0, if some of the booked() totals have one."""
+    for total in totals:
+        if total and any(round(total[key], 4) < 0 for key in PARTS):
+            why = "momentum goes on in the direction of earlier chunks"
+            return [f"books: a part below 0 raised the loss; {why}"]
+    return []
+
+
+def unclosed(names, totals):
+    """A line for each target whose booked() total leaves much of the drop, or has no drop."""
+    lines = []
+    for name, total in zip(names, totals):
+        if not total or abs(total["residual"]) <= CLOSED * total["drop"]:
+            continue
+        left = f"the books do not close, {nats(total['residual'])} nats are left"
+        read = "read its values as a rough order of the chunks, not as amounts"
+        lines.append(f"caution, {findings.short(name)}: {left}; {read} (adamw2 closes them best)")
+    return lines
 
 
 def percent(amount, whole, sign="-"):
     """A share as text, to a tenth of a percent. sign: "+" where positive ones have theirs."""
     share = round(ratio(amount, whole), 3) + 0.0  # + 0.0, for -0.0 has a sign
     return f"{share:{sign}.1%}"
-
-
-def explain_shares(totals):
-    """A line on shares below 0 and over 100 %, if some of the booked() totals have one."""
-    shares = []
-    for total in totals:
-        if total and total["drop"]:
-            shares += [total[key] / total["drop"] for key in PARTS]
-    # as they are shown, to a tenth of a percent
-    if not any(round(share, 3) < 0 or round(share, 3) > 1 for share in shares):
-        return []
-    return [
-        "books: a share below 0% pulled the other way, and one over 100% made up for it; momentum"
-        " goes on in the direction of earlier chunks"
-    ]
 
 
 def audited(audits, k):

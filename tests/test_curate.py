@@ -707,3 +707,20 @@ def test_a_killed_export_leaves_nothing_half_written(folder, tmp_path):
     assert not begun.exists()
     subprocess.run([*command, "--overwrite"], check=True, capture_output=True)
     assert len(read_texts(export)) > 10
+
+
+def counts_of(domain, chunks, kept):
+    """A domain as keep.json has it."""
+    return {"domain": domain, "chunks": chunks, "kept": kept, "used": chunks} | dict.fromkeys(
+        ("median", "median_kept")
+    )
+
+
+def test_domains_of_few_chunks_come_last_and_are_no_finding():
+    domains = [counts_of("one", 1, 0), counts_of("half", 10, 5), counts_of("most", 10, 9)]
+    named = [line.split()[0] for line in show.curated.domain_table(domains)]
+    assert named == ["domain", "half", "most", "one"]
+    words = show.curated.found({"domains": domains})
+    assert words == (
+        "found: half lost the largest part (50.0% of its chunks), most the smallest (10.0%)"
+    )

@@ -57,6 +57,7 @@ def test_the_pages_are_there():
         "docs/cluster.md",
         "docs/data.md",
         "docs/files.md",
+        "docs/first_hour.md",
         "docs/method.md",
         "docs/questions.md",
         "results/README.md",
