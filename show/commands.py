@@ -320,7 +320,8 @@ def show_summary(r):
     yield ""
     for t in r["targets"]:
         yield tables.accounted(t["target"], t["books"])
-    yield from tables.explain_shares(books)
+    yield from tables.explain_parts(books)
+    yield from tables.unclosed([t["target"] for t in r["targets"]], books)
     for t in r["targets"]:
         if t["audit"]:
             yield tables.compared(t["target"], t["audit"])
