@@ -1133,7 +1133,7 @@ def test_report_says_where_the_page_is_the_finding_and_what_is_next(trained):
     assert done.returncode == 0, done.stderr
     where, finding, following = done.stdout.splitlines()
     assert where.startswith(f"{trained}/report.html: 0.")
-    assert finding.startswith("Python code: ")
+    assert finding.startswith("for Python code: ")
     assert "(median chunk " in finding
     assert following == f"next: python curate.py {trained}"
     assert b"tokens_step" not in (trained / "report.html").read_bytes()
