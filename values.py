@@ -329,7 +329,7 @@ def losses(*runs):
     compared = side_by_side(runs)
     first = compared[0]
     last = int(common_steps(compared)[-1])
-    steps = sorted({step for run in compared for step in run.steps.tolist()})
+    steps = np.unique(np.concatenate([run.steps for run in compared])).tolist()
     kinds = [{"domain": None, "target": None}]
     kinds += [{"domain": None, "target": name} for name in first.by_target]
     kinds += [{"domain": name, "target": None} for name in first.by_domain]

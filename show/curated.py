@@ -5,12 +5,11 @@ import math
 import textwrap
 from pathlib import Path
 
-from show.commands import SIGN, table
+from show.commands import SIGN, ending, scored, table
 from show.findings import FEW, UNIT, micro, short
 from system import terminal
 
 QUARTER = 0.25  # the fraction of the documents that was measured
-MOST_SOURCE = 28  # characters of a source
 SCORES = {
     "share": "the mean of a visit's value over the mean size of its step's values; no unit",
     "value": f"the sum of its visits' values, in {UNIT}",
@@ -119,28 +118,17 @@ def as_number(x):
 def first_table(dropped, cfg):
     rows = []
     for row in dropped:
-        figures = [scored(row["score"], cfg), scored(row["standard_error"], cfg).lstrip("+")]
+        figures = [
+            scored(as_number(row["score"]), cfg["score"]),
+            scored(as_number(row["standard_error"]), cfg["score"]).lstrip("+"),
+        ]
         if cfg["by"] == "document":
-            place = [str(row["document"]), str(row["record"]), end_of(row["source"])]
+            place = [str(row["document"]), str(row["record"]), ending(row["source"])]
         else:
             place = [str(row["chunk"]), row["domain"]]
         rows.append([*place, *figures, row["text"]])
     place = ["document", "record", "source"] if cfg["by"] == "document" else ["chunk", "domain"]
     return table([*place, cfg["score"], "+-", "text"], rows)
-
-
-def end_of(path):
-    """A path's end says more than its beginning."""
-    path = terminal.visible(path)
-    return path if len(path) <= MOST_SOURCE else f"\u2026{path[1 - MOST_SOURCE :]}"
-
-
-def scored(x, cfg):
-    """A score, or its error, as it is written."""
-    x = as_number(x)
-    if cfg["score"] == "value" or math.isnan(x):
-        return micro(x)
-    return f"{x:+.3f}"
 
 
 def files_of(r):

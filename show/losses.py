@@ -60,9 +60,9 @@ def losses(path):
         row.setdefault("target", {})  # none of them a file
         entries = {"step": int, "val": float, "loss": dict, "target": dict}
         check_entries(row, entries, evaluations, cure)
-        for key, what in (("loss", "domains"), ("target", "targets")):
-            if row[key].keys() != rows[0][key].keys():
-                raise UserError(f"{evaluations} is damaged (its {what} change): {cure}")
+        if row["loss"].keys() != rows[0]["loss"].keys():
+            raise UserError(f"{evaluations} is damaged (its domains change): {cure}")
+        for key in ("loss", "target"):
             check_entries(row[key], dict.fromkeys(row[key], float), evaluations, cure)
     if not rows:
         raise UserError(f"{evaluations} is damaged (it is empty): {cure}")
@@ -79,8 +79,12 @@ def losses(path):
 
 
 def curves_of(rows, key):
-    """{name: float64 (n,), nats}, of what stands under a key of evaluations.jsonl."""
-    return {name: np.array([row[key][name] for row in rows]) for name in rows[0][key]}
+    """{name: float64 (n,), nats}, of what stands under a key of evaluations.jsonl. NaN where a row
+    has it not: an earlier version, which did not evaluate targets, may have written it."""
+    curves = {}
+    for name in rows[-1][key]:
+        curves[name] = np.array([row[key].get(name, np.nan) for row in rows])
+    return curves
 
 
 def side_by_side(paths):

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from show import findings
+from show import findings, tables
 from show.losses import common_steps
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import command
@@ -34,7 +34,6 @@ PAGE = 1_800_000  # bytes of the whole content
 TEXTS = 700_000  # bytes of all the texts together
 TOKENS = 800_000  # bytes of all the coloured tokens
 
-BAD = 0.1  # a residual above this share of the drop is a warning
 GOOD = 0.9  # an audited step's Pearson below this is a warning
 
 RULES = {
@@ -297,7 +296,8 @@ def trust(run, early):
         audit = {name: run.audit[name][:, k] for name in AUDIT_ENTRIES}
         row = shares_of_drop(entries, late)
         row["audit"] = compare(audit) if len(run.audit) else None
-        row["bad_books"] = bool(len(books)) and not closes(entries)
+        drop = (entries["before"] - entries["after"]).sum()
+        row["bad_books"] = bool(len(books)) and not tables.closes(drop, entries["residual"].sum())
         row["bad_audit"] = bool(len(run.audit)) and not audit["pearson"].min() >= GOOD
         rows.append(row)
     return rows
@@ -322,12 +322,6 @@ def shares_of_drop(books, late):
         "rest": rest,
         "early": int((~late).sum()),
     }
-
-
-def closes(books):
-    """Whether the books leave but a small part of the drop unexplained."""
-    drop = (books["before"] - books["after"]).sum()
-    return drop > 0 and abs(books["residual"].sum() / drop) <= BAD
 
 
 def compare(audit):
@@ -509,6 +503,9 @@ def beside(runs):
     for run in runs:
         few = np.linspace(0, len(run.steps) - 1, min(len(run.steps), LOSSES)).astype(int)
         curves.append({"steps": run.steps[few].tolist(), "val": num(run.val[few], 6)})
+    at_steps = []
+    for step in shown:
+        at_steps.append([num(run.at(step), 6) for run in runs])
     names, rows = [], []  # targets that were files, then domains
     for name in runs[0].by_target:
         names.append(f"target {short(name)}")
@@ -520,7 +517,7 @@ def beside(runs):
         "runs": [short(run.name) for run in runs],
         "curves": curves,
         "steps": shown,
-        "at": [[num(run.at(step), 6) for run in runs] for step in shown],
+        "at": at_steps,
         "domains": names,
         "by_domain": rows,
     }

@@ -154,11 +154,16 @@ def explain_parts(totals):
     return []
 
 
+def closes(drop, residual):
+    """Whether books, both numbers in nats, leave but a small part of a drop."""
+    return drop > 0 and abs(residual) <= CLOSED * drop
+
+
 def unclosed(names, totals):
     """A line for each target whose booked() total leaves much of the drop, or has no drop."""
     lines = []
     for name, total in zip(names, totals):
-        if not total or abs(total["residual"]) <= CLOSED * total["drop"]:
+        if not total or closes(total["drop"], total["residual"]):
             continue
         left = f"the books do not close, {nats(total['residual'])} nats are left"
         read = "read its values as a rough order of the chunks, not as amounts"

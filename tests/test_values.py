@@ -770,6 +770,15 @@ def test_losses_on_targets_of_files_are_compared_also_without_values(prepared, j
     assert "beside: its loss is" not in said
 
 
+def test_losses_that_an_earlier_version_did_not_measure_are_none(judged, tmp_path):
+    copy = shutil.copytree(judged[0], tmp_path / "resumed")
+    rows = read_lines(copy / "evaluations.jsonl")
+    del rows[0]["target"]
+    write_lines(copy / "evaluations.jsonl", rows)
+    of_target = [row for row in values.losses(copy)["losses"] if row["target"] == "mine"]
+    assert [np.isnan(row["loss"]["resumed"]) for row in of_target] == [True, False, False]
+
+
 def test_losses_on_other_targets_of_the_same_name_are_not_compared(prepared, judged):
     text = prepared / "other.txt"
     text.write_text("some other text " * 60)
