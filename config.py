@@ -252,15 +252,17 @@ def typed(default):
     return terminal.quoted(default).replace(r"\u000a", r"\n")
 
 
-def main(run):
+def main(run, leave=None):
     """Calls run(). What the user can mend, a UserError or what the operating system refuses,
     becomes one line on stderr and exit code 2. Every other exception is a bug and keeps its
-    traceback.
+    traceback. leave(exit code), if given, comes last, for what must not outlive the run.
     Nothing that stood in the data reaches the terminal raw, not even in a traceback."""
     sys.excepthook = terminal.show_bug
     faulthandler.enable(sys.__stderr__)  # a file cut short under a running process: SIGBUS, a line
     with terminal.guarded():
         code = outcome(run)
+    if leave:
+        leave(code)
     if code:
         sys.exit(code)
 

@@ -730,5 +730,4 @@ def resume_command(out_dir):
 
 
 if __name__ == "__main__":
-    config.main(lambda: train(config.load(Config)))
-    parallel.stop()
+    config.main(lambda: train(config.load(Config)), leave=parallel.leave)

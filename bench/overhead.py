@@ -347,5 +347,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    config.main(lambda: main(config.load(Config)))
-    parallel.stop()
+    config.main(lambda: main(config.load(Config)), leave=parallel.leave)

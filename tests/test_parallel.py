@@ -67,7 +67,7 @@ def rank_run(rank, world, port, argvs, log, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for argv in argvs:
         quiet_run(argv, log)
-    parallel.stop()
+    parallel.leave()
 
 
 def start(world, log, *argvs, limit=0):
