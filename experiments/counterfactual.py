@@ -1,0 +1,459 @@
+"""
+Which score of a chunk's visit predicts what happens when one trains without it?
+
+    python experiments/counterfactual.py --source=minipile.jsonl.zst --out=results/counterfactual
+    python experiments/counterfactual.py --quick             tiny, on the text every Python
+                                                             installation carries
+    python experiments/counterfactual.py --part=report --out=...   tables and figure again
+
+A run; then, for random sets of its visits (a chunk's use in a step), the same run without them,
+from the end of the warm-up on. True is what the loss of the target's chunks rises by at the end,
+and that of as many held-out chunks of the same kind. A score predicts the sum of the visits left
+out. LDS is the correlation of the two over the sets. Slope: nats of true rise per nat predicted.
+
+Settings: <data>-<target>-<start>. Data: clean, or junk (a fifth of the chunks have their bytes
+shuffled). Target: broad (validation chunks of all domains), or narrow (of one). Start: scratch
+(from random weights, visits of the warm-up are never left out), or tuned (from a model that was
+trained on other chunks first). `twins`: a seed trained again from other weights, in the same order
+and without the same sets: what two truths agree on is more than any score can reach.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import config
+from data import Target, global_batch
+from experiments.common import (
+    begin,
+    finish,
+    markdown,
+    numbers,
+    prepare,
+    pyplot,
+    save_figure,
+    set_options,
+    shown,
+    side_by_side,
+)
+from model import GPT, GPTConfig
+from shapley import hindsight
+from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_without
+from shapley.replay import Training, state_of
+from shapley.targets import Targets
+from system.errors import UserError
+from train import get_lr
+from valuation import Settings, Valuation
+
+ONE_STEP = ("sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
+SMOOTHING = (0.5, 0.9, 0.97, 0.99)
+QUICK = {
+    "settings": "junk-narrow-scratch,clean-broad-tuned",
+    "narrow": "Docstrings",
+    "seeds": "1,2",
+    "twins": "1",
+    "fractions": ".03:4",
+    "horizons": "1,5,0",
+    "iters": 12,
+    "tuned_iters": 8,
+    "pretrain_iters": 10,
+    "warmup_iters": 4,
+    "n_embd": 16,
+    "target_chunks": 16,
+    "limit_tokens": 600_000,
+}
+
+
+@dataclass
+class Config:
+    source: str = "python"  # as in prepare_pile.py
+    narrow: str = "Python code"  # the domain of narrow targets
+    data: str = "data/counterfactual"  # the prepared chunks, made when missing
+    out: str = "out/counterfactual"
+    settings: str = (
+        "junk-broad-scratch,clean-narrow-scratch,junk-broad-tuned,clean-narrow-tuned,"
+        "clean-broad-scratch,junk-narrow-scratch,clean-broad-tuned,junk-narrow-tuned"
+    )
+    seeds: str = "1,2,3"  # each draws weights, order, junk, targets and sets
+    twins: str = ""  # seeds that are trained again from other weights
+    fractions: str = ".03:100"  # share of the visits that a set leaves out : number of sets
+    horizons: str = "1,10,30,100,0"  # steps that hindsight looks ahead; 0: to the end
+    limit_tokens: int = 6_000_000
+    block_size: int = 64
+    batch_size: int = 8
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 64
+    iters: int = 300
+    warmup_iters: int = 50
+    first: int = 60  # of a scratch run: visits of earlier steps are never left out
+    learning_rate: float = 1e-3
+    grad_clip: float = 1.0
+    beta2: float = 0.95
+    eps: float = 1e-8  # AdamW's
+    pretrain_iters: int = 600  # of the model that a tuned run starts from
+    tuned_iters: int = 150
+    tuned_learning_rate: float = 3e-4
+    target_chunks: int = 512  # and as many held out
+    target_batch: int = 16  # of one-step values
+    workers: int = 0  # jobs side by side; 0: a core each
+    quick: bool = False
+    part: Literal["all", "report"] = "all"
+
+    def __post_init__(self):
+        if self.quick:
+            set_options(self, QUICK)
+            self.first = self.warmup_iters
+            self.data += "-quick"
+            self.out += "-quick"
+
+
+# --- text ---------------------------------------------------------------------------
+
+
+def text_of(cfg, setting, seed):
+    """-> the training chunks (n, T + 1), which of them are junk (n,), and the target's and the
+    held-out chunks (target_chunks, T + 1)."""
+    data = prepare(
+        cfg.data,
+        cfg.source,
+        tokenizer="byte",
+        block_size=cfg.block_size,
+        val_fraction=0.2,
+        limit_tokens=cfg.limit_tokens,
+        workers=1,
+    )
+    rng = np.random.default_rng(seed)
+    rows = np.array(data.train.rows)
+    is_junk = np.zeros(len(rows), bool)
+    if setting.startswith("junk"):
+        is_junk = rng.random(len(rows)) < 0.2
+        rows[is_junk] = rng.permuted(rows[is_junk], axis=1)
+    wanted = np.ones(len(data.val.rows), bool)
+    if "narrow" in setting:
+        if cfg.narrow not in data.domains:
+            raise UserError(f"no domain {cfg.narrow!r}: {', '.join(data.domains)}")
+        wanted = data.val.domain == data.domains.index(cfg.narrow)
+    pools = [[], []]  # of each domain the first half of its chunks, and the second: other documents
+    for domain in np.unique(data.val.domain[wanted]):
+        for pool, half in zip(pools, np.array_split(np.flatnonzero(data.val.domain == domain), 2)):
+            pool.extend(half)
+    picks = []
+    for pool in pools:
+        if len(pool) < cfg.target_chunks:
+            what = f"{len(pool)} chunks for a {setting} target"
+            raise UserError(f"{what}: lower --target_chunks, or raise --limit_tokens")
+        picks.append(np.sort(rng.choice(pool, cfg.target_chunks, replace=False)))
+    target, held_out = (np.array(data.val.rows[ids]) for ids in picks)
+    return rows, is_junk, target, held_out
+
+
+# --- a run ----------------------------------------------------------------------------
+
+
+class Run:
+    """The model, its text and its training, of a setting and seed."""
+
+    def __init__(self, cfg, setting, seed, init=0):
+        """init: other first weights, with everything else as it was."""
+        self.cfg, self.seed = cfg, seed
+        self.tuned = setting.endswith("tuned")
+        self.rows, self.is_junk, target, held_out = text_of(cfg, setting, seed)
+        self.targets = [Target("target", target, None), Target("held out", held_out, None)]
+        self.n_steps = cfg.tuned_iters if self.tuned else cfg.iters
+        self.first = 0 if self.tuned else cfg.first
+        torch.manual_seed(1000 * init + seed)
+        self.model = GPT(
+            GPTConfig(
+                block_size=cfg.block_size,
+                vocab_size=256,
+                n_layer=cfg.n_layer,
+                n_head=cfg.n_head,
+                n_embd=cfg.n_embd,
+                bias=False,
+            )
+        )
+        # a tuned run's own chunks are the second half of an order, its past is the first
+        self.offset = 0
+        if self.tuned:
+            self.pretrain()
+        self.start_over()
+        self.state = state_of(self.training)
+
+    def pretrain(self):
+        schedule = self.schedule(self.cfg.pretrain_iters, self.cfg.learning_rate)
+        training = self.training_of(schedule)
+        for step in range(self.cfg.pretrain_iters):
+            training.take(step)
+        self.offset = self.cfg.pretrain_iters
+
+    def start_over(self):
+        lr = self.cfg.tuned_learning_rate if self.tuned else self.cfg.learning_rate
+        self.training = self.training_of(self.schedule(self.n_steps, lr))
+
+    def schedule(self, n_steps, learning_rate):
+        """train.py's: warm-up, then a cosine down to a tenth."""
+        from train import Config as TrainConfig
+
+        settings = TrainConfig(
+            learning_rate=learning_rate,
+            min_lr=learning_rate / 10,
+            warmup_iters=min(self.cfg.warmup_iters, n_steps // 5),
+            max_iters=n_steps,
+        )
+        return lambda step: get_lr(settings, step)
+
+    def training_of(self, lr):
+        betas = (0.9, self.cfg.beta2)
+        optimizer = self.model.configure_optimizers(0.1, self.cfg.learning_rate, betas, "cpu")
+        for group in optimizer.param_groups:
+            group["eps"] = self.cfg.eps
+        return Training(
+            self.model,
+            optimizer,
+            self.chunk_losses,
+            self.batch,
+            lr,
+            self.cfg.batch_size,
+            self.cfg.grad_clip,
+        )
+
+    def batch(self, step):
+        ids = global_batch(step + self.offset, self.cfg.batch_size, len(self.rows), self.seed)
+        rows = self.rows[ids].astype(np.int64)
+        return ids, rows[:, :-1], rows[:, 1:]
+
+    def chunk_losses(self, X, Y):
+        """(b,) nats, float64: the mean of a chunk's token losses."""
+        logits, _ = self.model(torch.as_tensor(X), torch.as_tensor(Y))
+        flat = F.cross_entropy(logits.flatten(0, 1), torch.as_tensor(Y).flatten(), reduction="none")
+        return flat.view(Y.shape).double().mean(1)
+
+    def loss(self, X, Y, ledger=None):
+        return self.model(torch.as_tensor(X), torch.as_tensor(Y), ledger)[1]
+
+    @torch.no_grad()
+    def losses(self):
+        """The losses of the target and of the held-out chunks now (2,), nats."""
+        losses = []
+        for target in self.targets:
+            X, Y = target.batch(np.arange(len(target)))
+            of_chunk = [
+                self.chunk_losses(X[i : i + 64], Y[i : i + 64]) for i in range(0, len(X), 64)
+            ]
+            losses.append(float(torch.cat(of_chunk).mean()))
+        return np.array(losses)
+
+    def target_gradient(self):
+        """The gradient of the target's loss, all chunks, at the weights as they are."""
+        settings = Settings(target_batch=len(self.targets[0]), micro_batch=64)
+        weights = self.training.weights
+        targets = Targets(self.targets[:1], weights, self.loss, settings, lambda: None)
+        return targets.gradient(0, 0)[1]
+
+
+# --- scores of visits -------------------------------------------------------------------
+
+
+def one_step(run, rule, smoothing=0.0):
+    """The run with its values by a rule: records of its visits (n_visits,)."""
+    fresh(run)
+    cfg, training = run.cfg, run.training
+    settings = Settings(
+        rule=rule,
+        batch=cfg.batch_size,
+        target_batch=cfg.target_batch,
+        seed=run.seed,
+        grad_clip=cfg.grad_clip,
+        book_interval=0,
+    )
+    if smoothing:
+        settings.target_smoothing = smoothing
+    optimizer = training.optimizer
+    valuation = Valuation(run.model, optimizer, run.loss, run.targets[:1], settings)
+    for step in range(run.n_steps):
+        lr = training.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        ids, X, Y = run.batch(step)
+        X, Y = torch.as_tensor(X), torch.as_tensor(Y)
+        valuation.begin_step(step, lr, tokens=(X, Y))
+        run.loss(X, Y, valuation.new_ledger(ids, X, Y)).backward()
+        clip_coef = 1.0
+        if cfg.grad_clip:
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
+            clip_coef = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        valuation.before_update(clip_coef)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        valuation.end_step()
+    return valuation.flush().visits
+
+
+def fresh(run):
+    """The run's training at its first step, its optimizer without moments."""
+    for p, weight in zip(run.training.weights.params, run.state["weights"]):
+        p.data.copy_(weight)
+    run.start_over()
+
+
+def sweep(run, past, horizon):
+    """Hindsight of all visits (n_steps, B), and |dL/dw| by step (n_steps,). horizon: steps that it
+    looks ahead; 0: to the end."""
+    values = np.zeros((run.n_steps, run.cfg.batch_size))
+    norms = np.zeros(run.n_steps)
+    own = [p.data.clone() for p in run.training.weights.params]
+    after = own
+    for step in reversed(range(run.n_steps)):
+        if step == run.n_steps - 1 or (horizon and (run.n_steps - 1 - step) % horizon == 0):
+            with run.training.weights.at(after):
+                gradient = run.target_gradient()
+            adjoint = hindsight.Adjoint.of_end(gradient, has_moments=True)
+        norms[step] = adjoint.norm()
+        values[step] = hindsight.back(run.training, past[step], adjoint)
+        after = past[step].weights
+    return values, norms
+
+
+def scores_of(run):
+    """{name: a score of each visit (n_visits,)}, high where the chunk should help the target, and
+    {name: |dL/dw| by step} of hindsight's horizons."""
+    scores, norms, seconds = {}, {}, {}
+    for rule in ONE_STEP:
+        began = time.process_time()
+        visits = one_step(run, rule)
+        seconds[rule] = time.process_time() - began
+        values = visits["value"][:, 0].astype(float)
+        by_step = values.reshape(run.n_steps, -1)
+        scores[f"value, {rule}"] = values
+        if rule == "adamw2":
+            size = np.abs(by_step).sum(1, keepdims=True)
+            scores["share of step"] = (by_step / size).ravel()
+            scores["centred in step"] = (by_step - by_step.mean(1, keepdims=True)).ravel()
+        if rule == "adamw":
+            scores["gradient norm"] = -visits["grad_norm"].astype(float)
+        scores["training loss"] = -visits["loss"].astype(float)
+    if any(field.name == "target_smoothing" for field in dataclasses.fields(Settings)):
+        for beta in SMOOTHING:
+            visits = one_step(run, "adamw2", beta)
+            scores[f"smoothed {beta}"] = visits["smoothed"][:, 0].astype(float)
+    fresh(run)
+    began = time.process_time()
+    past = [run.training.record(step) for step in range(run.n_steps)]
+    seconds["replay"] = time.process_time() - began
+    scores["gradient dot, last model"] = last_dot(run)
+    for horizon in numbers(run.cfg.horizons, int):
+        name = f"hindsight, {horizon} steps" if horizon else "hindsight"
+        began = time.process_time()
+        values, norms[name] = sweep(run, past, horizon)
+        seconds[name] = time.process_time() - began
+        scores[name] = values.ravel()
+    scores["BM25"] = bm25(run)
+    return scores, norms, seconds
+
+
+def last_dot(run):
+    """<gradient of the chunk, gradient of the target> at the last weights, for each visit."""
+    gradient = run.target_gradient()
+    weights = run.training.weights
+    e = 1e-3 * hindsight.norm([p.data for p in weights.params]) / hindsight.norm(gradient)
+    losses = []
+    for sign in (1, -1):
+        places = torch._foreach_add(
+            [p.data for p in weights.params], gradient, alpha=float(sign * e)
+        )
+        with weights.at(places), torch.no_grad():
+            of_step = [run.chunk_losses(*run.batch(step)[1:]) for step in range(run.n_steps)]
+        losses.append(torch.cat(of_step))
+    return ((losses[0] - losses[1]) / float(2 * e)).numpy()
+
+
+def bm25(run):
+    """Each visit's chunk against all words of the target."""
+    from rank_bm25 import BM25Okapi
+
+    ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
+    chunks = [bytes(row).decode(errors="replace").split() for row in run.rows[ids].astype(np.uint8)]
+    query = " ".join(
+        bytes(row).decode(errors="replace") for row in run.targets[0].rows.astype(np.uint8)
+    ).split()
+    return BM25Okapi(chunks, k1=1.5, b=0.75).get_scores(query)
+
+
+# --- the truth ------------------------------------------------------------------------
+
+
+def truths(run):
+    """{fraction: (sets, the losses' rises without each (n_sets, 2))}."""
+    fresh(run)
+    for step in range(run.first):
+        run.training.take(step)
+    state = state_of(run.training)
+    train_without(run.training, state, (), run.first, run.n_steps)
+    with_all = run.losses()
+    visits = np.arange(run.first * run.cfg.batch_size, run.n_steps * run.cfg.batch_size)
+    found = {}
+    for part in run.cfg.fractions.split(","):
+        fraction, n_sets = part.split(":")
+        sets = draw_sets(int(n_sets), visits, float(fraction), run.seed)
+        rises = []
+        for left_out in sets:
+            train_without(run.training, state, left_out, run.first, run.n_steps)
+            rises.append(run.losses() - with_all)
+        found[float(fraction)] = (sets, np.array(rises))
+    return found, with_all
+
+
+def job(settings, setting, seed, init):
+    """One run, its scores and its truth, to a file. Returns a row about it."""
+    cfg = Config(**settings)
+    run = Run(cfg, setting, seed, init)
+    arrays = {}
+    seconds = {}
+    if not init:
+        scores, norms, seconds = scores_of(run)
+        arrays.update({f"score/{name}": values for name, values in scores.items()})
+        arrays.update({f"norm/{name}": values for name, values in norms.items()})
+        ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
+        arrays["is_junk"] = run.is_junk[ids]
+    found, with_all = truths(run)
+    for fraction, (sets, rises) in found.items():
+        arrays[f"sets/{fraction}"] = np.stack(sets)
+        arrays[f"rises/{fraction}"] = rises
+    np.savez_compressed(file_of(cfg, setting, seed, init), **arrays)
+    return [dict(setting=setting, seed=seed, init=init, losses=with_all.tolist(), seconds=seconds)]
+
+
+def file_of(cfg, setting, seed, init=0):
+    twin = "-twin" if init else ""
+    return Path(cfg.out, f"{setting}-{seed}{twin}.npz")
+
+
+def compute(cfg):
+    text_of(cfg, cfg.settings.split(",")[0], 1)  # prepares the chunks once, refuses what is missing
+    settings = {**vars(cfg), "quick": False}
+    jobs = []
+    for setting in cfg.settings.split(","):
+        jobs += [(settings, setting, seed, 0) for seed in numbers(cfg.seeds, int)]
+    for setting in cfg.settings.split(","):
+        jobs += [(settings, setting, seed, 1) for seed in numbers(cfg.twins or "0", int) if seed]
+    side_by_side(job, jobs, Path(cfg.out, "rows.jsonl"), cfg.workers)
+
+
+def main(cfg):
+    if cfg.part == "all":
+        begin(cfg)
+        compute(cfg)
+
+
+if __name__ == "__main__":
+    config.main(lambda: main(config.load(Config)))
