@@ -62,7 +62,7 @@ class Training:
     def take(self, number, left_out=()):
         """Takes a step, without some slots of its batch: a chunk left out adds nothing to the
         gradient, which is still divided by B. Returns the batch's ids (B,), the losses of this
-        process's chunks (b,) before the step, and kappa."""
+        process's chunks (b,) before the step, kappa, and the gradients that the optimizer took."""
         lr = self.lr(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -70,14 +70,13 @@ class Training:
         share = np.ones(self.n_chunks)
         share[list(left_out)] = 0
         losses = self.backward(X, Y, share)
-        gradients = parallel.add([p.grad for p in self.weights.params])
-        self.weights.set_gradients(gradients)
+        self.weights.set_gradients(parallel.add(self.weights.take_gradients()))
         clip_coef = 1.0
         if self.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(self.weights.params, self.grad_clip)
             clip_coef = float((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
-        return ids, losses, clip_coef
+        return ids, losses, clip_coef, self.weights.take_gradients()
 
     def backward(self, X, Y, share=None):
         """Adds the gradient of the batch's mean loss to the parameters' .grad: this process's part
@@ -96,8 +95,7 @@ class Training:
         """Takes a step. Returns it as a Past."""
         rng = rng_state()
         before = copied(p.data for p in self.weights.params)
-        ids, losses, clip_coef = self.take(number)
-        gradients = self.weights.take_gradients()
+        ids, losses, clip_coef, gradients = self.take(number)
         moments = []
         for p in self.weights.params:
             state = self.optimizer.state.get(p, {})
