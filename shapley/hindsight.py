@@ -57,20 +57,26 @@ def back(training, past, adjoint, epsilon=EPSILON):
     adjoint: of the state that the step left; becomes, in place, that of the state before it.
     Returns the values (b,) of this process's chunks, nats, float64.
     """
-    if past.moments:
-        a = through_adamw(training.weights, past, adjoint)
-    else:
-        a = through_sgd(training.weights, past, adjoint)
-    h = through_clipping(training.grad_clip, past, a)
+    h = direction(training, past, adjoint)
     values, curvature = differences(training, past, h, epsilon)
     torch._foreach_add_(adjoint.w, curvature)
     return values
 
 
+def direction(training, past, adjoint):
+    """Takes an adjoint back through a step, in place, but for what the batch's gradient brings.
+    Returns the adjoint of that gradient, one tensor a parameter: the step's direction h."""
+    if past.moments:
+        a = through_adamw(training.weights, past, adjoint)
+    else:
+        a = through_sgd(training.weights, past, adjoint)
+    return through_clipping(training.grad_clip, past, a)
+
+
 @torch.no_grad()
 def through_adamw(weights, past, adjoint):
-    """Takes an adjoint back through AdamW's update, but for what the gradient brings. Returns the
-    adjoint of the gradient that the optimizer took, one tensor a parameter."""
+    """Takes an adjoint back through AdamW's update. Returns the adjoint of the gradient that the
+    optimizer took, one tensor a parameter."""
     a = []
     for i, p in enumerate(weights.params):
         group = weights.groups[p]
