@@ -44,8 +44,8 @@ LOSSES = ("float32", "float64 means", "float64 cross-entropy")
 class Config:
     data: str = "data/differences"  # the prepared chunks, made when missing
     out: str = "out/differences"
-    epsilons: str = "1e-4,2e-4,3e-4,5e-4,7e-4,1e-3,1.5e-3,2e-3,3e-3,5e-3,1e-2"
-    iters: int = 200
+    epsilons: str = "1e-5,2e-5,5e-5,1e-4,1.5e-4,2e-4,3e-4,5e-4,1e-3,2e-3,5e-3,1e-2"
+    iters: int = 600
     segment: int = 20  # steps that are taken back, at either end of the run
     block_size: int = 64
     batch_size: int = 8

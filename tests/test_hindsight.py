@@ -51,7 +51,6 @@ def test_steps_back_find_what_differentiating_the_whole_training_finds(options):
     assert all(is_clipped) if run.grad_clip == 0.5 else not any(is_clipped)
     for k in range(2):
         values = run.sweep(past, run.target_gradient(k), epsilon=1e-5)
-        print("DIST", options, distance(values, truth[..., k]))
         assert distance(values, truth[..., k]) < 1e-6
 
 
@@ -130,7 +129,6 @@ def test_differences_in_float32_are_within_a_thousandth_of_derivatives(kind, gra
     values = run.sweep(past, gradient)
     twin = Run(kind=kind, grad_clip=grad_clip)
     truth = twin.sweep(*bench.in_float64(past, gradient), back=bench.exact_back)
-    print("DIST32", kind, grad_clip, distance(values, truth))
     assert distance(values, truth) < 1e-3
 
 

@@ -27,9 +27,11 @@ class Run:
         lr=None,
         pool=40,
         n_steps=6,
+        n_chunks=B,
     ):
-        """pool: chunks that the batches are drawn from."""
-        self.n_steps, self.grad_clip, self.micro_batch = n_steps, grad_clip, micro_batch
+        """pool: chunks that the batches are drawn from. n_chunks: of a batch."""
+        self.n_steps, self.n_chunks = n_steps, n_chunks
+        self.grad_clip, self.micro_batch = grad_clip, micro_batch
         torch.manual_seed(0)
         sizes = dict(block_size=T + 2, vocab_size=VOCAB, n_layer=2, n_head=2, n_embd=16)
         self.model = GPT(GPTConfig(**sizes, dropout=dropout, bias=False)).to(dtype)
@@ -42,14 +44,14 @@ class Run:
             self.optimizer = torch.optim.SGD(self.optimizer.param_groups)
             self.peak = lr or 0.5
         what = (self.model, self.optimizer, self.chunk_losses, self.batch, self.lr)
-        self.training = Training(*what, B, grad_clip, micro_batch)
+        self.training = Training(*what, n_chunks, grad_clip, micro_batch)
 
     def lr(self, step):
         """It warms up."""
         return self.peak * min(1, (step + 1) / 4)
 
     def batch(self, step):
-        ids = np.random.default_rng(step).choice(len(self.rows), B, replace=False)
+        ids = np.random.default_rng(step).choice(len(self.rows), self.n_chunks, replace=False)
         return ids, self.rows[ids, :-1], self.rows[ids, 1:]
 
     def chunk_losses(self, X, Y):
