@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from trainings import B, Run, distance
+from trainings import Run, distance
 
 from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_without
 from shapley.replay import state_of
