@@ -55,11 +55,11 @@ class Run:
         return ids, self.rows[ids, :-1], self.rows[ids, 1:]
 
     def chunk_losses(self, X, Y):
-        """Means in float64."""
+        """In float64 from the logits on."""
         X, Y = torch.as_tensor(X), torch.as_tensor(Y)
         logits, _ = self.model(X, Y)
-        losses = F.cross_entropy(logits.flatten(0, 1), Y.flatten(), reduction="none")
-        return losses.view(Y.shape).double().mean(1)
+        losses = F.cross_entropy(logits.double().flatten(0, 1), Y.flatten(), reduction="none")
+        return losses.view(Y.shape).mean(1)
 
     def steps(self):
         """As exact.hindsight takes them."""
