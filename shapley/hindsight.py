@@ -128,11 +128,11 @@ def differences(training, past, h, epsilon):
     if size == 0:
         return torch.zeros(len(past.losses), dtype=torch.float64), [torch.zeros_like(x) for x in h]
     e = float(epsilon * norm(past.weights) / size)
-    forth = torch._foreach_add(past.weights, h, alpha=e)
-    gradient, losses = training.gradient_at(forth, past)
-    back = torch._foreach_add(past.weights, h, alpha=-e)
-    gradient_back, losses_back = training.gradient_at(back, past)
-    torch._foreach_sub_(gradient, gradient_back)
-    torch._foreach_div_(gradient, 2 * e)
-    values = (losses_back.double() - losses.double()) / (2 * e * training.n_chunks)
-    return values, gradient
+    ahead = torch._foreach_add(past.weights, h, alpha=e)
+    curvature, losses_ahead = training.gradient_at(ahead, past)
+    behind = torch._foreach_add(past.weights, h, alpha=-e)
+    gradient_behind, losses_behind = training.gradient_at(behind, past)
+    torch._foreach_sub_(curvature, gradient_behind)
+    torch._foreach_div_(curvature, 2 * e)
+    drops = losses_behind.double() - losses_ahead.double()
+    return drops / (2 * e * training.n_chunks), curvature
