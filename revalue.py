@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 import config
+import lookback
 import train
 from data import open_dataset, parse_targets
 from shapley import ghost
@@ -76,6 +77,13 @@ class Config:
     targets: str = ""
     name: str = ""  # of the folder under <run>/revalued; empty: the targets' names
     replay: bool = False  # train again and be exact, instead of walking the checkpoints
+    hindsight: bool = False  # what each visit did for the model at the end of the run
+    horizon: int = 0  # of hindsight: steps that it looks ahead; 0: to the end
+    # of hindsight: train again so many times without a random set of visits, and say how well it
+    # predicts what that does to the targets' losses
+    check: int = 0
+    check_fraction: float = 0.02  # the share of the visits in such a set
+    memory: float = 0.0  # of hindsight: GB for the steps it holds; 0: a quarter of the device's
     start: int = 0  # the first step to value; with --replay a checkpoint's
     end: int = 0  # the step after the last; 0: the newest checkpoint's
     target_batch: int = 64  # of a walk: chunks that speak for each target, the same all along
@@ -85,7 +93,9 @@ class Config:
     device: str = ""  # empty: the run's
 
     def __post_init__(self):
-        config.check(self, at_least={"target_batch": 1, "start": 0, "end": 0})
+        config.check(
+            self, at_least={"target_batch": 1, "start": 0, "end": 0, "horizon": 0, "memory": 0}
+        )
         if self.name:
             files.plain_name(self.name, "name")
 
@@ -117,6 +127,8 @@ def revalue(cfg):
     else:
         check_run_targets(original, targets)
     name = cfg.name or files.name_for("+".join(target.name for target in targets))
+    if cfg.hindsight and not cfg.name:
+        name += f"-hindsight-{cfg.horizon}" if cfg.horizon else "-hindsight"
     folder = original.path / "revalued" / name
     end = cfg.end or original.last
     if not 0 <= cfg.start < end <= original.last:
@@ -125,20 +137,32 @@ def revalue(cfg):
         raise UserError(f"--start={cfg.start} --end={end}: {what}: {wanted}")
     if folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
         raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
-    if is_done(folder) and not cfg.overwrite:
+    if is_done(folder) and not cfg.overwrite and not cfg.check:
         ways = "--overwrite makes them again, --name=... puts these elsewhere"
         raise UserError(f"{folder} holds values already: {ways}")
     about = {
         "of": str(original.path),
-        "method": "replay" if cfg.replay else "walk",
+        "method": method(cfg),
         "targets": [target.name for target in targets],
     }
+    if cfg.hindsight:
+        if cfg.overwrite or not is_done(folder):
+            lookback.look_back(cfg, original, data, targets, folder, end, about)
+        if cfg.check:
+            lookback.check(cfg, original, data, targets, folder)
+        return folder
     work = replay if cfg.replay else walk
     approximate = work(cfg, original, data, targets, folder, end, about)
     info = files.read_json(folder / "values.json", "type it again")
     info.update(of=about["of"], method=about["method"], approximate=approximate)
     files.write_json(folder / "values.json", info)
     return folder
+
+
+def method(cfg):
+    if cfg.hindsight:
+        return "hindsight"
+    return "replay" if cfg.replay else "walk"
 
 
 def read(cfg):

@@ -35,19 +35,14 @@ import config
 from data import Target, global_batch
 from experiments.common import (
     begin,
-    finish,
-    markdown,
     numbers,
     prepare,
-    pyplot,
-    save_figure,
     set_options,
-    shown,
     side_by_side,
 )
 from model import GPT, GPTConfig
 from shapley import hindsight
-from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_without
+from shapley.counterfactual import draw_sets, train_without
 from shapley.replay import Training, state_of
 from shapley.targets import Targets
 from system.errors import UserError

@@ -17,6 +17,7 @@ their means: in bfloat16 the differences drown in rounding.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shapley.replay import copied
@@ -42,6 +43,19 @@ class Adjoint:
     def norm(self):
         """|dL/dw|, a float."""
         return float(norm(self.w))
+
+
+EXPLODED = 10.0  # times the median
+
+
+def early(norms):
+    """Which steps come before the adjoint explodes: in the first steps of a training everything
+    depends on everything, and what a visit did there is no matter of its gradient any more.
+
+    norms: |dL/dw| by step (n, K). Returns bool (n, K): every step up to the last whose norm is more
+    than EXPLODED times the median."""
+    is_large = norms > EXPLODED * np.median(norms, axis=0)
+    return np.flip(np.logical_or.accumulate(np.flip(is_large, 0), 0), 0)
 
 
 def norm(tensors):

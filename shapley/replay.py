@@ -44,15 +44,26 @@ class Training:
     """See the module's docstring."""
 
     def __init__(
-        self, model, optimizer, chunk_losses, batch, lr, n_chunks, grad_clip=0.0, micro_batch=0
+        self,
+        model,
+        optimizer,
+        chunk_losses,
+        batch,
+        lr,
+        n_chunks,
+        grad_clip=0.0,
+        micro_batch=0,
+        precise_losses=None,
     ):
         """optimizer: torch's AdamW, or its SGD without momentum. chunk_losses(X, Y) -> each chunk's
         mean token loss (b,), with its graph; float64 is best, for hindsight looks at differences.
         batch(step) -> ids (B,), X, Y (B, ...), a function of the step alone; lr(step) -> its
         learning rate. n_chunks: B. micro_batch: chunks of one forward and backward; 0: all of this
-        process."""
+        process. precise_losses: chunk_losses for differences, where those of the steps are of
+        lower precision."""
         self.weights = Weights(model, optimizer)
         self.optimizer, self.chunk_losses = optimizer, chunk_losses
+        self.precise_losses = precise_losses or chunk_losses
         self.batch, self.lr, self.n_chunks, self.grad_clip = batch, lr, n_chunks, grad_clip
         self.mine = parallel.mine(n_chunks)
         self.micro_batch = micro_batch or self.mine.stop - self.mine.start
@@ -69,7 +80,7 @@ class Training:
         ids, X, Y = self.batch(number)
         share = np.ones(self.n_chunks)
         share[list(left_out)] = 0
-        losses = self.backward(X, Y, share)
+        losses = self.backward(self.chunk_losses, X, Y, share)
         self.weights.set_gradients(parallel.add(self.weights.take_gradients()))
         clip_coef = 1.0
         if self.grad_clip:
@@ -78,14 +89,14 @@ class Training:
         self.optimizer.step()
         return ids, losses, clip_coef, self.weights.take_gradients()
 
-    def backward(self, X, Y, share=None):
+    def backward(self, chunk_losses, X, Y, share=None):
         """Adds the gradient of the batch's mean loss to the parameters' .grad: this process's part
         of it. X, Y, share: of the whole batch. Returns this process's losses (b,), no graph."""
         share = np.ones(self.n_chunks) if share is None else share
         of_chunk = []
         for start in range(self.mine.start, self.mine.stop, self.micro_batch):
             rows = slice(start, min(start + self.micro_batch, self.mine.stop))
-            losses = self.chunk_losses(X[rows], Y[rows])
+            losses = chunk_losses(X[rows], Y[rows])
             weight = torch.as_tensor(share[rows], dtype=losses.dtype, device=losses.device)
             ((losses * weight).sum() / self.n_chunks).backward()
             of_chunk.append(losses.detach())
@@ -109,7 +120,7 @@ class Training:
         process's chunks there (b,), with the random numbers of the step as it was."""
         _, X, Y = self.batch(past.number)
         with self.weights.at(places), replaying(past.rng):
-            losses = self.backward(X, Y)
+            losses = self.backward(self.precise_losses, X, Y)
             gradients = parallel.add(self.weights.take_gradients())
         return gradients, losses
 

@@ -19,6 +19,8 @@ RUN_FILES = ["config.json", "ckpt.pt", "ckpt-*.pt", "values.npy", "values.json",
 RUN_FILES += ["books.npy", "audit.npy", "evaluations.jsonl", "chunks.npy"]
 REVALUATION = "revaluation.json"  # revalue.py writes it first into every folder it makes
 REVALUATION_FILES = [*RUN_FILES, REVALUATION, "lock", "*.tmp", "report.html"]
+# of hindsight: its own records, and what it has until it is done (lookback.py)
+REVALUATION_FILES += ["adjoint.npy", "check.npz", "sweep.pt", "state-*.pt", "segment-*.npz"]
 
 
 class RunFolder:

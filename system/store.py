@@ -5,6 +5,8 @@
     books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN:
                  not computed)
     audit.npy    one record an audited step: per target how close its values came to the truth
+    adjoint.npy  of hindsight, one record a step: |dL/dw| per target, L its loss at the run's end, w
+                 the weights that the step left
     values.npy   float32 (n_chunks, K): the sum of the ledger's rows, chunk by chunk, for each of K
                  targets, in their order in values.json; NaN = never used
     values.json  sign, unit, rule, the targets, the committed step, the checksums of the files above
@@ -79,6 +81,11 @@ def book_dtype(K):
 def audit_dtype(K):
     """Of audit.npy."""
     return np.dtype([("step", "<i4")] + [(name, "<f4", (K,)) for name in AUDIT_ENTRIES])
+
+
+def adjoint_dtype(K):
+    """Of adjoint.npy."""
+    return np.dtype([("step", "<i4"), ("norm", "<f4", (K,))])
 
 
 def record(dtype, entries):

@@ -15,15 +15,28 @@ class Writer:
     (n_chunks,). Of several processes only the first one has a Writer.
     """
 
-    def __init__(self, run, n_chunks, n_targets=1, audits=False, about=None, step=0, counted=None):
-        """run: the folder. audits: whether there will be an audit.npy. about: further entries of
-        values.json. step, counted: where a run goes on, and what Writer.counted() said there."""
+    def __init__(
+        self,
+        run,
+        n_chunks,
+        n_targets=1,
+        audits=False,
+        about=None,
+        step=0,
+        counted=None,
+        adjoints=False,
+    ):
+        """run: the folder. audits, adjoints: whether there will be an audit.npy, an adjoint.npy.
+        about: further entries of values.json. step, counted: where a run goes on, and what
+        Writer.counted() said there."""
         self.run, self.n_targets = Path(run), n_targets
         self.run.mkdir(parents=True, exist_ok=True)
         self.about = about or {}
         dtypes = {"ledger": store.visit_dtype(n_targets), "books": store.book_dtype(n_targets)}
         if audits:
             dtypes["audit"] = store.audit_dtype(n_targets)
+        if adjoints:
+            dtypes["adjoint"] = store.adjoint_dtype(n_targets)
         self.records = {}
         for name, dtype in dtypes.items():
             path = self.run / f"{name}.npy"
@@ -36,13 +49,14 @@ class Writer:
         if (self.run / "chunks.npy").is_file():
             self.checksums["chunks.npy"] = crc32(self.run / "chunks.npy")
 
-    def add(self, visits, books, audit):
-        """Arrays of records, in the order of the steps; audit may be None. They are on disk after
-        the next commit."""
+    def add(self, visits, books, audit=None, adjoint=None):
+        """Arrays of records, in the order of the steps. They are on disk after the next commit."""
         self.records["ledger"].pending.append(visits)
         self.records["books"].pending.append(books)
         if audit is not None:
             self.records["audit"].pending.append(audit)
+        if adjoint is not None:
+            self.records["adjoint"].pending.append(adjoint)
         store.add_visits(visits, self.total, self.used)
 
     def counted(self):
