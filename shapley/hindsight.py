@@ -53,8 +53,10 @@ def early(norms):
     depends on everything, and what a visit did there is no matter of its gradient any more.
 
     norms: |dL/dw| by step (n, K). Returns bool (n, K): every step up to the last whose norm is more
-    than EXPLODED times the median."""
-    is_large = norms > EXPLODED * np.median(norms, axis=0)
+    than EXPLODED times the median, or no finite number."""
+    is_finite = np.isfinite(norms)
+    median = np.nanmedian(np.where(is_finite, norms, np.nan), axis=0)
+    is_large = ~is_finite | (norms > EXPLODED * median)
     return np.flip(np.logical_or.accumulate(np.flip(is_large, 0), 0), 0)
 
 

@@ -2,6 +2,7 @@
 training finds (exact.py); and a training can be put back and taken again to the bit."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainings import B, Run, distance
 
 from bench import differences as bench
-from shapley import exact
+from shapley import exact, hindsight
 from shapley.replay import put_back, state_of
 from system import parallel
 
@@ -114,6 +115,27 @@ def test_a_step_back_changes_neither_weights_nor_random_numbers():
     for before, p in zip(weights, run.model.parameters()):
         assert torch.equal(before, p)
         assert p.grad is None
+
+
+# --- explosion ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "norms, n_early",
+    [
+        ([1, 2, 1, 2, 1], 0),
+        ([500, 30, 1, 2, 1], 2),
+        ([1, 1, 30, 2, 1, 1, 1], 3),  # what is before an explosion went through it
+        ([math.nan, math.inf, 30, 2, 1, 1, 1], 3),
+        ([math.nan, math.nan, 1, 1], 2),
+    ],
+)
+def test_steps_up_to_the_last_large_adjoint_are_early(norms, n_early):
+    """For each target by itself."""
+    calm = np.ones(len(norms))
+    found = hindsight.early(np.stack([norms, calm], 1))
+    assert found[:, 0].tolist() == [True] * n_early + [False] * (len(norms) - n_early)
+    assert not found[:, 1].any()
 
 
 # --- float32 ------------------------------------------------------------------
