@@ -4,6 +4,9 @@
     python revalue.py out/demo --targets=mine=notes.txt --replay    exact: train again
     python revalue.py out/demo --targets=mine=notes.txt --replay --start=500
     python revalue.py out/demo --repair              makes again what is damaged of the run's files
+    python revalue.py out/demo --hindsight           for the model that came out in the end
+    python revalue.py out/demo --hindsight --check=40      and train without some, as a proof
+    torchrun --nproc_per_node=2 revalue.py out/demo --hindsight
 
 Leaves out/demo/revalued/mine, which values.py and report.py read as they read a run. Its
 values.json says what is approximate.
@@ -17,6 +20,11 @@ A replay is train.py's own loop, through the same steps or from a checkpoint's o
 order of chunks and all randomness are functions of the step, so on the same machine the weights go
 the same way to the bit. The ledger's losses are held against the run's to prove it. It costs what
 the training did.
+
+Hindsight is another question (lookback.py): not what a chunk did in its step, but what it did for
+the model at the run's end. Its values rank chunks, and their sum is about 0. It costs a forward and
+backward of every step, and two more for each target. --hindsight may be killed and typed again. The
+check trains again from the first visit that may be left out, --check times.
 
 A repair trains again through the steps whose rows are damaged, from the checkpoint before them. It
 puts rows back where their checksum shows that they are the same to the bit. The rest is made from
@@ -38,7 +46,7 @@ import lookback
 import train
 from data import open_dataset, parse_targets
 from shapley import ghost
-from system import files, store
+from system import files, parallel, store
 from system.checkpoints import (
     Checkpoints,
     check_targets,
@@ -93,11 +101,22 @@ class Config:
     device: str = ""  # empty: the run's
 
     def __post_init__(self):
+        if self.hindsight and (self.replay or self.repair):
+            raise UserError(
+                "--hindsight, --replay and --repair are three things: write one of them"
+            )
+        if not self.hindsight and (self.horizon or self.check or self.memory):
+            raise UserError("--horizon, --check and --memory are of hindsight: add --hindsight")
+        if 0 < self.check < 4:
+            raise UserError(f"--check={self.check}: write at least 4, for a correlation")
         config.check(
-            self, at_least={"target_batch": 1, "start": 0, "end": 0, "horizon": 0, "memory": 0}
+            self, at_least=AT_LEAST, above={"check_fraction": 0}, below={"check_fraction": 1}
         )
         if self.name:
             files.plain_name(self.name, "name")
+
+
+AT_LEAST = {"target_batch": 1, "start": 0, "end": 0, "horizon": 0, "memory": 0, "check": 0}
 
 
 @dataclass
@@ -124,7 +143,7 @@ def revalue(cfg):
         for target in targets:
             for note in target.notes:
                 say(note)
-    else:
+    elif original.options.rule != "off":
         check_run_targets(original, targets)
     name = cfg.name or files.name_for("+".join(target.name for target in targets))
     if cfg.hindsight and not cfg.name:
@@ -172,13 +191,18 @@ def read(cfg):
         what = cfg.run or "no run given"
         raise UserError(f"{what}: name the folder of a run, as out/<the config's name>")
     options = config.load(train.Config, [str(path / "config.json")])
-    if options.rule == "off":
-        raise UserError(f"{path} was trained with --rule=off: train it with another --rule")
+    if options.rule == "off" and not cfg.hindsight:
+        cure = "train it with another --rule, or look back with --hindsight"
+        raise UserError(f"{path} was trained with --rule=off: {cure}")
     options.targets = cfg.targets or options.targets
     options.data_dir = cfg.data_dir or options.data_dir
     options.device = cfg.device or options.device
-    options.shard = options.wandb_log = False  # here is one process
+    options.shard = options.wandb_log = False
     check_system(options)
+    if cfg.hindsight:
+        options.device = parallel.start(options.device)
+    elif "RANK" in os.environ:
+        raise UserError("only --hindsight is for several processes: leave out torchrun")
     paths = find_checkpoints(path)
     if not paths:
         steps = min(options.checkpoint_interval, options.max_iters)
@@ -233,6 +257,7 @@ def replay(cfg, original, data, targets, folder, end, about):
         out_dir=str(folder),
         max_iters=end,
         keep_checkpoints=1,
+        hindsight=False,
         eval_interval=0,
         audit_interval=0,
         init_from="scratch" if anew else "auto",
@@ -340,6 +365,7 @@ def replay_steps(folder, original, first, end):
         out_dir=str(folder),
         max_iters=end,
         keep_checkpoints=1,
+        hindsight=False,
         eval_interval=0,
         init_from="scratch",
         overwrite=True,
@@ -500,15 +526,23 @@ def walk(cfg, original, data, targets, folder, end, about):
     return f"weights and moments are those of the nearest checkpoint (steps {steps})"
 
 
-def query(run, text):
-    """A text (str) as the target of a walk of the run (show.run.Run) -> the folder with its values:
-    made once for a text and newest checkpoint."""
+def query(run, text, hindsight=False):
+    """A text (str) as the target of a walk of the run (show.run.Run), or of hindsight -> the folder
+    with its values: made once for a text and newest checkpoint."""
     name = "query-" + hashlib.sha256(text.encode()).hexdigest()[:12]
     path = run.path / "revalued" / (name + ".txt")
-    targets = f"query={with_commas(str(path))}"
-    cfg = Config(str(run.path), targets, name, overwrite=True, data_dir=str(run.data.path))
+    if hindsight:
+        name += "-hindsight"
+    cfg = Config(
+        run=str(run.path),
+        targets=f"query={with_commas(str(path))}",
+        name=name,
+        hindsight=hindsight,
+        overwrite=True,
+        data_dir=str(run.data.path),
+    )
     last = read(cfg).last
-    folder = path.with_suffix("")
+    folder = path.with_name(name)
     if is_revaluation(folder) and is_done(folder):
         info = files.read_json(folder / "values.json", "", {"committed_step": int})
         if info["committed_step"] == last:
@@ -552,9 +586,11 @@ def main(cfg):
     if cfg.repair:
         return repair(cfg)
     folder = revalue(cfg)
+    if parallel.rank():
+        return
     following = command("python", "values.py", "top", str(folder))
     say(f"values for {cfg.targets or 'its own targets'} -> {folder}; next: {following}")
 
 
 if __name__ == "__main__":
-    config.main(lambda: main(config.load(Config)))
+    config.main(lambda: main(config.load(Config)), leave=parallel.leave)
