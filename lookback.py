@@ -133,7 +133,7 @@ class Rerun:
         """Each chunk's mean token loss (b,), float64: in float32 the mean would be rounded."""
         x, y = self.to_device(X, Y)
         with torch.amp.autocast(self.device_type, torch.bfloat16, enabled=is_low):
-            logits, _ = self.model(x, y)
+            logits = self.model.lm_head(self.model.features(x))
             of_token = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
         return of_token.view(y.shape).double().mean(1)
 

@@ -190,14 +190,8 @@ class GPT(nn.Module):
         elif isinstance(module, nn.Embedding):
             torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
-    def forward(self, idx, targets=None, ledger=None):
-        """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger
-        (B, K) zeros that require grad, or None.
-
-        Returns logits (B, T, vocab_size), and the mean token loss in nats. Without targets the
-        logits are (B, 1, vocab_size). Where the head works chunk by chunk (shapley/head.py) they
-        are None.
-        """
+    def features(self, idx, ledger=None):
+        """What the head sees of each token: (B, T, n_embd), of idx (B, T) int64."""
         device = idx.device
         b, t = idx.size()
         if t > self.config.block_size:
@@ -207,13 +201,23 @@ class GPT(nn.Module):
         if ledger is not None:
             pos = pos.expand(b, t)  # a chunk's use of wpe is its own
 
-        # forward the GPT model itself
         tok_emb = self.transformer.wte(idx, ledger)  # token embeddings of shape (b, t, n_embd)
         pos_emb = self.transformer.wpe(pos, ledger)  # position embeddings of shape (t, n_embd)
         x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
             x = block(x, ledger)
-        x = self.transformer.ln_f(x, ledger)
+        return self.transformer.ln_f(x, ledger)
+
+    def forward(self, idx, targets=None, ledger=None):
+        """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger
+        (B, K) zeros that require grad, or None.
+
+        Returns logits (B, T, vocab_size), and the mean token loss in nats. Without targets the
+        logits are (B, 1, vocab_size). Where the head works chunk by chunk (shapley/head.py) they
+        are None.
+        """
+        # forward the GPT model itself
+        x = self.features(idx, ledger)
 
         if targets is None:
             # inference-time mini-optimization: only forward the lm_head on the very last position
@@ -230,7 +234,7 @@ class GPT(nn.Module):
             # if we are given some desired targets also calculate the loss
             loss = F.cross_entropy(flat_logits, flat_targets, ignore_index=-1)
             return logits, loss
-        token_loss = F.cross_entropy(flat_logits, flat_targets, reduction="none").view(b, t)
+        token_loss = F.cross_entropy(flat_logits, flat_targets, reduction="none").view(idx.shape)
         self.chunk_loss = token_loss.detach().mean(1)
         return logits, token_loss.mean()
 

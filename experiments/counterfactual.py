@@ -29,20 +29,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from scipy import stats
 from torch.nn import functional as F
 
 import config
 from data import Target, global_batch
 from experiments.common import (
     begin,
+    finish,
+    markdown,
     numbers,
     prepare,
+    pyplot,
+    save_figure,
     set_options,
+    shown,
     side_by_side,
 )
 from model import GPT, GPTConfig
 from shapley import hindsight
-from shapley.counterfactual import draw_sets, train_without
+from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_without
 from shapley.replay import Training, state_of
 from shapley.targets import Targets
 from system.errors import UserError
@@ -444,10 +450,145 @@ def compute(cfg):
     side_by_side(job, jobs, Path(cfg.out, "rows.jsonl"), cfg.workers)
 
 
+# --- tables and figures -----------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What a job left: of a setting and a seed."""
+
+    setting: str
+    seed: int
+    arrays: dict
+
+    def of_kind(self, kind):
+        """{name: array} of the arrays whose name begins with kind/."""
+        prefix = kind + "/"
+        return {
+            name.removeprefix(prefix): array
+            for name, array in self.arrays.items()
+            if name.startswith(prefix)
+        }
+
+    def scores(self):
+        """{name: score of each visit}: as computed, and hindsight treated where it explodes."""
+        scores = self.of_kind("score")
+        norms = self.of_kind("norm")["hindsight"]
+        values = scores["hindsight"].reshape(len(norms), -1)
+        is_early = hindsight.early(norms[:, None])
+        bound = hindsight.EXPLODED * np.median(norms)
+        scores["hindsight, early steps left out"] = (values * ~is_early).ravel()
+        scores["hindsight, damped"] = (values * np.minimum(1, bound / norms)[:, None]).ravel()
+        return scores
+
+
+def read_found(cfg, is_twin=False):
+    """What is there of the settings and seeds asked for."""
+    found = []
+    for setting in cfg.settings.split(","):
+        for seed in numbers(cfg.seeds, int):
+            path = file_of(cfg, setting, seed, is_twin)
+            if path.exists():
+                found.append(Found(setting, seed, dict(np.load(path))))
+    if not found and not is_twin:
+        raise UserError(f"no results in {cfg.out}: leave out --part=report")
+    return found
+
+
+def agreements(found, fraction):
+    """{score: its Agreement with the rise of the target's loss, and of the held-out loss}."""
+    sets, rises = found.arrays[f"sets/{fraction}"], found.arrays[f"rises/{fraction}"]
+    agreed = {}
+    for name, score in found.scores().items():
+        predicted = sums_of_sets(score, sets)
+        agreed[name] = [agreement(predicted, rises[:, k]) for k in range(2)]
+    return agreed
+
+
+def auroc(score, is_junk):
+    """Of a junk visit having a lower score than another."""
+    wins = stats.mannwhitneyu(-score[is_junk], -score[~is_junk]).statistic
+    return float(wins / is_junk.sum() / (~is_junk).sum())
+
+
+def table(cfg, setting, jobs, twins, fraction):
+    """Lines of Markdown: how well each score predicts."""
+    with_sets = [job for job in jobs if f"sets/{fraction}" in job.arrays]
+    if not with_sets:
+        return []
+    agreed = [agreements(job, fraction) for job in with_sets]
+    n_sets = len(with_sets[0].arrays[f"sets/{fraction}"])
+    seeds = ", ".join(str(job.seed) for job in with_sets)
+    lines = ["", f"### {setting}, {fraction:.0%} left out, {n_sets} sets, seeds {seeds}", ""]
+    rows = []
+    for name in agreed[0]:
+        row = [name]
+        for k in range(2):
+            row.append(shown([of_job[name][k].pearson for of_job in agreed], 2))
+        row.append(", ".join(f"{of_job[name][0].pearson:.2f}" for of_job in agreed))
+        in_nats = name.startswith(("value", "hindsight"))
+        row.append(shown([of_job[name][0].slope for of_job in agreed], 2) if in_nats else "")
+        if setting.startswith("junk"):
+            found = [auroc(job.scores()[name], job.arrays["is_junk"]) for job in with_sets]
+            row.append(shown(found, 3))
+        rows.append(row)
+    head = ["score", "LDS", "held out", "of each seed", "slope"]
+    if setting.startswith("junk"):
+        head.append("AUROC of junk")
+    lines += markdown(head, rows)
+    for job in with_sets:
+        for twin in twins:
+            if (twin.setting, twin.seed) == (setting, job.seed):
+                rises = [one.arrays[f"rises/{fraction}"][:, 0] for one in (job, twin)]
+                lines += [
+                    "",
+                    f"Seed {job.seed} and its twin agree to {np.corrcoef(*rises)[0, 1]:.2f}.",
+                ]
+    return lines
+
+
+def figure(cfg, found, path):
+    """Above, |dL/dw| by step of each seed; below, true rise against predicted."""
+    settings = list(dict.fromkeys(job.setting for job in found))
+    plt = pyplot()
+    fig, axes = plt.subplots(2, len(settings), figsize=(4 * len(settings), 7), squeeze=False)
+    for column, setting in zip(axes.T, settings):
+        for job in found:
+            if job.setting != setting:
+                continue
+            norms = job.of_kind("norm")["hindsight"]
+            column[0].semilogy(norms, label=f"seed {job.seed}")
+            fraction = next(iter(job.of_kind("sets")))
+            sets, rises = job.arrays[f"sets/{fraction}"], job.arrays[f"rises/{fraction}"]
+            predicted = sums_of_sets(job.scores()["hindsight, early steps left out"], sets)
+            column[1].plot(1e3 * predicted, 1e3 * rises[:, 0], ".")
+        column[0].set_title(setting)
+        column[0].set_xlabel("step")
+        column[1].set_xlabel("predicted rise, 1e-3 nats")
+    axes[0, 0].set_ylabel("|dL/dw|")
+    axes[1, 0].set_ylabel("true rise, 1e-3 nats")
+    axes[0, 0].legend()
+    save_figure(fig, path)
+
+
+def report(cfg):
+    found, twins = read_found(cfg), read_found(cfg, is_twin=True)
+    lines = [
+        "Correlation of predicted and true rise of the loss: mean over seeds ± standard error."
+    ]
+    for setting in dict.fromkeys(job.setting for job in found):
+        jobs = [job for job in found if job.setting == setting]
+        for part in cfg.fractions.split(","):
+            lines += table(cfg, setting, jobs, twins, float(part.split(":")[0]))
+    finish(Path(cfg.out), lines)
+    figure(cfg, found, Path(cfg.out, "counterfactual.png"))
+
+
 def main(cfg):
     if cfg.part == "all":
         begin(cfg)
         compute(cfg)
+    report(cfg)
 
 
 if __name__ == "__main__":
