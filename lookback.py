@@ -236,8 +236,14 @@ def look_back(cfg, original, data, targets, folder, end, about):
     says of it, beside what every revaluation says."""
     began = time.monotonic()
     partial = folder.with_name(folder.name + ".partial")
+    question = {
+        **about,
+        "steps": [cfg.start, end],
+        "horizon": cfg.horizon,
+        "checksums": [target.checksum() for target in targets],
+    }
     claim = Claim(partial)
-    parallel.on_rank_0(lambda: begin(partial, {**about, "steps": [cfg.start, end]}))
+    parallel.on_rank_0(lambda: begin(partial, question))
     rerun = Rerun(original, data, targets, partial)
     n_steps = rerun.steps_in(cfg.memory * GB or SHARE * memory_here(rerun.options.device))
     sweep = Sweep(rerun, end)
@@ -293,15 +299,15 @@ class Claim:
             (folder / "lock").unlink()
 
 
-def begin(partial, about):
+def begin(partial, question):
     """The folder of what is not finished. What another question left there is removed."""
     files.refuse_strangers(partial, REVALUATION_FILES, "write another --name")
     path = partial / REVALUATION
-    if not path.exists() or files.read_json(path, "remove its folder") != about:
+    if not path.exists() or files.read_json(path, "remove its folder") != question:
         for old in list(partial.iterdir()):
             if old.name != "lock":
                 old.unlink()
-        files.write_json(path, about)
+        files.write_json(path, question)
 
 
 def steps_to_lay(segments):

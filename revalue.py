@@ -165,10 +165,14 @@ def revalue(cfg):
         "targets": [target.name for target in targets],
     }
     if cfg.hindsight:
-        if cfg.overwrite or not is_done(folder):
-            lookback.look_back(cfg, original, data, targets, folder, end, about)
-        if cfg.check:
-            lookback.check(cfg, original, data, targets, folder)
+        try:
+            if cfg.overwrite or not is_done(folder):
+                lookback.look_back(cfg, original, data, targets, folder, end, about)
+            if cfg.check:
+                lookback.check(cfg, original, data, targets, folder)
+        except KeyboardInterrupt:
+            say("stopped: what was done is kept; type the same again, and it goes on")
+            raise
         return folder
     work = replay if cfg.replay else walk
     approximate = work(cfg, original, data, targets, folder, end, about)
