@@ -15,13 +15,27 @@ class Writer:
     (n_chunks,). Of several processes only the first one has a Writer.
     """
 
-    def __init__(self, run, n_chunks, n_targets=1, audits=False, about=None, step=0, counted=None):
+    def __init__(
+        self,
+        run,
+        n_chunks,
+        n_targets=1,
+        audits=False,
+        about=None,
+        step=0,
+        counted=None,
+        smoothed=False,
+    ):
         """run: the folder. audits: whether there will be an audit.npy. about: further entries of
-        values.json. step, counted: where a run goes on, and what Writer.counted() said there."""
-        self.run, self.n_targets = Path(run), n_targets
+        values.json. step, counted: where a run goes on, and what Writer.counted() said there.
+        smoothed: whether the ledger has that column (Settings.target_smoothing)."""
+        self.run, self.n_targets, self.smoothed = Path(run), n_targets, smoothed
         self.run.mkdir(parents=True, exist_ok=True)
         self.about = about or {}
-        dtypes = {"ledger": store.visit_dtype(n_targets), "books": store.book_dtype(n_targets)}
+        dtypes = {
+            "ledger": store.visit_dtype(n_targets, smoothed),
+            "books": store.book_dtype(n_targets),
+        }
         if audits:
             dtypes["audit"] = store.audit_dtype(n_targets)
         self.records = {}
