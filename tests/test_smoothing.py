@@ -1,5 +1,5 @@
-"""train.py --target_smoothing: the column `smoothed` is what the mean of the targets' gradients makes
-of it, and nothing else in a run changes by it."""
+"""train.py --target_smoothing: the column `smoothed` is what a rule makes of the mean of a target's
+gradients, and nothing else in a run changes by it."""
 
 import shutil
 
@@ -10,10 +10,15 @@ from runs import TWO_TARGETS, assert_same_run, read_bytes, run, weights
 from test_valuation import RULES, Run, relative, tokens
 from valued import smoothed
 
+import config
+import revalue
 import train
 from shapley import rules
-from system import needs, store
+from show.run import open_run
+from system import machine, needs, store
 from system.errors import UserError
+from system.files import crc32
+from valuation import Valuation
 
 BETA = 0.9
 SMOOTHED = [TWO_TARGETS, f"--target_smoothing={BETA}", "--book_interval=3", "--lr_decay_iters=12"]
@@ -71,7 +76,7 @@ def rules_x(made, X, Y):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tie", [True, False])
 def test_the_smoothed_score_equals_the_definition(monkeypatch, tmp_path, rule, tie):
-    """Two targets with other chunks at every step; clipping off and on, 1, 2 and 4 micro-batches."""
+    """Two targets, other chunks at every step; clipped and not; 1, 2 and 4 micro-batches."""
     monkeypatch.setattr(SlowMeans, "sums", {})
     monkeypatch.setattr(SlowMeans, "steps", {})
     options = {"target_smoothing": BETA, "target_sampling": "redraw", "target_batch": 2}
@@ -90,3 +95,200 @@ def test_the_smoothed_score_equals_the_definition(monkeypatch, tmp_path, rule, t
         if step:
             assert relative(values, truth) > 1e-2  # another score than the value
     assert float(made.valuation.pending[-1].clip_coef) < 1
+
+
+def given_up(made, step):
+    """A step that is begun, and left before the optimizer's. Another Valuation goes on."""
+    X, Y = tokens(made, step)
+    rows = torch.cat([X, Y[:, -1:]], 1).numpy()
+    made.valuation.begin_step(step, 1e-2, rows)
+    made.loss(X, Y, made.valuation.new_ledger(np.arange(len(X)), X, Y)).backward()
+    made.valuation.before_update(1.0)
+    made.optimizer.zero_grad()
+    given = made.valuation
+    arguments = (made.model, made.optimizer, made.loss, made.targets, given.settings)
+    made.valuation = Valuation(*arguments, step=step)  # as when a run goes on
+    made.valuation.load_state_dict(given.state_dict())
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw2"])
+def test_a_step_that_is_given_up_and_done_again_is_in_the_mean_once(tmp_path, rule):
+    options = {"target_smoothing": BETA, "target_sampling": "redraw", "target_batch": 2}
+    whole = Run(tmp_path / "whole", torch.float32, rule, K=2, **options)
+    broken = Run(tmp_path / "broken", torch.float32, rule, K=2, **options)
+    for step in range(3):
+        whole.step(step)
+        given_up(broken, step)
+        broken.step(step)
+        assert torch.equal(smoothed(broken.valuation), smoothed(whole.valuation))
+
+
+# --- in a run -----------------------------------------------------------------
+
+
+def means(out_dir):
+    """What the newest checkpoint holds of the means of the targets' gradients."""
+    return torch.load(out_dir / "ckpt.pt", weights_only=True)["valuation"]["smoothing"]
+
+
+CASES = {
+    "adamw": [],
+    "one target": ["--targets=val"],
+    "untied": ["--tie_weights=False", "--bias", "--dropout=0.1"],
+    "adamw2": ["--rule=adamw2"],
+    "one micro-batch": ["--rule=adamw2", "--batch_size=4", "--gradient_accumulation_steps=1"],
+    "adamw_linear": ["--rule=adamw_linear", "--audit_interval=6"],
+    "sgd2": ["--rule=sgd2"],
+    "sgd": ["--rule=sgd", "--optimizer=sgd", "--dropout=0.1"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_smoothing_changes_no_other_byte_of_a_run(python_data, tmp_path, case):
+    run(python_data, tmp_path / "plain", *PLAIN, *CASES[case])
+    run(python_data, tmp_path / "smoothed", *SMOOTHED, *CASES[case])
+    arrays = read_bytes(tmp_path / "smoothed")
+    expected = read_bytes(tmp_path / "plain")
+    assert arrays.keys() == expected.keys() >= {"values.npy", "books.npy", "ledger.npy"}
+    for name in arrays.keys() - {"ledger.npy"}:
+        assert arrays[name] == expected[name], name
+    visits = store.read(tmp_path / "smoothed")
+    plain = store.read(tmp_path / "plain")
+    n_targets = plain["value"].shape[1]
+    assert plain.dtype == store.visit_dtype(n_targets)
+    assert visits.dtype == store.visit_dtype(n_targets, smoothed=True)
+    for name in plain.dtype.names:
+        assert visits[name].tobytes() == plain[name].tobytes(), name
+    for name, weight in weights(tmp_path / "plain").items():
+        assert torch.equal(weights(tmp_path / "smoothed")[name], weight), name
+    # in the first step the mean is the gradient itself
+    first = visits["step"] == 0
+    assert np.allclose(visits["smoothed"][first], visits["value"][first], rtol=1e-3, atol=1e-9)
+    assert not np.allclose(visits["smoothed"][~first], visits["value"][~first], rtol=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(python_data, tmp_path_factory):
+    """A run of twelve steps with checkpoints of steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("smoothing") / "whole"
+    run(python_data, folder, *SMOOTHED, "--keep_checkpoints=5")
+    return folder
+
+
+def test_a_run_that_goes_on_ends_in_the_bytes_of_an_undisturbed_one(python_data, whole, tmp_path):
+    out = tmp_path / "run"
+    run(python_data, out, *SMOOTHED, "--max_iters=7")
+    assert means(out)["steps"] == 7
+    run(python_data, out, *SMOOTHED, "--init_from=resume")
+    assert_same_run(out, whole)
+    assert means(out)["steps"] == 12
+    for name, mean in means(whole)["means"].items():
+        assert torch.equal(means(out)["means"][name], mean), name
+
+
+def test_a_run_stopped_in_a_step_ends_in_the_bytes_of_an_undisturbed_one(
+    python_data, whole, tmp_path, monkeypatch
+):
+    """By Ctrl-C after step 7 has taken its targets' gradients, and before its end."""
+    out = tmp_path / "run"
+    check = machine.Interrupted.check
+    new_ledger = train.Valuation.new_ledger
+    stopping = []
+
+    def remember(self, *args):
+        stopping.append(self.step.number == 7)
+        return new_ledger(self, *args)
+
+    def stop(self):
+        if stopping and stopping[-1]:
+            raise machine.Stopped
+        check(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Valuation, "new_ledger", remember)
+        patch.setattr(machine.Interrupted, "check", stop)
+        run(python_data, out, *SMOOTHED)
+    assert len(store.read(out)) == 4 * 7
+    assert means(out)["steps"] == 8  # with that of the step under way
+    run(python_data, out, *SMOOTHED, "--init_from=resume")
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("had, now", [(BETA, 0.5), (BETA, 0.0), (0.0, BETA)])
+def test_another_smoothing_is_refused_where_a_run_goes_on(python_data, tmp_path, had, now):
+    out = tmp_path / "run"
+    run(python_data, out, f"--target_smoothing={had}", "--max_iters=1", "--n_layer=1")
+    answer = f"--target_smoothing={now}, but .* was run with target_smoothing={had}: type"
+    with pytest.raises(UserError, match=answer):
+        run(python_data, out, f"--target_smoothing={now}", "--init_from=resume", "--n_layer=1")
+
+
+def test_a_run_of_an_earlier_version_goes_on_only_without_smoothing(python_data, tmp_path):
+    out = tmp_path / "run"
+    options = ["--n_layer=1", "--lr_decay_iters=2"]
+    run(python_data, out, "--max_iters=1", *options)
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    del checkpoint["config"]["target_smoothing"]
+    with open(out / "ckpt.pt", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        file.write(b"%08x" % crc32(file.name))
+    with pytest.raises(UserError, match=r"was run with target_smoothing=0\.0"):
+        run(python_data, out, "--target_smoothing=0.9", "--init_from=resume", *options)
+    run(python_data, out, "--max_iters=2", "--init_from=resume", *options)
+
+
+@pytest.mark.parametrize(
+    "beta, bound", [("1", "below 1"), ("-.1", "at least 0"), ("inf", "below 1")]
+)
+def test_a_smoothing_out_of_range_is_refused(beta, bound):
+    with pytest.raises(UserError, match=rf"--target_smoothing={beta[:2]}.*: it must be {bound}"):
+        config.load(train.Config, [f"--target_smoothing={beta}"])
+
+
+def test_an_estimate_counts_what_smoothing_needs(python_data, tmp_path):
+    """Of memory two more numbers for each weight and target, of disk one in each checkpoint."""
+    plain = train.Config(out_dir=str(tmp_path))
+    with_means = train.Config(out_dir=str(tmp_path), target_smoothing=0.9)
+    n = needs.parameters(plain, 1000)
+    more = needs.memory(with_means, 1000, 3, 1) - needs.memory(plain, 1000, 3, 1)
+    assert more == 4 * 2 * 3 * n
+    more = needs.disk(with_means, 1000, 3, 50) - needs.disk(plain, 1000, 3, 50)
+    column = 4 * 3 * plain.batch * plain.max_iters
+    assert more == 4 * 3 * n * (plain.keep_checkpoints + 1) + column
+
+
+# --- a run that is valued again -----------------------------------------------
+
+
+def test_a_replay_has_the_column_of_the_run(whole):
+    """From the first step, and from a checkpoint's with the means that are in it."""
+    folder = revalue.revalue(revalue.Config(run=str(whole), replay=True, name="again"))
+    assert store.read(folder).tobytes() == store.read(whole).tobytes()
+    options = {"replay": True, "start": 5, "name": "end"}
+    folder = revalue.revalue(revalue.Config(run=str(whole), **options))
+    assert store.read(folder).tobytes() == store.read(whole)[5 * 4 :].tobytes()
+
+
+def test_a_replay_for_another_target_begins_its_mean_where_it_begins(whole, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("import os\n" * 9)
+    options = {"replay": True, "start": 5, "targets": f"mine={text}"}
+    visits = store.read(revalue.revalue(revalue.Config(run=str(whole), **options)))
+    first = visits["step"] == 5
+    assert np.allclose(visits["smoothed"][first], visits["value"][first], rtol=1e-3)
+
+
+def test_a_walk_has_no_smoothed_column(whole):
+    folder = revalue.revalue(revalue.Config(run=str(whole), name="walk"))
+    assert "smoothed" not in store.read(folder).dtype.names
+    assert open_run(folder).cfg["target_smoothing"] == 0
+
+
+def test_a_repair_makes_the_column_again(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    content = bytearray((out / "ledger.npy").read_bytes())
+    content[-20:] = bytes(20)
+    (out / "ledger.npy").write_bytes(content)
+    revalue.repair(revalue.Config(run=str(out)))
+    assert read_bytes(out) == read_bytes(whole)
