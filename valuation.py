@@ -387,6 +387,8 @@ class Valuation:
         info = {"rule": self.settings.rule, "batch": self.settings.batch}
         if self.rule.exact_names:
             info["grad_norm_over"] = list(self.rule.exact_names)
+        if self.smoothing:
+            info["target_smoothing"] = self.settings.target_smoothing
         info["targets"] = [self.targets.describe(k) for k in range(len(self.targets))]
         return info
 

@@ -1,9 +1,14 @@
 """train.py --target_smoothing: the column `smoothed` is what a rule makes of the mean of a target's
 gradients, and nothing else in a run changes by it."""
 
+import json
+import re
 import shutil
+from pathlib import Path
 
+import jsonschema
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import TWO_TARGETS, assert_same_run, read_bytes, run, weights
@@ -11,9 +16,14 @@ from test_valuation import RULES, Run, relative, tokens
 from valued import smoothed
 
 import config
+import curate
+import report
 import revalue
 import train
+import values
 from shapley import rules
+from show import curated, page
+from show.documents import Documents
 from show.run import open_run
 from system import machine, needs, store
 from system.errors import UserError
@@ -292,3 +302,152 @@ def test_a_repair_makes_the_column_again(whole, tmp_path):
     (out / "ledger.npy").write_bytes(content)
     revalue.repair(revalue.Config(run=str(out)))
     assert read_bytes(out) == read_bytes(whole)
+
+
+# --- readers ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(python_data, tmp_path_factory):
+    """A run without the column, as earlier versions wrote all."""
+    folder = tmp_path_factory.mktemp("smoothing") / "plain"
+    run(python_data, folder, *PLAIN)
+    return folder
+
+
+def relative_to_steps(folder, k):
+    """{chunk: the mean over its visits of the smoothed score over the mean size in the step}."""
+    visits = store.read(folder)
+    found = {}
+    for step in np.unique(visits["step"]):
+        of_step = visits[visits["step"] == step]
+        size = np.abs(of_step["smoothed"][:, k].astype(float)).mean()
+        for visit in of_step:
+            found.setdefault(int(visit["chunk"]), []).append(visit["smoothed"][k] / size)
+    return {chunk: np.mean(scores) for chunk, scores in found.items()}
+
+
+def read_as_people_do(capsys, monkeypatch, *words):
+    """What a command of values.py prints."""
+    monkeypatch.setattr("sys.argv", ["values.py", *map(str, words)])
+    capsys.readouterr()
+    values.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["top", "bottom"])
+def test_chunks_are_ranked_by_their_smoothed_score(whole, command, capsys, monkeypatch):
+    expected = relative_to_steps(whole, 1)
+    options = ["--score=smoothed", "--target=Docstrings", "--n=6"]
+    printed = read_as_people_do(capsys, monkeypatch, command, whole, *options, "--json")
+    result = json.loads(printed)
+    schema = json.loads((Path(config.ROOT) / "show" / "values.schema.json").read_text())
+    jsonschema.validate(result, schema | {"$ref": f"#/$defs/{command}"})
+    order = sorted(expected, key=expected.get, reverse=command == "top")
+    assert [row["chunk"] for row in result["chunks"]] == order[:6]
+    assert any(row["share"] != pytest.approx(row["smoothed"], rel=0.1) for row in result["chunks"])
+    for row in result["chunks"]:
+        assert row["smoothed"] == pytest.approx(expected[row["chunk"]])
+    text = read_as_people_do(capsys, monkeypatch, command, whole, *options)
+    first = f"{expected[order[0]]:+,.2f}"
+    assert "for Docstrings, by smoothed score" in text
+    assert re.search(rf"^ +1 +{order[0]} +{re.escape(first)} ", text, re.MULTILINE)
+
+
+def test_documents_are_ranked_by_their_smoothed_score(whole, tmp_path, capsys, monkeypatch):
+    """The score is that of curate.py's dropped.npy."""
+    result = values.docs(open_run(whole), n=1000, score="smoothed", bottom=True)
+    options = {"score": "smoothed", "drop_fraction": 0.5, "out": str(tmp_path)}
+    made = curate.curate(curate.Config(run=str(whole), **options))
+    dropped = np.load(tmp_path / "dropped.npy")
+    assert len(dropped) > 5
+    rows = result["documents"][: len(dropped)]
+    assert [row["doc"] for row in rows] == dropped["document"].tolist()
+    np.testing.assert_allclose([row["score"] for row in rows], dropped["score"])
+    printed = read_as_people_do(capsys, monkeypatch, "docs", whole, "--score=smoothed")
+    assert "by smoothed score" in printed
+    quarter = made["config"] | {"drop_fraction": 0.25}
+    assert curated.measured(quarter).startswith("Dropping by smoothed score was not measured.")
+
+
+def test_chunks_are_dropped_by_their_smoothed_score(whole, tmp_path):
+    expected = relative_to_steps(whole, 0)
+    listed = tmp_path / "dropped.jsonl"
+    options = {"by": "chunk", "score": "smoothed", "out": str(tmp_path), "list": str(listed)}
+    made = curate.curate(curate.Config(run=str(whole), **options))
+    order = sorted(expected, key=expected.get)
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [row["chunk"] for row in rows] == order[: len(order) // 4]
+    for row in rows:
+        assert row["score"] == pytest.approx(expected[row["chunk"]])
+    lines = list(curated.lines(made))
+    assert any("those with the smallest smoothed score for Python code" in line for line in lines)
+    assert any("smoothed: as share, of the smoothed scores" in line for line in lines)
+
+
+def test_domains_are_compared_by_their_smoothed_scores(whole, capsys, monkeypatch):
+    visits = store.read(whole)
+    total = {}
+    for visit in visits:
+        chunk = int(visit["chunk"])
+        total[chunk] = total.get(chunk, 0) + visit["smoothed"][0].astype(float)
+    opened = open_run(whole)
+    result = values.domains(opened, "smoothed")
+    rows = [row for row in result["domains"] if row["target"] == "Python code"]
+    assert len(rows) > 1
+    for row in rows:
+        own = [x for chunk, x in total.items() if opened.domain_of(chunk) == row["domain"]]
+        assert row["median"] == pytest.approx(np.median(own), rel=1e-5)
+        assert row["sum"] == pytest.approx(sum(own), rel=1e-5)
+    relative_size = visits["smoothed"][:, 0].astype(float).reshape(-1, 4)
+    relative_size /= np.abs(relative_size).sum(1, keepdims=True)
+    shares = sum(row["share"] for row in rows)
+    assert shares == pytest.approx(relative_size.sum(1).mean())
+    printed = read_as_people_do(capsys, monkeypatch, "domains", whole, "--score=smoothed")
+    assert "Of smoothed scores" in printed
+    assert printed.splitlines()[-1].endswith("--score=smoothed")
+
+
+def test_an_export_has_a_smoothed_column_for_each_target(whole, plain, tmp_path):
+    values.export(open_run(whole), tmp_path / "table.parquet")
+    table = pq.read_table(tmp_path / "table.parquet")
+    visits = store.read(whole)
+    for k, name in enumerate(["Python code", "Docstrings"]):
+        column = table[f"smoothed:{name}"].to_numpy()
+        for chunk, value in zip(table["chunk"].to_pylist(), column):
+            own = visits["smoothed"][visits["chunk"] == chunk, k]
+            assert value == pytest.approx(own.sum(dtype=float), rel=1e-5)
+    values.export(open_run(plain), tmp_path / "plain.parquet")
+    names = pq.read_table(tmp_path / "plain.parquet").column_names
+    assert names == [name for name in table.column_names if "smoothed" not in name]
+
+
+def test_a_report_lists_chunks_by_their_smoothed_score(whole, plain):
+    expected = relative_to_steps(whole, 1)
+    opened = open_run(whole)
+    content = page.gather(opened, Documents(opened))
+    assert content["smoothed"] is True
+    shown = {row["chunk"]: row["smoothed"][1] for row in content["chunks"]}
+    assert shown == pytest.approx({chunk: expected[chunk] for chunk in shown}, rel=1e-3)
+    assert max(expected, key=expected.get) in shown
+    opened = open_run(plain)
+    content = page.gather(opened, Documents(opened))
+    assert content["smoothed"] is False
+    assert "smoothed" not in content["chunks"][0]
+    report.report(report.Config(run=str(whole), tokens=0))
+    assert "Smoothed" in (whole / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["top", "bottom", "docs", "domains", "curate"])
+def test_a_run_without_smoothed_scores_says_what_to_type(plain, command):
+    answer = f"{plain} has no smoothed scores: train with --target_smoothing=.97, or choose another"
+    with pytest.raises(UserError, match=re.escape(answer)):
+        if command == "curate":
+            curate.curate(curate.Config(run=str(plain), score="smoothed"))
+        else:
+            getattr(values, command)(open_run(plain), score="smoothed")
+
+
+def test_values_json_names_the_smoothing(whole, plain):
+    assert open_run(whole).info["target_smoothing"] == BETA
+    assert "target_smoothing" not in open_run(plain).info
