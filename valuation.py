@@ -227,6 +227,7 @@ class Valuation:
                 losses, gradients = self.targets.gradients(self.step.number)
             if places is None:
                 self.step.book["before"] = losses
+            places = None  # frees their memory for the directions
         if self.is_frozen:
             self.frozen_gradients = gradients
             gradients = [gradient.clone() for gradient in gradients]
