@@ -28,7 +28,7 @@ from show.run import open_run
 from system import machine, needs, store
 from system.errors import UserError
 from system.files import crc32
-from valuation import Valuation
+from valuation import Valuation, check_finite
 
 BETA = 0.9
 SMOOTHED = [TWO_TARGETS, f"--target_smoothing={BETA}", "--book_interval=3", "--lr_decay_iters=12"]
@@ -133,6 +133,15 @@ def test_a_step_that_is_given_up_and_done_again_is_in_the_mean_once(tmp_path, ru
         assert torch.equal(smoothed(broken.valuation), smoothed(whole.valuation))
 
 
+def test_a_smoothed_score_that_is_not_finite_is_refused():
+    visits = np.zeros(2, store.visit_dtype(1, smoothed=True))
+    visits["chunk"] = [7, 8]
+    check_finite(visits)
+    visits["smoothed"][1] = np.inf
+    with pytest.raises(UserError, match="step 0: the value of chunks 8 is not finite"):
+        check_finite(visits)
+
+
 # --- in a run -----------------------------------------------------------------
 
 
@@ -178,6 +187,18 @@ def test_smoothing_changes_no_other_byte_of_a_run(python_data, tmp_path, monkeyp
     first = visits["step"] == 0
     assert np.allclose(visits["smoothed"][first], visits["value"][first], rtol=1e-3, atol=1e-9)
     assert not np.allclose(visits["smoothed"][~first], visits["value"][~first], rtol=0.1)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw2"])
+def test_a_compiled_run_has_the_smoothed_scores_of_an_eager_one(python_data, tmp_path, rule):
+    options = [*SMOOTHED, f"--rule={rule}", "--n_layer=1", "--max_iters=6", "--dtype=float64"]
+    options += ["--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=0"]
+    torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
+    run(python_data, tmp_path / "eager", *options)
+    run(python_data, tmp_path / "compiled", *options, "--compile")
+    expected = torch.from_numpy(store.read(tmp_path / "eager")["smoothed"].copy())
+    compiled = torch.from_numpy(store.read(tmp_path / "compiled")["smoothed"].copy())
+    assert relative(compiled, expected) < 1e-6  # the ledger is float32
 
 
 @pytest.fixture(scope="module")
