@@ -30,6 +30,8 @@ What has the smallest score is dropped. --score says what that is:
              step's chunks, so that early steps, where all values are large, count no more than
              later ones
     value    the sum over its visits of the value, in nats
+    smoothed  as share, of the smoothed scores instead of the values: of a run that was trained with
+             --target_smoothing
     loss     for comparison: minus the mean loss of its visits
 A document's score takes each visit of its chunks by the document's part of the chunk's tokens; a
 chunk goes with the documents that hold most of them. The standard error of a single visit is not
@@ -56,7 +58,8 @@ from system.errors import UserError
 class Config:
     run: str = ""  # the run's folder
     by: Literal["document", "chunk"] = "document"  # the unit that is kept or dropped
-    score: Literal["share", "value", "loss"] = "share"  # what the smallest of is dropped, see above
+    # what the smallest of is dropped, see above
+    score: Literal["share", "value", "smoothed", "loss"] = "share"
     drop: Literal["fraction", "negative"] = "fraction"  # a fraction, or all with a negative score
     drop_fraction: float = 0.25  # which fraction of the units with a score
     per_domain: bool = False  # this fraction of each domain, so that the mixture stays as it is

@@ -271,9 +271,10 @@ def replay(cfg, original, data, targets, folder, end, about):
     files.write_json(folder / REVALUATION, about)
     try:
         if cfg.start and (anew or not (folder / "config.json").exists()):
-            checksums = {target.name: target.checksum() for target in targets}
-            state = {"records": {}, "targets": checksums}
-            branch(original.checkpoints, cfg.start, again, folder, state)
+            checksums = None  # the run's own targets
+            if cfg.targets:
+                checksums = {target.name: target.checksum() for target in targets}
+            branch(original.checkpoints, cfg.start, again, folder, checksums)
             again.init_from = "auto"
             again.overwrite = False
         train.train(again)
@@ -296,16 +297,18 @@ def replay(cfg, original, data, targets, folder, end, about):
     return f"the replay's losses differ from the run's by up to {difference:.1e} nats"
 
 
-def branch(checkpoints, step, again, folder, valuation):
-    """A folder for train.py to go on in from a run's checkpoint, with no values yet. valuation:
-    what the checkpoint says of the values."""
+def branch(checkpoints, step, again, folder, checksums=None):
+    """A folder for train.py to go on in from a run's checkpoint, with no values yet. checksums:
+    {name: checksum} of other targets than the run's. The means of their gradients begin here."""
     if step not in checkpoints:
         steps = ", ".join(map(str, sorted(checkpoints)))
         raise UserError(f"--start={step}: there are checkpoints of steps {steps}, and 0 needs none")
     content = read_checkpoint(checkpoints[step])
     content["config"] = train.run_settings(again)
     content["wandb_id"] = None
-    content["valuation"] = valuation
+    content["valuation"]["records"] = {}
+    if checksums is not None:
+        content["valuation"] = {"records": {}, "targets": checksums}
     with RunFolder(folder) as run_folder:
         run_folder.set_aside()
         Checkpoints(run_folder, 1, background=False, step=step).write(step, content)
@@ -379,10 +382,7 @@ def replay_steps(folder, original, first, end):
     files.write_json(folder / REVALUATION, {"of": str(original.path), "method": "repair"})
     earlier = [step for step in original.checkpoints if 0 < step <= first]
     if earlier:
-        start = max(earlier)
-        state = dict(read_checkpoint(original.checkpoints[start])["valuation"])
-        state["records"] = {}
-        branch(original.checkpoints, start, again, folder, state)
+        branch(original.checkpoints, max(earlier), again, folder)
         again.init_from = "resume"
         again.overwrite = False
     train.train(again)
@@ -520,6 +520,7 @@ def walk(cfg, original, data, targets, folder, end, about):
             if (step + 1) % 100 == 0 or step + 1 == end:
                 frozen.valuation.commit()
         options.out_dir = str(folder)
+        options.target_smoothing = 0.0  # a step's mean needs the steps before it
         files.write_json(partial / "config.json", {"config": train.run_settings(options)})
         if folder.exists():
             remove_revaluation(folder)

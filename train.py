@@ -75,6 +75,9 @@ class Config:
     target_batch: int = 1
     # the same target chunks all along, or new ones at every step
     target_sampling: Literal["fixed", "redraw"] = "redraw"
+    # beta of a mean of the targets' gradients over the steps: a second score of every chunk, the
+    # column `smoothed` of ledger.npy, beside its value; try .97. 0: none
+    target_smoothing: float = 0.0
     # steps between those whose change of the targets' losses is measured and accounted for
     book_interval: int = 20
     # steps between those whose values are compared with the exact truth; 0: never, for it is slow
@@ -158,6 +161,7 @@ class Config:
 
 AT_LEAST = {
     "target_batch": 1,
+    "target_smoothing": 0,
     "book_interval": 1,
     "audit_interval": 0,
     "audit_permutations": 1,
@@ -184,7 +188,7 @@ AT_LEAST = {
     "min_lr": 0,
     "seed": 0,
 }
-BELOW = {"dropout": 1, "beta1": 1, "beta2": 1}
+BELOW = {"dropout": 1, "beta1": 1, "beta2": 1, "target_smoothing": 1}
 
 
 @dataclass
@@ -254,6 +258,7 @@ def valuation_settings(cfg):
         batch=cfg.batch,
         target_batch=cfg.target_batch,
         target_sampling=cfg.target_sampling,
+        target_smoothing=cfg.target_smoothing,
         micro_batch=cfg.batch_size,
         seed=cfg.seed,
         grad_clip=cfg.grad_clip,
@@ -274,6 +279,7 @@ def build_writer(cfg, out_dir, data, targets, state, counted):
         about={"data_hash": data.hash},
         step=state.iter_num,
         counted=counted,
+        smoothed=cfg.target_smoothing > 0,
     )
 
 
@@ -451,7 +457,8 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
             raw_model.load_state_dict(checkpoint["model"])
             state = State.of_checkpoint(checkpoint)
     if cfg.shard:
-        parallel.shard(raw_model, raw_model.transformer.h, len(targets))
+        n_directions = len(targets) * (2 if cfg.target_smoothing else 1)
+        parallel.shard(raw_model, raw_model.transformer.h, n_directions)
 
     # optimizer
     optimizer = build_optimizer(cfg, raw_model)
@@ -505,6 +512,9 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
             step=state.iter_num,
             check=interrupted.check,
         )
+    if checkpoint:
+        with fitting(ckpt_path):
+            valuation.load_state_dict(checkpoint["valuation"])
 
     # logging
     board = None

@@ -16,6 +16,9 @@ A step is a game whose players are the chunks of the global batch. Chunk i's val
 times lr (shapley/directions.py). Positive: it lowered the target's loss. The first EARLY steps of
 Adam-aware rules are marked in the ledger, for there every rule is rough.
 
+With Settings(target_smoothing=.97) each target has a second direction, of its gradient's mean over
+the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
+
 Works on any nn.Module made of shapley/ghost.py's ops; shapley/wrap.py makes one.
 B chunks of the global batch, b of a micro-batch, K targets.
 """
@@ -32,6 +35,7 @@ from shapley import ghost
 from shapley.audit import Audit, compare
 from shapley.books import Books, residual
 from shapley.directions import RULES
+from shapley.smoothing import Smoothing
 from shapley.step import MicroBatch, Step
 from shapley.targets import Targets
 from shapley.weights import Weights
@@ -49,6 +53,8 @@ class Settings:
     batch: int = 1  # B: chunks of a step, of all processes
     target_batch: int = 1  # chunks of each target that speak for it in a step
     target_sampling: str = "redraw"  # or "fixed": the same target chunks all along
+    # beta of the mean of a target's gradients over the steps, a second direction; 0: none
+    target_smoothing: float = 0.0
     micro_batch: int = 0  # target chunks of one forward and backward; 0: all at once
     seed: int = 0  # of the draws of target chunks
     grad_clip: float = 0.0  # the norm gradients are clipped to, for the audit; 0: none
@@ -100,11 +106,16 @@ class Valuation:
         self.check = check
         if writer:
             assert writer.n_targets == len(targets), "Writer(n_targets=...) has another number"
+            is_smoothed = settings.target_smoothing > 0
+            assert writer.smoothed == is_smoothed, f"Writer(smoothed={is_smoothed})"
             assert "audit" in writer.records or not settings.audit_interval, "Writer(audits=True)"
         self.step_number = step
         self.weights = Weights(model, optimizer)
         self.targets = Targets(targets, self.weights, loss, settings, check)
         self.rule = RULES[settings.rule](self.weights, settings, len(targets))
+        self.smoothing = None
+        if settings.target_smoothing:
+            self.smoothing = Smoothing(self.weights, len(targets), settings.target_smoothing)
         self.books = Books(self.weights, self.targets, settings)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self.audit = Audit(self.weights, self.targets, loss, settings, self.has_dropout, check)
@@ -121,6 +132,11 @@ class Valuation:
     @property
     def two_pass(self):
         return self.rule.two_pass
+
+    @property
+    def n_directions(self):
+        """K, or 2K with smoothed ones, which come after the others."""
+        return len(self.targets) * (2 if self.smoothing else 1)
 
     # --- a step: begin_step, a new_ledger for each micro-batch, before_update, end_step ---------
 
@@ -144,11 +160,12 @@ class Valuation:
     def new_ledger(self, ids, X, Y):
         """A micro-batch's ids (b,) and tensors X, Y -> what its forward takes as ledger.
 
-        Of a one-pass rule zeros (b, K), whose gradient will be the values. Of a two-pass rule a
+        Of a one-pass rule zeros (b, K), whose gradient will be the values; (b, 2K) with smoothed
+        directions. Of a two-pass rule a
         Tape where the micro-batch is the whole batch, else None: its forward will be repeated."""
         self.collect()
         if not self.two_pass:
-            ledger = self.weights.zeros(len(ids), len(self.targets))
+            ledger = self.weights.zeros(len(ids), self.n_directions)
             self.ask_for_exact_rows(len(ids))
         elif self.weights.sharded or len(ids) * parallel.size() < self.settings.batch:
             ledger = None
@@ -182,7 +199,10 @@ class Valuation:
         self.check_batch()
         step, micro_batches = self.step, self.step.micro_batches
         step.ids = np.concatenate([micro_batch.ids for micro_batch in micro_batches])
-        step.values = torch.cat([self.values_of(micro_batch) for micro_batch in micro_batches])
+        values = torch.cat([self.values_of(micro_batch) for micro_batch in micro_batches])
+        step.values = values[:, : len(self.targets)]
+        if self.smoothing:
+            step.smoothed = values[:, len(self.targets) :]
         step.losses = torch.cat([micro_batch.losses for micro_batch in micro_batches])
         if self.rule.exact_gradients:
             step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
@@ -207,9 +227,12 @@ class Valuation:
                 losses, gradients = self.targets.gradients(self.step.number)
             if places is None:
                 self.step.book["before"] = losses
+            places = None  # frees their memory for the directions
         if self.is_frozen:
             self.frozen_gradients = gradients
             gradients = [gradient.clone() for gradient in gradients]
+        if self.smoothing:
+            self.smoothing.join(self.step, gradients)
         self.weights.set_directions(gradients)
         self.rule.direct(self.step, batch)
 
@@ -265,7 +288,7 @@ class Valuation:
             if micro_batch.ledger is not None:
                 micro_batch.values = micro_batch.ledger.values() / parallel.size()
                 continue
-            ledger = self.weights.zeros(len(micro_batch.ids), len(self.targets))
+            ledger = self.weights.zeros(len(micro_batch.ids), self.n_directions)
             share = len(micro_batch.ids) / self.settings.batch
             self.check()
             with self.weights.frozen(), replaying(micro_batch.rng):
@@ -274,7 +297,7 @@ class Valuation:
             micro_batch.losses = self.model.chunk_loss
 
     def values_of(self, micro_batch):
-        """(b, K) <x_i, h_k>, on the device."""
+        """(b, K or 2K) <x_i, h_k>, on the device."""
         if micro_batch.values is not None:
             return micro_batch.values
         return micro_batch.ledger.grad / parallel.size() + micro_batch.exact_values
@@ -290,15 +313,21 @@ class Valuation:
         ids = gathered([torch.from_numpy(step.ids) for step in steps])
         losses = gathered([step.losses for step in steps])
         values = gathered([step.values for step in steps])
-        products = squares = [None] * len(steps)
+        smoothed = products = squares = [None] * len(steps)
+        if self.smoothing:
+            smoothed = gathered([step.smoothed for step in steps])
         if steps[0].products is not None:
             products = gathered([step.products for step in steps])
             squares = gathered([step.squares for step in steps])
         visits, books, audits = [], [], []
         for i, step in enumerate(steps):
             clip_coef = float(step.clip_coef)
-            of_step = self.rule.correct(values[i] * (step.lr * clip_coef), clip_coef, products[i])
-            visits.append(self.visit_records(step, ids[i], losses[i], of_step, squares[i]))
+            of_step = self.finished(step, values[i], products[i])
+            records = self.visit_records(step, ids[i], losses[i], of_step, squares[i])
+            if self.smoothing:
+                records["smoothed"] = self.finished(step, smoothed[i], products[i])
+            check_finite(records)
+            visits.append(records)
             books.append(self.book_record(step, clip_coef, visits[-1]))
             if step.truth:
                 audits.append(self.audit_record(step, of_step))
@@ -309,9 +338,15 @@ class Valuation:
             self.writer.add(flushed.visits, flushed.books, flushed.audit)
         return flushed
 
+    def finished(self, step, values, products):
+        """values float64 (B, K), <x_i, h_k> -> with lr, kappa and the rule's correction."""
+        clip_coef = float(step.clip_coef)
+        return self.rule.correct(values * (step.lr * clip_coef), clip_coef, products)
+
     def visit_records(self, step, ids, losses, values, squares):
         """A step's records for ledger.npy (B,)."""
-        visits = np.zeros(self.settings.batch, store.visit_dtype(len(self.targets)))
+        dtype = store.visit_dtype(len(self.targets), smoothed=bool(self.smoothing))
+        visits = np.zeros(self.settings.batch, dtype)
         visits["step"] = step.number
         visits["chunk"] = ids
         visits["loss"] = losses
@@ -320,14 +355,6 @@ class Valuation:
         # the loss of a chunk is B times its share of the batch's
         norms = np.nan if squares is None else self.settings.batch * squares**0.5
         visits["grad_norm"] = norms
-        finite = np.isfinite(visits["loss"]) & np.isfinite(visits["value"]).all(1)
-        if not finite.all():
-            what = "value" if np.isfinite(visits["loss"]).all() else "loss"
-            chunks = ", ".join(map(str, ids[~finite]))
-            cure = "Lower --learning_rate, or look at these chunks"
-            raise UserError(
-                f"step {step.number}: the {what} of chunks {chunks} is not finite. {cure}"
-            )
         return visits
 
     def book_record(self, step, clip_coef, visits):
@@ -361,13 +388,25 @@ class Valuation:
         info = {"rule": self.settings.rule, "batch": self.settings.batch}
         if self.rule.exact_names:
             info["grad_norm_over"] = list(self.rule.exact_names)
+        if self.smoothing:
+            info["target_smoothing"] = self.settings.target_smoothing
         info["targets"] = [self.targets.describe(k) for k in range(len(self.targets))]
         return info
 
     def state_dict(self):
-        """What a checkpoint says of the values: how far the files go, and of which targets."""
+        """What a checkpoint says of the values: how far the files go, of which targets, and the
+        means of their gradients where there are some."""
         counted = self.writer.counted() if self.writer else {}
-        return {"records": counted, "targets": self.targets.checksums()}
+        state = {"records": counted, "targets": self.targets.checksums()}
+        if self.smoothing:
+            state["smoothing"] = self.smoothing.state_dict()
+        return state
+
+    def load_state_dict(self, state):
+        """state: what state_dict() said where a run goes on. Without means in it, of a run that had
+        other targets, they begin here."""
+        if self.smoothing and "smoothing" in state:
+            self.smoothing.load_state_dict(state["smoothing"])
 
 
 class NoValuation:
@@ -396,6 +435,23 @@ class NoValuation:
 
     def state_dict(self):
         return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def check_finite(visits):
+    """Raises UserError at a loss or a value of a step's records that is not finite."""
+    finite = np.isfinite(visits["loss"]) & np.isfinite(visits["value"]).all(1)
+    if "smoothed" in visits.dtype.names:
+        finite &= np.isfinite(visits["smoothed"]).all(1)
+    if finite.all():
+        return
+    what = "value" if np.isfinite(visits["loss"]).all() else "loss"
+    chunks = ", ".join(map(str, visits["chunk"][~finite]))
+    step = visits["step"][0]
+    cure = "Lower --learning_rate, or look at these chunks"
+    raise UserError(f"step {step}: the {what} of chunks {chunks} is not finite. {cure}")
 
 
 def host(x):

@@ -31,7 +31,7 @@ from show.run import open_run
 from show.scores import chunk_scores, document_scores, score_and_error
 from system.errors import UserError
 
-Score = Literal["share", "value"]
+Score = Literal["share", "value", "smoothed"]
 
 # The commands: functions of a run and options, which return plain dicts and lists; a float may be
 # NaN. Their docstrings are the help.
@@ -71,19 +71,21 @@ def summary(run):
     }
 
 
-def found_of(run):
-    """What the values of a run say: [findings.Found], one for each target."""
+def found_of(run, column="value"):
+    """What a run's values say, or its smoothed scores: [findings.Found], one for each target."""
     used = np.zeros(len(run.values), bool)
     used[run.used] = True
+    total = run.sums(column)
     batch = run.info["batch"]
-    return findings.of_run(run.values, used, run.blocks(), batch, run.data, run.names)
+    return findings.of_run(total, used, run.blocks(), batch, run.data, run.names, column)
 
 
-def domains(run):
+def domains(run, score: Literal["value", "smoothed"] = "value"):
     """By target and domain: the median value of the chunks used, how sure it is, the share of the
-    steps' values, and after these the mean and the sum, which one chunk can turn round."""
+    steps' values, and after these the mean and the sum, which one chunk can turn round. With
+    --score=smoothed all of it of the smoothed scores."""
     targets, rows = [], []
-    for found in found_of(run):
+    for found in found_of(run, score):
         targets.append(
             {
                 "target": found.target,
@@ -99,6 +101,7 @@ def domains(run):
         "run": str(run.path),
         "unit": run.info["unit"],
         "approximate": run.info.get("approximate"),
+        "score": score,
         "targets": targets,
         "domains": rows,
     }
@@ -106,13 +109,17 @@ def domains(run):
 
 def top(run, n=10, target="", domain="", score: Score = "share", chars=200, bottom=False):
     """The chunks that helped a target most, with their text: by their share of their steps' values,
-    in which every step counts the same, or by value, which a single large step can decide."""
+    in which every step counts the same, by value, which a single large step can decide, or by their
+    smoothed score, of a run that has it (train.py --target_smoothing)."""
     k = run.target(target)
     candidates = run.used
     if domain:
         candidates = candidates[run.data.train.domain[candidates] == run.domain(domain)]
     shares, _ = score_and_error(chunk_scores(run, k, "share"), summed=False)
-    by = {"share": shares, "value": run.values[:, k]}[score][candidates]
+    scores = {"share": shares, "value": run.values[:, k]}
+    if score == "smoothed":
+        scores["smoothed"], _ = score_and_error(chunk_scores(run, k, "smoothed"), summed=False)
+    by = scores[score][candidates]
     order = np.argsort(by if bottom else -by, kind="stable")
     chosen = candidates[order[:n]]
     visits = run.visits_of(chosen)
@@ -124,8 +131,7 @@ def top(run, n=10, target="", domain="", score: Score = "share", chars=200, bott
             {
                 "rank": rank,
                 "chunk": chunk,
-                "share": float(shares[chunk]),
-                "value": float(run.values[chunk, k]),
+                **{name: float(figures[chunk]) for name, figures in scores.items()},
                 "domain": run.domain_of(chunk),
                 "visits": len(chunk_visits),
                 "first_step": int(chunk_visits["step"].min()),
@@ -351,7 +357,7 @@ def query(
     file="",
     n=10,
     domain="",
-    score: Score = "share",
+    score: Literal["share", "value"] = "share",
     chars=200,
     bottom=False,
     hindsight=False,

@@ -6,6 +6,7 @@ steps; one process, in turn.
                                                               each
     python bench/overhead.py --shapes=byte --rounds=21        one shape, more rounds
     python bench/overhead.py --device=cuda --dtype=bfloat16 --shapes=gpt2-small-1024
+    python bench/overhead.py --rules=adamw,adamw+smoothed     what --target_smoothing adds
     torchrun --nproc_per_node=2 bench/overhead.py --shapes=byte --target=2
                                                               the same global batch by two processes
 
@@ -62,6 +63,7 @@ SHAPES = {
     # wait for
     "thin": Shape(12, 2, 16, 8, 256, 2),
 }
+SMOOTHED = "+smoothed"  # behind a rule's name: with the means of the targets' gradients
 PLAIN = "plain"
 TARGET = "plain + target"
 GPU = torch.cuda.is_available()
@@ -87,7 +89,7 @@ class Config:
             if shape not in SHAPES:
                 raise UserError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
         for rule in self.rules.split(","):
-            if rule not in RULES:
+            if rule.removesuffix(SMOOTHED) not in RULES:
                 raise UserError(f"--rules={rule}: choose from {', '.join(RULES)}")
         config.check(self, at_least={"target": 1, "K": 1, "accumulation": 1, "rounds": 1})
 
@@ -131,18 +133,20 @@ class Bench:
             rows = rng.integers(0, shape.vocab, (cfg.target, self.T + 1))
             targets.append(Target(str(k), rows, None))
             self.target_batches.append(self.to_device(rows[parallel.mine(cfg.target)]))
+        self.steps = 0  # so far, of all arms
         self.valuations = {}
         for rule in set(arms) - {PLAIN, TARGET}:
             self.valuations[rule] = self.build_valuation(rule, targets)
 
     def build_valuation(self, rule, targets):
         settings = Settings(
-            rule=rule,
+            rule=rule.removesuffix(SMOOTHED),
+            target_smoothing=0.97 if rule.endswith(SMOOTHED) else 0.0,
             batch=self.B * self.cfg.accumulation,
             target_batch=self.cfg.target,
             target_sampling="fixed",
             compile=self.cfg.compile,
-            book_interval=1000,
+            book_interval=0,
         )
         return Valuation(self.raw_model, self.optimizer, self.target_loss, targets, settings)
 
@@ -165,8 +169,9 @@ class Bench:
         if arm == TARGET:
             self.backward_targets()
         valuation = self.valuations.get(arm)
+        self.steps += 1
         if valuation:
-            valuation.begin_step(1, 1e-4, self.tokens)  # step 1: not one that the books measure
+            valuation.begin_step(self.steps, 1e-4, self.tokens)
         micro_steps = self.cfg.accumulation
         for micro_step in range(micro_steps):
             ledger = None

@@ -54,7 +54,8 @@ def running(gy_BTO, x_BTI, h_KOI):
     for rows, tile, h_K in tiles(gw_OI, h_KOI):
         for b, gy_OT in enumerate(gy_BTO[:, :, rows].mT.unbind()):
             products += accumulate(tile, gy_OT, x_B[b], h_K, is_first=b == 0)
-    after_BK = torch.stack(products).view(-1, B, K).sum(0)
+    of_target = torch.stack(products).view(-1, B, K).unbind(2)
+    after_BK = torch.stack([of_tiles.contiguous().sum(0) for of_tiles in of_target], 1)
     return gw_OI, torch.diff(after_BK, dim=0, prepend=after_BK.new_zeros(1, K))
 
 
@@ -96,7 +97,7 @@ def linear_values(gy, x, hw, hb):
     values = torch.stack([token_values(gy, x, h).sum(1) for h in hw], 1)
     if hb is None:
         return values
-    return values + gy.sum(1, dtype=hb.dtype) @ hb.t()
+    return values + against(gy.sum(1, dtype=hb.dtype), hb)
 
 
 def token_values(gy_BTO, x_BTI, h_OI):
@@ -105,6 +106,13 @@ def token_values(gy_BTO, x_BTI, h_OI):
     if x_BTI.shape[-1] < gy_BTO.shape[-1]:
         return ((gy_BTO @ h_OI.to(gy_BTO.dtype)) * x_BTI).sum(-1, dtype=h_OI.dtype)
     return ((x_BTI @ h_OI.t().to(x_BTI.dtype)) * gy_BTO).sum(-1, dtype=h_OI.dtype)
+
+
+def against(x, h):
+    """The inner products of vectors x (B, C) with the directions h (K, C): (B, K).
+
+    A direction at a time: of one matrix product the bits would depend on how many there are."""
+    return torch.stack([x @ h_k for h_k in h], 1)
 
 
 # --- which form ---------------------------------------------------------------

@@ -46,11 +46,10 @@ Sources. First order: Wang et al., arXiv 2406.11011, eq. 5; second order: their 
 without a Hessian. Adam-aware: Ding et al., arXiv 2602.00329 (`adamw_linear`, here with a floor).
 """
 
-from itertools import chain
-
 import numpy as np
 import torch
 
+from shapley.contract import against
 from shapley.sweeps import (
     TINY,
     Coefficients,
@@ -172,8 +171,8 @@ def follow_clip_path(weights, step, batch, adam, compile):
     if not is_clipped:
         return
     # <u, p_k> |kappa g| and |kappa g|^2
-    products = torch.stack(list(chain.from_iterable(along_blocks)))
-    along = weights.sum_over_ranks(products.view(-1, len(weights.params[0].h)).sum(0))
+    along = torch.stack([torch.stack(of_target).sum() for of_target in zip(*along_blocks)])
+    along = weights.sum_over_ranks(along)
     square = torch.stack(torch._foreach_norm(batch)).square().sum()
     square = weights.sum_over_ranks(square).clamp(min=TINY)
     rows = []
@@ -196,7 +195,8 @@ class Rule:
     def __init__(self, weights, settings, n_targets):
         self.weights, self.settings = weights, settings
         self.compile = settings.compile
-        self.reuse_memory = n_targets == 1
+        self.n_targets = n_targets  # the first directions; smoothed ones come after them
+        self.reuse_memory = n_targets == 1 and not settings.target_smoothing
 
     def begin(self, tokens):
         """A step begins. tokens: the global batch's, an integer array of any shape, or None."""
@@ -375,7 +375,8 @@ class AdamAware(Rule):
         most = max(1, EXACT_ELEMENTS // (self.settings.batch * p[0].numel()))
         rows = self.exact_rows[p]
         if p in self.token_weights and len(rows) > most:
-            sizes = self.weights.take_rows(p.h, rows, dim=1).abs().flatten(2).sum((0, 2))
+            predicted = self.weights.take_rows(p.h[: self.n_targets], rows, dim=1)
+            sizes = predicted.abs().flatten(2).sum((0, 2))
             largest = sizes.topk(most).indices.sort().values
             rows = rows[largest]
             gradient = gradient[:, largest]
@@ -397,7 +398,7 @@ class AdamAware(Rule):
             for micro_batch in step.micro_batches:
                 x = joined([micro_batch.per_chunk[p].flatten(1) for p in params])
                 x = x / self.weights.n_ranks  # a rank's loss is the mean of its own chunks
-                micro_batch.exact_values = micro_batch.exact_values + x @ direction.t()
+                micro_batch.exact_values = micro_batch.exact_values + against(x, direction)
                 micro_batch.products = micro_batch.products + x @ clipped_grad
                 micro_batch.squares = micro_batch.squares + x.square().sum(1)
 

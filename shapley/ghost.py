@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 
 from shapley import contract
-from shapley.contract import linear_values
+from shapley.contract import against, linear_values
 
 
 class Tape:
@@ -138,7 +138,7 @@ class _Linear(torch.autograd.Function):
         if hb is not None:
             gb_BO = gy.sum(1, dtype=hb.dtype)
             gb = gb_BO.sum(0)
-            values = values + gb_BO @ hb.t()
+            values = values + against(gb_BO, hb)
         if ctx.needs_input_grad[6]:
             per_chunk = (gy[..., exact_rows].mT @ x.to(gy.dtype)).to(hw.dtype)
         return gx, gw, gb, None, None, values, per_chunk, None, None
@@ -247,12 +247,12 @@ class _LayerNorm(torch.autograd.Function):
             gy.contiguous(), x, w.shape, mean, rstd, w, b, [True, False, False]
         )
         gw_BC = layer_norm_grad(gy, x, mean, rstd)
-        values = gw_BC @ hw.t()
+        values = against(gw_BC, hw)
         gb = None
         if b is not None:
             gb_BC = over_tokens(gy)
             gb = gb_BC.sum(0)
-            values = values + gb_BC @ hb.t()
+            values = values + against(gb_BC, hb)
         per_chunk = gw_BC if ctx.needs_input_grad[6] else None
         return gx, gw_BC.sum(0), gb, None, None, values, per_chunk, None
 
@@ -270,8 +270,8 @@ def layer_norm(x, weight, bias, eps, ledger):
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
 
         def values(gy, x, mean, rstd):
-            of_weight = layer_norm_grad(gy, x, mean, rstd) @ weight.h.t()
-            return of_weight if bias is None else of_weight + over_tokens(gy) @ bias.h.t()
+            of_weight = against(layer_norm_grad(gy, x, mean, rstd), weight.h)
+            return of_weight if bias is None else of_weight + against(over_tokens(gy), bias.h)
 
         return ledger.watch(y, values, x, mean, rstd)
     hb = getattr(bias, "h", None)

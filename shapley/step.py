@@ -13,13 +13,14 @@ class MicroBatch:
     ids: np.ndarray  # (b,) numbers of its chunks
     X: Tensor
     Y: Tensor
-    ledger: object  # zeros (b, K), a Tape, or None where the forward will be repeated
+    # zeros (b, K), with smoothed directions (b, 2K); a Tape; None where the forward is repeated
+    ledger: object
     rng: object  # the random numbers' state before its forward; None without dropout
     losses: Tensor | None = None  # (b,) nats
-    values: Tensor | None = None  # (b, K), where a second pass found them: see Step.values
+    values: Tensor | None = None  # (b, K or 2K), where a second pass found them: see Step.values
     # the rows that `adamw` values exactly (directions.py)
     per_chunk: dict = field(default_factory=dict)  # {p: each chunk's gradient (b, R, ...)}
-    exact_values: Tensor | float = 0.0  # (b, K), what they add to the values
+    exact_values: Tensor | float = 0.0  # (b, K or 2K), what they add to the values
     products: Tensor | float = 0.0  # (b,) <x_i, g>
     squares: Tensor | float = 0.0  # (b,) |x_i|^2
 
@@ -38,6 +39,7 @@ class Step:
     # after the step, of this rank's chunks in their order
     ids: np.ndarray | None = None  # (n,)
     values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and the rule's correction
+    smoothed: Tensor | None = None  # the same of the smoothed directions; None where there are none
     losses: Tensor | None = None  # (n,) nats
     products: Tensor | None = None  # (n,), None where no rows are exact
     squares: Tensor | None = None  # (n,)

@@ -19,7 +19,9 @@ class Weights:
 
     def __init__(self, model, optimizer):
         self.model, self.optimizer = model, optimizer
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.params = [p for _, p in named]
         self.whole = {p: getattr(p, "whole", p) for p in self.params}  # as the layers see them
         self.sharded = any(p is not whole for p, whole in self.whole.items())
         self.n_ranks = parallel.size()
@@ -99,6 +101,28 @@ class Weights:
                 p.h.copy_(h)  # FSDP gathers from this memory
             else:
                 p.h = h
+
+    def new_directions(self, n):
+        """Zeros, n directions: per parameter (n, *shape), or this rank's (n, rows, ...)."""
+        parts = [local(p.data) for p in self.params]
+        return [part.new_zeros(n, *part.shape) for part in parts]
+
+    def as_whole(self, directions):
+        """Directions as of new_directions() -> tensors that parallel.full() makes whole."""
+        if not self.sharded:
+            return directions
+        from torch.distributed.tensor import DTensor, Shard
+
+        wholes = []
+        for p, h in zip(self.params, directions):
+            wholes.append(DTensor.from_local(h, p.device_mesh, [Shard(1)], run_check=False))
+        return wholes
+
+    def as_parts(self, wholes):
+        """Whole directions, per parameter (n, *shape) -> this rank's parts of them."""
+        if not self.sharded:
+            return wholes
+        return [whole.chunk(self.n_ranks, 1)[parallel.rank()] for whole in wholes]
 
     # --- other weights for a while --------------------------------------------
 

@@ -36,7 +36,8 @@ HELP = {
     "n": "how many of them",
     "target": "one of the run's targets, which `summary` lists; default: its first",
     "domain": "only those of this domain; `domains` lists them",
-    "score": "what decides the order: share, of the size of their step's values; value, in nats",
+    "score": "share, of the size of its step's values; value, in nats; smoothed: as share, by the "
+    "target's gradient's mean over the steps",
     "chars": "characters of each text",
     "bottom": "from the other end",
     "chunk": "a chunk's number: its row in train.npy",
@@ -336,6 +337,8 @@ def show_domains(r):
     if r["approximate"]:
         yield f"Approximate: {r['approximate']}"
     yield from tables.HEADING
+    if r["score"] == "smoothed":
+        yield tables.SMOOTHED
     for t in r["targets"]:
         rows = [row for row in r["domains"] if row["target"] == t["target"]]
         yield from tables.domain_table(t["target"], rows, t)
@@ -345,9 +348,18 @@ def show_domains(r):
         yield t["finding"]
     first = r["domains"][0]
     words = ["values.py", "top", r["run"], f"--domain={first['domain']}"]
-    yield Next([*words, f"--target={first['target']}"])
+    words.append(f"--target={first['target']}")
+    if r["score"] == "smoothed":
+        words.append("--score=smoothed")
+    yield Next(words)
 
 
+ORDERS = {
+    "share": "share of their steps' values",
+    "value": "value",
+    "smoothed": "smoothed score",
+}
+SMOOTHED = "smoothed: as share, by the direction of the target's gradient's mean over the steps"
 SHARE = "share: a visit's value over the mean size of its step's values; the mean of its visits"
 STEP = "step, loss: the step of its first visit, its mean training loss in nats"
 
@@ -357,24 +369,27 @@ def ordered_how(r, what):
     if r["approximate"]:
         yield f"Approximate: {r['approximate']}"
     end = "helped least, or hurt" if r["order"] == "bottom" else "helped most"
-    by = "value" if r["score"] == "value" else "share of their steps' values"
-    yield f"The {what} that {end}, for {short(r['target'])}, by {by}"
+    yield f"The {what} that {end}, for {short(r['target'])}, by {ORDERS[r['score']]}"
     yield f"value: in {UNIT}, summed over visits ({SIGN})"
 
 
 def show_ranked(r):
     yield from ordered_how(r, "chunks")
     yield SHARE
+    relative = ["share"]
+    if r["score"] == "smoothed":
+        yield SMOOTHED
+        relative = ["smoothed", "share"]
     yield STEP
     yield ""
-    figures = ["share", "value", "visits", "step", "loss"]
+    figures = [*relative, "value", "visits", "step", "loss"]
     rows = []
     for c in r["chunks"]:
         rows.append(
             [
                 str(c["rank"]),
                 str(c["chunk"]),
-                f"{c['share']:+,.2f}",
+                *[f"{c[name]:+,.2f}" for name in relative],
                 micro(c["value"]),
                 str(c["visits"]),
                 str(c["first_step"]),
@@ -409,6 +424,8 @@ def show_docs(r):
     if r["score"] == "value":
         yield f"score: the value, by the visits; +-: its standard error; both in {UNIT}"
     else:
+        if r["score"] == "smoothed":
+            yield SMOOTHED
         yield "score: a visit's value over the mean size of its step's values, times the document's"
         yield "part of the chunk; the mean of its visits. +-: the standard error of that mean"
     yield ""

@@ -13,6 +13,7 @@ QUARTER = 0.25  # the fraction of the documents that was measured
 SCORES = {
     "share": "the mean of a visit's value over the mean size of its step's values; no unit",
     "value": f"the sum of its visits' values, in {UNIT}",
+    "smoothed": "as share, of the smoothed scores (train.py --target_smoothing); no unit",
     "loss": "minus the mean training loss of its visits, in nats",
 }
 
@@ -82,7 +83,8 @@ def chosen_how(cfg):
         words = "as many at random"
     else:
         end = "largest" if cfg["invert"] else "smallest"
-        words = f"those with the {end} {cfg['score']} for {short(cfg['target'])}"
+        score = "smoothed score" if cfg["score"] == "smoothed" else cfg["score"]
+        words = f"those with the {end} {score} for {short(cfg['target'])}"
     if cfg["per_domain"]:
         words += ", by domain"
     if cfg["drop"] == "negative":
@@ -163,6 +165,7 @@ MEASURED = {  # a quarter of the documents by a score
     "share": f"{BEST} Dropping by training loss (--score=loss) did as well or better. {CLEAN}",
     "value": f"{JUNK} by value beat as many at random by .021 +- .003 nats (three seeds), by share "
     f".033 +- .011 (six seeds). {CLEAN}",
+    "smoothed": f"Dropping by smoothed score was not measured. {BEST} {CLEAN}",
     "loss": f"{JUNK} by loss beat as many at random by .048 +- .014 nats (six seeds). It takes for "
     f"junk what is hard to learn, and a fifth of the clean text went with it. {CLEAN}",
 }

@@ -11,7 +11,8 @@ from system.files import atomic
 
 def export(run, path):
     """A row for every chunk used -> a .parquet file: its domain, documents, visits, mean loss, and
-    a column `value:<name>` for each target."""
+    a column `value:<name>` for each target; of a run that has them also `smoothed:<name>`, sums
+    over the visits as values are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -29,6 +30,12 @@ def export(run, path):
     }
     for name in run.names:
         columns[f"value:{name}"] = pa.float32()
+    figures = [run.values]
+    if run.is_smoothed:
+        figures.append(run.sums("smoothed").astype(np.float32))
+        for name in run.names:
+            columns[f"smoothed:{name}"] = pa.float32()
+    figures = np.concatenate(figures, 1)
     keys = ("sign", "unit", "rule", "committed_step", "data_hash")
     schema = pa.schema(columns, {key: str(run.info[key]) for key in keys})
     # by its name: arrow would swallow a signal's exception in a Python file's write
@@ -41,7 +48,7 @@ def export(run, path):
                 visits[chunks],
                 first_step[chunks],
                 loss[chunks] / visits[chunks],
-                *run.values[chunks].T,
+                *figures[chunks].T,
             ]
             writer.write_table(pa.table(rows, schema=schema))
     return {"path": str(path), "rows": len(run.used), "columns": schema.names}

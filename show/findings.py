@@ -110,18 +110,19 @@ def of_domain(d, values, members):
 # --- steps --------------------------------------------------------------------------
 
 
-def over_steps(blocks, batch, domain, n_domains):
+def over_steps(blocks, batch, domain, n_domains, column="value"):
     """One pass over a run's visits. Returns
 
     sizes (K, steps): the sum of the sizes (without sign) of a step's values, in nats;
     shares (K, n_domains): of each domain, the mean over the steps of the sum of its values over
     the step's size. Every step counts the same, so no step can turn them round.
 
-    blocks: of records of ledger.npy, whole steps each. domain: int (n_chunks,).
+    blocks: of records of ledger.npy, whole steps each. domain: int (n_chunks,). column: which of
+    the records' is the value.
     """
     sizes, totals = [], []
     for visits in blocks:
-        values = visits["value"].astype(float)  # (n, K)
+        values = visits[column].astype(float)  # (n, K)
         steps = np.abs(values).reshape(-1, batch, values.shape[1]).sum(1)  # (n / batch, K)
         parts = values / np.maximum(np.repeat(steps, batch, axis=0), TINY)
         of_visit = domain[visits["chunk"]]
@@ -219,18 +220,19 @@ class Found:
     finding: str
 
 
-def of_run(total, used, blocks, batch, data, targets):
+def of_run(total, used, blocks, batch, data, targets, column="value"):
     """A run's values -> [Found], one for each target.
 
     total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,), at least one. blocks: of
     records of ledger.npy, whole steps each, batch of them a step. data: data.Dataset. targets:
-    their names.
+    their names. column: which of the records' the total is of.
     """
     blocks = iter(blocks)
     first = next(blocks)
     first_step = int(first["step"][0])
     of_chunk = data.train.domain
-    sizes, shares = over_steps(chain([first], blocks), batch, of_chunk, len(data.domains))
+    blocks = chain([first], blocks)
+    sizes, shares = over_steps(blocks, batch, of_chunk, len(data.domains), column)
     chunks = np.flatnonzero(used)
 
     def domain_of(chunk):

@@ -58,8 +58,11 @@ def gather(run, documents, runs=()):
     sums = Sums(run, slots, D, sizes)
     for visits in run.blocks():
         sums.add(visits)
-    score = (sums.score[:, used] / np.maximum(sums.count[used], 1)).T  # (n, K)
-    shown = choose(score, values, slots[used], D)
+    score = sums.mean_of_visits(sums.score)  # (n, K)
+    smoothed = None
+    if run.is_smoothed:
+        smoothed = sums.mean_of_visits(sums.smoothed)
+    shown = choose(score, values, slots[used], D, smoothed)
     content = {
         "run": describe(run, sums),
         "targets": [short(name) for name in run.names],
@@ -72,7 +75,11 @@ def gather(run, documents, runs=()):
         "histogram": histograms(values, slots[used], D),
         "points": points(run, slots),
         "chunks": chunks(run, documents, used[shown], score[shown], slots, sums),
+        "smoothed": run.is_smoothed,
     }
+    if run.is_smoothed:
+        for row, of_chunk in zip(content["chunks"], smoothed[shown]):
+            row["smoothed"] = num(of_chunk)
     content["findings"] = found(run, score, sizes, content["trust"])
     room_for_texts = min(TEXTS, PAGE - TOKENS - len(encode(content)))
     add_texts(content["chunks"], run, max(0, room_for_texts) // len(shown))
@@ -130,11 +137,11 @@ def domains(run):
     return names, slot_of[domain]
 
 
-def choose(score, values, slots, D):
-    """The chunks to show, as positions in values: the most extreme of every target first, by score
-    and by value, then those of every domain by score.
+def choose(score, values, slots, D, smoothed=None):
+    """The chunks to show, as positions in values: the most extreme of every target first, by score,
+    by value and by smoothed score, then those of every domain by score.
 
-    score, values: (n, K). slots: (n,), the shown domains.
+    score, values: (n, K); smoothed too, if there is one. slots: (n,), the shown domains.
     """
     K = values.shape[1]
     n_overall = max(5, min(50, 100 // K))
@@ -142,7 +149,10 @@ def choose(score, values, slots, D):
     orders = [np.argsort(score[:, k], kind="stable") for k in range(K)]
     ends = []
     for k, order in enumerate(orders):
-        for ranked in (order, np.argsort(values[:, k], kind="stable")):
+        by_target = [order, np.argsort(values[:, k], kind="stable")]
+        if smoothed is not None:
+            by_target.append(np.argsort(smoothed[:, k], kind="stable"))
+        for ranked in by_target:
             ends.append(ranked[::-1][:n_overall])
             ends.append(ranked[:n_overall])
     positions = np.stack(ends, 1).ravel().tolist()  # in turns: a target's best, its worst
@@ -209,6 +219,7 @@ class Sums:
         n_chunks = len(slots)
         self.count = np.zeros(n_chunks, np.int32)
         self.score = np.zeros((self.K, n_chunks))  # values over the mean size of their step's
+        self.smoothed = np.zeros((self.K, n_chunks))  # the same of smoothed scores, where there are
         self.early = set()
         self.early_size = np.zeros(self.K)
 
@@ -232,10 +243,21 @@ class Sums:
         self.bars.add(steps, slot, shares)
         for score, share in zip(self.score, shares.T):
             np.add.at(score, chunk, batch * share)
+        if self.run.is_smoothed:
+            smoothed = visits["smoothed"].astype(float)
+            size = np.abs(smoothed).reshape(-1, batch, self.K).mean(1)
+            smoothed /= np.repeat(np.maximum(size, findings.TINY), batch, axis=0)
+            for score, of_target in zip(self.smoothed, smoothed.T):
+                np.add.at(score, chunk, of_target)
         np.add.at(self.count, chunk, 1)
         early = visits["early"] > 0
         self.early.update(np.unique(np.repeat(steps, batch)[early]).tolist())
         self.early_size += abs(values[early]).sum(0)
+
+    def mean_of_visits(self, score):
+        """score (K, n_chunks), summed over the visits -> of the chunks used the mean (n, K)."""
+        used = self.run.used
+        return (score[:, used] / np.maximum(self.count[used], 1)).T
 
 
 def is_measured(books):

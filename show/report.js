@@ -203,13 +203,18 @@ function writeFacts() {
   }
 }
 
+const SMOOTHED =
+  " Smoothed: as share, by the mean of the target's gradient over the steps. It is a score for " +
+  "choosing data, not the chunk's value: the books are not of it.";
+
 function writeNotes() {
   const run = R.run;
   $("chunk-note").textContent =
     "The chunks with the highest and lowest share and value for each target, and a few of each " +
     `domain: ${whole(R.chunks.length)} of ${whole(run.used)}. Share: the chunk's value over the ` +
     "mean size of the values in its step, as a mean over its visits. Steps differ in how far " +
-    "they move the loss, so the list is sorted by share.";
+    "they move the loss, so the list is sorted by share." +
+    (R.smoothed ? SMOOTHED : "");
   const steps = `steps ${whole(run.first)} to ${whole(run.step)}`;
   $("foot").append(
     `Values of ${plural(run.visits, "visit")}, ${steps}; data ${run.hash}. ` +

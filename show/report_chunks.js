@@ -102,6 +102,14 @@ const columns = [
     label: "loss",
   },
 ];
+if (R.smoothed)
+  columns.splice(2, 0, {
+    title: "Smoothed",
+    value: (row) => row.smoothed[state.target],
+    cell: (row) => times(row.smoothed[state.target]),
+    numeric: true,
+    label: "smoothed",
+  });
 const SHARE = 1; // the column that the list is sorted by at first
 
 const showChunks = sortable(

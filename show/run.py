@@ -23,7 +23,7 @@ class Run:
     info: dict  # values.json: sign, unit, rule, targets, committed_step
     data: Dataset
     values: np.ndarray  # float32 (n_chunks, K), nats; NaN = never used
-    visits: np.ndarray  # of ledger.npy, memmapped: step, chunk, loss, value (K,), grad_norm, early
+    visits: np.ndarray  # of ledger.npy, memmapped: records as of store.visit_dtype()
     books: np.ndarray  # one row a step
     audit: np.ndarray  # one row an audited step; of length 0 where there was none
 
@@ -51,6 +51,32 @@ class Run:
     def used(self):
         """int64: the chunks that have a value, in ascending order."""
         return np.flatnonzero(~np.isnan(self.values[:, 0]))
+
+    @property
+    def is_smoothed(self):
+        """Whether its visits have the column `smoothed`."""
+        return "smoothed" in self.visits.dtype.names
+
+    def check_smoothed(self):
+        """Raises UserError where there is no column `smoothed`."""
+        if self.is_smoothed:
+            return
+        cure = "train with --target_smoothing=.97"
+        if self.info.get("method") == "walk":
+            cure = "a walk has none"
+        raise UserError(f"{self.path} has no smoothed scores: {cure}, or choose another --score")
+
+    def sums(self, column):
+        """What each chunk's visits add up to, in nats: (n_chunks, K), NaN = never used.
+
+        column: "value" or "smoothed"."""
+        if column == "value":
+            return self.values
+        self.check_smoothed()
+        total = np.zeros(self.values.shape)
+        for visits in self.blocks():
+            np.add.at(total, visits["chunk"], visits[column].astype(float))
+        return np.where(np.isnan(self.values), np.nan, total)
 
     @cached_property
     def tokenizer(self):
@@ -262,10 +288,11 @@ def read_arrays(path, info):
     files = info["files"]
     cure = again(path)
     check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
-    visits = read_records(path, "ledger", store.visit_dtype(K), files)
-    books = read_records(path, "books", store.book_dtype(K), files)
+    ledgers = [store.visit_dtype(K), store.visit_dtype(K, smoothed=True)]
+    visits = read_records(path, "ledger", ledgers, files)
+    books = read_records(path, "books", [store.book_dtype(K)], files)
     if "audit.npy" in files:
-        audit = read_records(path, "audit", store.audit_dtype(K), files)
+        audit = read_records(path, "audit", [store.audit_dtype(K)], files)
     else:
         audit = np.zeros(0, store.audit_dtype(K))
     if len(visits) != len(books) * info["batch"]:
@@ -294,16 +321,17 @@ def sum_up(path, visits, batch, n_chunks):
     return np.where(used[:, None], total, np.nan).astype(np.float32)
 
 
-def read_records(path, name, dtype, files):
-    """The records of <name>.npy that values.json counts, memmapped."""
+def read_records(path, name, dtypes, files):
+    """The records of <name>.npy that values.json counts, memmapped. dtypes: those it may have."""
     repair = "type: " + terminal.command("python", "revalue.py", str(path), "--repair")
     file = path / f"{name}.npy"
     counted = files[file.name]
     store.check(path, {name: counted}, repair)
-    if "momentum_by_domain" in (store.read(path, name).dtype.names or ()):
+    written = store.read(path, name).dtype
+    if "momentum_by_domain" in (written.names or ()):
         what = f"{file} has momentum by domain, which this version does not read"
         raise UserError(f"{what}: go on with the version that made it, or train again")
-    records = load_array(file, repair, dtype)
+    records = load_array(file, repair, written if written in dtypes else dtypes[0])
     if len(records) < counted["rows"] or records.dtype.itemsize != counted["itemsize"]:
         what = f"{records.dtype} {records.shape} does not fit values.json"
         raise UserError(f"{file} is damaged, {what}: {repair}")

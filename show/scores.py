@@ -26,16 +26,20 @@ def chunk_scores(run, k, score):
     """Units of a run's chunks.
 
     k: a target's number. score: "value", what a visit brings is its value in nats; "share", its
-    value relative to the mean absolute value of its step; "loss", minus its loss.
+    value relative to the mean absolute value of its step; "smoothed", the same of its smoothed
+    score; "loss", minus its loss. Raises UserError where a run has no smoothed scores.
     """
+    if score == "smoothed":
+        run.check_smoothed()
+    column = "smoothed" if score == "smoothed" else "value"
     n_chunks = len(run.values)
     count, total, squares = np.zeros((3, n_chunks))
     for visits in run.blocks():
         if score == "loss":
             gains = -visits["loss"].astype(float)
         else:
-            gains = visits["value"][:, k].astype(float)
-        if score == "share":
+            gains = visits[column][:, k].astype(float)
+        if score in ("share", "smoothed"):
             steps = gains.reshape(-1, run.info["batch"])
             size = np.abs(steps).mean(1, keepdims=True)
             gains = (steps / np.maximum(size, TINY)).ravel()

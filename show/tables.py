@@ -30,6 +30,7 @@ HEADING = [
     f"Values of the chunks used, in {findings.UNIT} (positive: it lowered the target's loss).",
     "share: the sum of a step's values over their size, on average over the steps. sum: in nats.",
 ]
+SMOOTHED = "Of smoothed scores, for the gradient's mean over the steps; the books are not of them."
 WIDTHS = {
     "chunks": 8,
     "median": 12,

@@ -306,7 +306,7 @@ def repair_or_start_over(out, checkpoints):
 def check_resumption(cfg, data, targets, checkpoint, path):
     """Raises UserError where this configuration would go on with another run's values."""
     out = cfg.out_dir
-    settings = store.without_removed(checkpoint["config"], path)
+    settings = store.ADDED | store.without_removed(checkpoint["config"], path)
     may_change = {*MAY_CHANGE, *STARTS}
     with fitting(path):
         if np.prod([settings.get(key) for key in BATCH]) == cfg.batch:

@@ -1,8 +1,8 @@
 """What a run needs of its machine, estimated before it begins: data, memory, disk.
 
 Memory is estimated from below, so that nothing is refused that would work: weights, gradients,
-AdamW's moments, the targets' directions, what a micro-batch keeps for its backward pass, and the
-tokens of a step. A run takes more than that, often twice as much.
+AdamW's moments, the targets' directions, the means of their gradients, what a micro-batch keeps for
+its backward pass, and the tokens of a step. A run takes more than that, often twice as much.
 """
 
 import os
@@ -34,6 +34,8 @@ def memory(cfg, vocab_size, n_targets, processes):
     if cfg.optimizer == "adamw":
         copies += 2  # its moments
     copies += n_targets
+    if cfg.target_smoothing:
+        copies += 2 * n_targets  # the means of their gradients, and the directions of these
     of_weights = word * copies * parameters(cfg, vocab_size)
     if cfg.shard:
         of_weights //= processes
@@ -92,13 +94,15 @@ def disk(cfg, vocab_size, n_targets, n_chunks):
     """The bytes that a run's folder holds at most, after all its steps."""
     word = 8 if cfg.dtype == "float64" else 4
     copies = 3 if cfg.optimizer == "adamw" else 1  # weights and moments
+    if cfg.target_smoothing:
+        copies += n_targets  # the means of their gradients
     checkpoint = word * copies * parameters(cfg, vocab_size)
     kept = cfg.keep_checkpoints
     if cfg.hindsight:
         kept = -(-cfg.max_iters // cfg.checkpoint_interval)
     total = checkpoint * (kept + 1)  # one more while it is written
     if n_targets:
-        visits = store.visit_dtype(n_targets).itemsize * cfg.batch
+        visits = store.visit_dtype(n_targets, cfg.target_smoothing > 0).itemsize * cfg.batch
         books = store.book_dtype(n_targets).itemsize
         total += (visits + books) * cfg.max_iters
         total += 2 * 4 * n_targets * n_chunks  # values.npy, twice while it is written

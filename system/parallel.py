@@ -162,7 +162,7 @@ def replicate(model, example_loss=None):
     return replica
 
 
-def shard(model, blocks, n_targets):
+def shard(model, blocks, n_directions):
     """FSDP2, in place: each rank keeps a slice of the rows of every parameter and of its direction,
     and the whole of a block exists only while it computes.
 
@@ -175,7 +175,7 @@ def shard(model, blocks, n_targets):
     from torch.distributed.tensor import Shard
 
     originals = dict(model.named_parameters())
-    directions = register_directions(model, originals, n_targets)
+    directions = register_directions(model, originals, n_directions)
     direction_ids = {id(h) for h in directions.values()}
 
     def placement(p):
@@ -196,12 +196,12 @@ def shard(model, blocks, n_targets):
         p.__dict__.update(original.__dict__)
         whole.__dict__.update(original.__dict__)
         p.whole = whole
-        if n_targets:
+        if n_directions:
             p.h = local(sharded[name + "_h"])
             whole.h = wholes[name + "_h"]
 
 
-def register_directions(model, parameters, n_targets):
+def register_directions(model, parameters, n_directions):
     """Gives every parameter's module a parameter <name>_h for its direction, so that FSDP shards
     and gathers both. Returns {parameter: direction}, empty without targets."""
     directions = {}
@@ -209,8 +209,8 @@ def register_directions(model, parameters, n_targets):
         if len(p) % size():
             what = f"--shard: {size()} processes cannot share the {len(p)} rows of {name}"
             raise UserError(f"{what}: choose sizes that are multiples of {size()}")
-        if n_targets:
-            directions[p] = nn.Parameter(p.new_zeros(n_targets, *p.shape), requires_grad=False)
+        if n_directions:
+            directions[p] = nn.Parameter(p.new_zeros(n_directions, *p.shape), requires_grad=False)
     if directions:
         for module in list(model.modules()):
             for name, p in list(module.named_parameters(recurse=False)):

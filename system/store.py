@@ -1,7 +1,8 @@
 """What a run leaves on disk: the one place that knows the formats.
 
     ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target),
-                 grad_norm, early; row = step * B + slot
+                 grad_norm, early; row = step * B + slot. With train.py --target_smoothing also
+                 smoothed (nats, one per target), beside the value
     books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN:
                  not computed)
     audit.npy    one record an audited step: per target how close its values came to the truth
@@ -46,7 +47,7 @@ VISIT_FIELDS = [
     ("step", "<i4"),
     ("chunk", "<i8"),
     ("loss", "<f4"),
-    # ("value", "<f4", (K,)) stands here
+    # ("value", "<f4", (K,)) stands here, and ("smoothed", "<f4", (K,)) of runs that have it
     ("grad_norm", "<f4"),  # over the weights that values.json names, NaN if not computed
     ("early", "u1"),  # 1 where AdamW's moments are too young for any rule
 ]
@@ -68,9 +69,12 @@ AUDIT_ENTRIES = (
 )
 
 
-def visit_dtype(K):
-    """Of ledger.npy."""
-    return np.dtype([*VISIT_FIELDS[:3], ("value", "<f4", (K,)), *VISIT_FIELDS[3:]])
+def visit_dtype(K, smoothed=False):
+    """Of ledger.npy. smoothed: of a run with --target_smoothing."""
+    of_targets = [("value", "<f4", (K,))]
+    if smoothed:
+        of_targets.append(("smoothed", "<f4", (K,)))
+    return np.dtype([*VISIT_FIELDS[:3], *of_targets, *VISIT_FIELDS[3:]])
 
 
 def book_dtype(K):
@@ -108,6 +112,9 @@ REMOVED = {
     "domain_momentum": (False,),
     "tensorboard_log": (False, True),
 }
+
+# settings that change what a run writes, and what earlier versions did, which had none
+ADDED = {"target_smoothing": 0.0}
 
 
 def without_removed(settings, path):

@@ -25,14 +25,19 @@ class Writer:
         step=0,
         counted=None,
         adjoints=False,
+        smoothed=False,
     ):
         """run: the folder. audits, adjoints: whether there will be an audit.npy, an adjoint.npy.
         about: further entries of values.json. step, counted: where a run goes on, and what
-        Writer.counted() said there."""
-        self.run, self.n_targets = Path(run), n_targets
+        Writer.counted() said there. smoothed: whether the ledger has that column
+        (Settings.target_smoothing)."""
+        self.run, self.n_targets, self.smoothed = Path(run), n_targets, smoothed
         self.run.mkdir(parents=True, exist_ok=True)
         self.about = about or {}
-        dtypes = {"ledger": store.visit_dtype(n_targets), "books": store.book_dtype(n_targets)}
+        dtypes = {
+            "ledger": store.visit_dtype(n_targets, smoothed),
+            "books": store.book_dtype(n_targets),
+        }
         if audits:
             dtypes["audit"] = store.audit_dtype(n_targets)
         if adjoints:

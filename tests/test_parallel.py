@@ -77,10 +77,10 @@ def ranks_run(world, log, *argvs):
 # --- the same values ----------------------------------------------------------
 
 
-def distance(many, alone, batch=4):
-    """The largest relative distance of a step's values."""
-    many = many["value"].reshape(len(many) // batch, -1).astype(float)
-    alone = alone["value"].reshape(len(alone) // batch, -1).astype(float)
+def distance(many, alone, batch=4, column="value"):
+    """The largest relative distance of a step's values, or of another column."""
+    many = many[column].reshape(len(many) // batch, -1).astype(float)
+    alone = alone[column].reshape(len(alone) // batch, -1).astype(float)
     return max(np.linalg.norm(many - alone, axis=1) / np.linalg.norm(alone, axis=1))
 
 
@@ -219,6 +219,40 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(python_data, tmp_
             assert torch.allclose(weight, expected_weights[name], atol=1e-5), name
 
 
+def means(out_dir):
+    """{name: tensor}, the means of the targets' gradients in the newest checkpoint."""
+    return read_checkpoint(out_dir / "ckpt.pt")["valuation"]["smoothing"]["means"]
+
+
+@pytest.mark.parametrize("shard, rule", [(False, "adamw"), (True, "adamw"), (True, "adamw2")])
+def test_smoothed_scores_do_not_depend_on_the_number_of_processes(
+    python_data, tmp_path, shard, rule
+):
+    """Two ranks stop after step 5; one process, and two the other way, go on with their means."""
+    log = tmp_path / "log"
+    options = [*OPTIONS, f"--rule={rule}", "--target_smoothing=.9"]
+    run(python_data, tmp_path / "alone", *options)
+    first = arguments(python_data, tmp_path / "0", *options, f"--shard={shard}", "--max_iters=5")
+    ranks_run(2, log, first)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    resume = [*options, "--init_from=resume"]
+    run(python_data, tmp_path / "0", *resume)
+    ranks_run(2, log, arguments(python_data, tmp_path / "1", *resume, f"--shard={not shard}"))
+    expected = read(tmp_path / "alone")
+    expected_means = means(tmp_path / "alone")
+    for copy in ("0", "1"):
+        visits = read(tmp_path / copy)
+        assert (visits["chunk"] == expected["chunk"]).all()
+        assert distance(visits[4:], expected[4:], column="smoothed") < 1e-5
+        for name, mean in means(tmp_path / copy).items():
+            assert mean.shape == expected_means[name].shape
+            assert relative_distance(mean, expected_means[name]) < 1e-4, name
+
+
+def relative_distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
 # --- nothing lost -------------------------------------------------------------
 
 
@@ -226,8 +260,8 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(python_data, tmp_
     "world, more",
     [
         (2, []),
-        (2, ["--shard", "--rule=adamw2"]),
-        (4, ["--background", "--dropout=0.1"]),
+        (2, ["--shard", "--rule=adamw2", "--target_smoothing=.9"]),
+        (4, ["--background", "--dropout=0.1", "--target_smoothing=.9"]),
     ],
 )
 def test_a_run_whose_ranks_are_killed_ends_in_the_bytes_of_an_undisturbed_one(

@@ -68,7 +68,8 @@ class Run:
         if rule == "off":
             self.valuation = NoValuation()
             return
-        writer = Writer(tmp_path, 100, K)
+        is_smoothed = options.get("target_smoothing", 0) > 0
+        writer = Writer(tmp_path, 100, K, smoothed=is_smoothed)
         settings = Settings(rule=rule, batch=B, **options)
         self.valuation = Valuation(
             self.model, self.optimizer, self.loss, self.targets, settings, writer

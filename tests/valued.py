@@ -8,7 +8,15 @@ from valuation import host
 def settled(valuation):
     """The last step's values (B, K) and losses (B,), float64."""
     step = valuation.pending[-1]
-    clip_coef = float(step.clip_coef)
+    return finished(valuation, step.values), torch.from_numpy(host(step.losses))
+
+
+def smoothed(valuation):
+    """The last step's scores by the smoothed directions, float64 (B, K)."""
+    return finished(valuation, valuation.pending[-1].smoothed)
+
+
+def finished(valuation, values):
+    step = valuation.pending[-1]
     products = None if step.products is None else host(step.products)
-    values = valuation.rule.correct(host(step.values) * (step.lr * clip_coef), clip_coef, products)
-    return torch.from_numpy(values), torch.from_numpy(host(step.losses))
+    return torch.from_numpy(valuation.finished(step, host(values), products))
