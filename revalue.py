@@ -165,14 +165,7 @@ def revalue(cfg):
         "targets": [target.name for target in targets],
     }
     if cfg.hindsight:
-        try:
-            if cfg.overwrite or not is_done(folder):
-                lookback.look_back(cfg, original, data, targets, folder, end, about)
-            if cfg.check:
-                lookback.check(cfg, original, data, targets, folder)
-        except KeyboardInterrupt:
-            say("stopped: what was done is kept; type the same again, and it goes on")
-            raise
+        look_back(cfg, original, data, targets, folder, end, about)
         return folder
     work = replay if cfg.replay else walk
     approximate = work(cfg, original, data, targets, folder, end, about)
@@ -180,6 +173,18 @@ def revalue(cfg):
     info.update(of=about["of"], method=about["method"], approximate=approximate)
     files.write_json(folder / "values.json", info)
     return folder
+
+
+def look_back(cfg, original, data, targets, folder, end, about):
+    """Hindsight where it is missing, then its check."""
+    try:
+        if cfg.overwrite or not is_done(folder):
+            lookback.look_back(cfg, original, data, targets, folder, end, about)
+        if cfg.check:
+            lookback.check(cfg, original, data, targets, folder)
+    except KeyboardInterrupt:
+        say("stopped: what was done is kept; type the same again, and it goes on")
+        raise
 
 
 def method(cfg):

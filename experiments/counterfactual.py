@@ -6,16 +6,17 @@ Which score of a chunk's visit predicts what happens when one trains without it?
                                                              installation carries
     python experiments/counterfactual.py --part=report --out=...   tables and figure again
 
-A run; then, for random sets of its visits (a chunk's use in a step), the same run without them,
-from the end of the warm-up on. True is what the loss of the target's chunks rises by at the end,
-and that of as many held-out chunks of the same kind. A score predicts the sum of the visits left
-out. LDS is the correlation of the two over the sets. Slope: nats of true rise per nat predicted.
+A run; then, for random sets of its visits (a chunk's use in a step), the same run without them.
+Visits of the steps before which |dL/dw| explodes (shapley/hindsight.py) are never left out. True is
+what the loss of the target's chunks rises by at the end, and that of as many held-out chunks of the
+same kind. A score predicts the sum of the visits left out. LDS is the correlation of the two over
+the sets. Slope: nats of true rise per nat predicted.
 
 Settings: <data>-<target>-<start>. Data: clean, or junk (a fifth of the chunks have their bytes
 shuffled). Target: broad (validation chunks of all domains), or narrow (of one). Start: scratch
-(from random weights, visits of the warm-up are never left out), or tuned (from a model that was
-trained on other chunks first). `twins`: a seed trained again from other weights, in the same order
-and without the same sets: what two truths agree on is more than any score can reach.
+(from random weights), or tuned (from a model that was trained on other chunks first). `twins`: a
+seed trained again from other weights, in the same order and without the same sets: what two truths
+agree on is more than any score can reach.
 """
 
 import dataclasses
@@ -96,7 +97,8 @@ class Config:
     n_embd: int = 64
     iters: int = 300
     warmup_iters: int = 50
-    first: int = 60  # of a scratch run: visits of earlier steps are never left out
+    # visits of earlier steps are never left out; -1: those before which hindsight explodes
+    first: int = -1
     learning_rate: float = 1e-3
     grad_clip: float = 1.0
     beta2: float = 0.95
@@ -113,7 +115,7 @@ class Config:
     def __post_init__(self):
         if self.quick:
             set_options(self, QUICK)
-            self.first = self.warmup_iters
+            self.first = self.warmup_iters // 2
             self.data += "-quick"
             self.out += "-quick"
 
@@ -171,7 +173,6 @@ class Run:
         self.rows, self.is_junk, target, held_out = text_of(cfg, setting, seed)
         self.targets = [Target("target", target, None), Target("held out", held_out, None)]
         self.n_steps = cfg.tuned_iters if self.tuned else cfg.iters
-        self.first = 0 if self.tuned else cfg.first
         torch.manual_seed(1000 * init + seed)
         self.model = GPT(
             GPTConfig(
@@ -393,22 +394,23 @@ def bm25(run):
 # --- the truth ------------------------------------------------------------------------
 
 
-def truths(run):
-    """{fraction: (sets, the losses' rises without each (n_sets, 2))}."""
+def truths(run, first):
+    """{fraction: (sets of visits from step `first` on, the losses' rises without each (n_sets,
+    2))}, and the losses with all visits (2,)."""
     fresh(run)
-    for step in range(run.first):
+    for step in range(first):
         run.training.take(step)
     state = state_of(run.training)
-    train_without(run.training, state, (), run.first, run.n_steps)
+    train_without(run.training, state, (), first, run.n_steps)
     with_all = run.losses()
-    visits = np.arange(run.first * run.cfg.batch_size, run.n_steps * run.cfg.batch_size)
+    visits = np.arange(first * run.cfg.batch_size, run.n_steps * run.cfg.batch_size)
     found = {}
     for part in run.cfg.fractions.split(","):
         fraction, n_sets = part.split(":")
         sets = draw_sets(int(n_sets), visits, float(fraction), run.seed)
         rises = []
         for left_out in sets:
-            train_without(run.training, state, left_out, run.first, run.n_steps)
+            train_without(run.training, state, left_out, first, run.n_steps)
             rises.append(run.losses() - with_all)
         found[float(fraction)] = (sets, np.array(rises))
     return found, with_all
@@ -426,7 +428,14 @@ def job(settings, setting, seed, init):
         arrays.update({f"norm/{name}": values for name, values in norms.items()})
         ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
         arrays["is_junk"] = run.is_junk[ids]
-    found, with_all = truths(run)
+    first = cfg.first
+    if first < 0 and init:
+        first = int(np.load(file_of(cfg, setting, seed))["first"])
+    elif first < 0:
+        is_early = hindsight.early(norms["hindsight"][:, None])
+        first = int(is_early.sum())
+    arrays["first"] = first
+    found, with_all = truths(run, first)
     for fraction, (sets, rises) in found.items():
         arrays[f"sets/{fraction}"] = np.stack(sets)
         arrays[f"rises/{fraction}"] = rises
