@@ -38,6 +38,8 @@ import lookback
 import train
 from data import open_dataset, parse_targets
 from shapley import ghost
+from show import findings, hindsight, tables
+from show.run import open_run
 from system import files, store
 from system.checkpoints import (
     Checkpoints,
@@ -504,9 +506,9 @@ def query(run, text):
     """A text (str) as the target of a walk of the run (show.run.Run) -> the folder with its values:
     made once for a text and newest checkpoint."""
     name = "query-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-    path = run.path / "revalued" / (name + ".txt")
+    path = run.original / "revalued" / (name + ".txt")
     targets = f"query={with_commas(str(path))}"
-    cfg = Config(str(run.path), targets, name, overwrite=True, data_dir=str(run.data.path))
+    cfg = Config(str(run.original), targets, name, overwrite=True, data_dir=str(run.data.path))
     last = read(cfg).last
     folder = path.with_suffix("")
     if is_revaluation(folder) and is_done(folder):
@@ -527,8 +529,7 @@ def tokens(run, chunks):
     <x_i, h>, before what `adamw` corrects for by the batch. Two-pass rules need a batch: the
     one-pass rule of their optimizer stands for them.
     """
-    path = run.path.parent.parent if run.path.parent.name == "revalued" else run.path
-    cfg = Config(run=str(path), targets=run.cfg["targets"], data_dir=str(run.data.path))
+    cfg = Config(run=str(run.original), targets=run.cfg["targets"], data_dir=str(run.data.path))
     original = read(cfg)
     open_data(original)
     options, step = original.options, original.last
@@ -553,6 +554,10 @@ def main(cfg):
         return repair(cfg)
     folder = revalue(cfg)
     following = command("python", "values.py", "top", str(folder))
+    if cfg.hindsight:
+        run = open_run(folder, cfg.data_dir)
+        for line in tables.end_of_hindsight(findings.of_opened(run), hindsight.read(run)):
+            say(line)
     say(f"values for {cfg.targets or 'its own targets'} -> {folder}; next: {following}")
 
 
