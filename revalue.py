@@ -40,7 +40,7 @@ from data import open_dataset, parse_targets
 from shapley import ghost
 from show import findings, hindsight, tables
 from show.run import open_run
-from system import files, store
+from system import files, store, terminal
 from system.checkpoints import (
     Checkpoints,
     check_targets,
@@ -137,9 +137,11 @@ def revalue(cfg):
         what = f"the newest checkpoint is of step {original.last}"
         wanted = f"0 <= start < end <= {original.last}"
         raise UserError(f"--start={cfg.start} --end={end}: {what}: {wanted}")
-    if folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
+    if cfg.hindsight and cfg.check and not cfg.overwrite and is_done(folder):
+        check_same(folder, targets)  # what else lies there stays
+    elif folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
         raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
-    if is_done(folder) and not cfg.overwrite and not cfg.check:
+    elif is_done(folder) and not cfg.overwrite:
         ways = "--overwrite makes them again, --name=... puts these elsewhere"
         raise UserError(f"{folder} holds values already: {ways}")
     about = {
@@ -211,6 +213,15 @@ def open_data(original):
 def check_run_targets(original, targets):
     had = original.newest["valuation"].get("targets", {})
     check_targets(targets, had, original.path)
+
+
+def check_same(folder, targets):
+    """Raises UserError where a folder to be checked holds no hindsight for these targets."""
+    about = files.read_json(folder / REVALUATION, "write another --name", {"method": str})
+    names = [target.name for target in targets]
+    if about["method"] != "hindsight" or about.get("targets") != names:
+        what = f"{folder} holds other values than hindsight for {terminal.listed(names)}"
+        raise UserError(f"{what}: write another --name, or --overwrite")
 
 
 def is_done(folder):

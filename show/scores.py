@@ -22,15 +22,18 @@ class Units:
     pieces: Pieces | None = None  # of documents: the chunks they lie in; their rows are these
 
 
-def chunk_scores(run, k, score):
+def chunk_scores(run, k, score, with_early=True):
     """Units of a run's chunks.
 
     k: a target's number. score: "value", what a visit brings is its value in nats; "share", its
-    value relative to the mean absolute value of its step; "loss", minus its loss.
+    value relative to the mean absolute value of its step; "loss", minus its loss. with_early:
+    whether visits that are marked early count.
     """
     n_chunks = len(run.values)
     count, total, squares = np.zeros((3, n_chunks))
     for visits in run.blocks():
+        if not with_early:
+            visits = visits[visits["early"] == 0]  # whole steps are early
         if score == "loss":
             gains = -visits["loss"].astype(float)
         else:
