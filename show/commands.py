@@ -198,9 +198,10 @@ def flat(row):
 
 
 def as_cell(x):
-    """Documents become their numbers; a text one that a spreadsheet does not take for a formula."""
+    """Documents become their numbers, sentences a text; a text becomes one that a spreadsheet does
+    not take for a formula."""
     if isinstance(x, list):
-        x = " ".join(str(doc["doc"]) for doc in x)
+        x = " ".join(item if isinstance(item, str) else str(item["doc"]) for item in x)
     if not isinstance(x, str):
         return x
     is_formula = x.startswith(("=", "+", "-", "@", "\t", "\r"))

@@ -121,14 +121,13 @@ function checkParagraphs(k) {
   const steps = ` (visits of steps ${whole(C.first_step)} to ${whole(C.end - 1)})`;
   const sentence = C.words[k][0].toUpperCase() + C.words[k].slice(1);
   const words = make("p", {}, name(sentence), `${steps}.`);
-  const host = make("div", { class: "scroll check" });
-  const columns = [
-    { title: "Score", value: (row) => row.score, cell: (row) => name(row.score) },
-    checkColumn("Correlation", "pearson", (row) => hundredths(row.pearson)),
-    checkColumn("95%", "low", (row) => `${hundredths(row.low)} to ${hundredths(row.high)}`),
-    checkColumn("Slope", "slope", slope),
-  ];
-  sortable(host, "How well scores predict training again", columns, 1)(C.rows[k]);
+  const heads = ["Score", "Correlation", "95%", "Slope"].map((title, i) => {
+    return make("th", { scope: "col", class: i > 0 && "num" }, title);
+  });
+  const head = make("thead", {}, make("tr", {}, heads));
+  const what = { "aria-label": "How well scores predict training again" };
+  const table = make("table", what, head, make("tbody", {}, ...C.rows[k].map(checkRow)));
+  const host = make("div", { class: "scroll check" }, table);
   const about =
     "Correlation: of the sum of a score over the visits left out with what that did to the loss, " +
     `with its 95% interval. Slope: nats of change per nat predicted, 1 is right; ${NONE} where ` +
@@ -136,8 +135,11 @@ function checkParagraphs(k) {
   return [words, host, make("p", { class: "soft" }, about)];
 }
 
-function checkColumn(title, key, cell) {
-  return { title, value: (row) => row[key], cell, numeric: true };
+function checkRow(row) {
+  const interval = `${hundredths(row.low)} to ${hundredths(row.high)}`;
+  const figures = [hundredths(row.pearson), interval, slope(row)];
+  const cells = figures.map((text) => make("td", { class: "num" }, text));
+  return make("tr", {}, make("td", {}, name(row.score)), cells);
 }
 
 function hundredths(x) {

@@ -570,7 +570,8 @@ function drawScatter() {
   const of = look < 0 ? "" : ` of this domain, out of a sample of ${sampled}`;
   const evenly = P.domain.length < R.run.visits ? ", taken evenly over the run" : "";
   $("scatter-note").textContent =
-    `Value${R.hindsight ? " in hindsight" : " in its step"} (1e-6 nats) against training loss, a point for each visit of a chunk: ` +
+    `Value${R.hindsight ? " in hindsight" : " in its step"} (1e-6 nats) against training loss, ` +
+    "a point for each visit of a chunk: " +
     `${whole(own.length)} shown${of} of ${plural(R.run.visits, "visit")} in all${evenly}.`;
   const what = `Values for ${R.targets[state.target]} against training loss`;
   const [made, width] = canvas($("scatter"), 300, what);
