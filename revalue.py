@@ -3,6 +3,7 @@
     python revalue.py out/demo --targets=mine=notes.txt             walk: approximate
     python revalue.py out/demo --targets=mine=notes.txt --replay    exact: train again
     python revalue.py out/demo --targets=mine=notes.txt --replay --start=500
+    python revalue.py out/demo --hindsight --check=40    what each visit did for the final model
     python revalue.py out/demo --repair              makes again what is damaged of the run's files
 
 Leaves out/demo/revalued/mine, which values.py and report.py read as they read a run. Its
@@ -17,6 +18,11 @@ A replay is train.py's own loop, through the same steps or from a checkpoint's o
 order of chunks and all randomness are functions of the step, so on the same machine the weights go
 the same way to the bit. The ledger's losses are held against the run's to prove it. It costs what
 the training did.
+
+Hindsight takes the run's steps back, from the last to the first. The value of a visit is what the
+target's loss at the run's end owes to it, at the margin. A check trains again without random sets
+of visits, and says how well that is predicted. Costs: a forward and backward of each step, two for
+each target; a check, a training for each set.
 
 A repair trains again through the steps whose rows are damaged, from the checkpoint before them. It
 puts rows back where their checksum shows that they are the same to the bit. The rest is made from

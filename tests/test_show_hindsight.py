@@ -27,7 +27,7 @@ import values
 from show import findings, hindsight, tables
 from show.run import open_run
 from show.scores import chunk_scores
-from system import store
+from system import store, terminal
 from system.errors import UserError
 
 SCHEMA = json.loads(Path(config.ROOT, "show", "values.schema.json").read_text())
@@ -444,7 +444,8 @@ def curated(folder, out, **options):
 
 
 def test_hindsight_is_curated_by_its_value_in_late_steps(marked, small_data, tmp_path):
-    about, lines = curated(marked, tmp_path / "kept", by="chunk", data_dir=str(small_data))
+    options = {"by": "chunk", "data_dir": str(small_data), "list": str(tmp_path / "list.jsonl")}
+    about, lines = curated(marked, tmp_path / "kept", **options)
     visits = np.load(marked / "ledger.npy")
     late = visits[visits["step"] >= EARLY]
     total = {}
@@ -456,6 +457,8 @@ def test_hindsight_is_curated_by_its_value_in_late_steps(marked, small_data, tmp
     assert about["config"]["score"] == "value"
     assert dropped["chunk"].tolist() == worst
     np.testing.assert_allclose(dropped["score"], [total[chunk] for chunk in worst])
+    listed = (tmp_path / "list.jsonl").read_text().splitlines()
+    assert [json.loads(line)["chunk"] for line in listed] == worst
     assert f"{4 * EARLY} of 48 visits are of early steps and do not count: there" in lines
 
 
@@ -535,10 +538,31 @@ def renamed_score(check):
     return check | {"targets": targets}
 
 
-def test_no_text_of_a_strangers_folder_reaches_a_terminal_raw(copied, small_data, typed):
+def renamed_target(folder):
+    """The folder, whose first target has a name that means harm."""
+    text = (folder / "values.json").read_text()
+    entries = json.loads(text.replace('"code"', json.dumps(EVIL)))
+    change(folder / "values.json", **{key: x for key, x in entries.items() if key != "crc32"})
+
+
+@pytest.mark.parametrize("command", ["summary", "domains", "top"])
+def test_no_text_of_a_strangers_folder_reaches_a_terminal_raw(copied, small_data, typed, command):
     change(copied / "values.json", meaning=EVIL, check=renamed_score(info(copied)["check"]))
-    text = typed("summary", copied, f"--data_dir={small_data}")
-    assert "\\x1b]0;owned" in text
+    renamed_target(copied)
+    text = typed(command, copied, f"--data_dir={small_data}")
+    assert text.count("\\x1b]0;owned") > (6 if command == "summary" else 1)
+    assert not set(text) & (set(map(chr, range(32))) - {"\n"})
+    assert "\u202e" not in text
+
+
+def test_the_end_of_looking_back_has_no_control_character(copied, small_data, capsys):
+    renamed_target(copied)
+    opened = open_run(copied, small_data)
+    capsys.readouterr()
+    for line in tables.end_of_hindsight(findings.of_opened(opened), hindsight.read(opened)):
+        terminal.say(line)
+    text = capsys.readouterr().out
+    assert text.count("\\x1b]0;owned") > 3
     assert not set(text) & (set(map(chr, range(32))) - {"\n"})
     assert "\u202e" not in text
 
