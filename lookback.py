@@ -26,7 +26,13 @@ from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_wit
 from shapley.replay import Training, state_of
 from shapley.targets import Targets
 from system import files, parallel, store
-from system.checkpoints import fitting, load_optimizer, read_checkpoint
+from system.checkpoints import (
+    fitting,
+    load_optimizer,
+    read_checkpoint,
+    read_tensors,
+    write_tensors,
+)
 from system.errors import UserError
 from system.folder import REVALUATION, REVALUATION_FILES, remove_revaluation
 from system.machine import rng_state, set_rng_state
@@ -39,7 +45,8 @@ GB = 1e9
 SHARE = 0.25  # of the device's memory that steps may take, where --memory does not say
 SWEEP = "sweep.pt"  # the adjoints where the sweep stands
 CHECK = "check.npz"  # the losses that a check has found so far
-LEFTOVERS = [SWEEP, "state-*.pt", "segment-*.npz", "lock"]  # of a sweep, once it is done
+LEFTOVERS = [SWEEP, "state-*.pt", "segment-*.npz"]  # of a sweep, once it is done
+TOKENS = 2**14  # of a target that are computed at a time
 CLOSE = 1e-4  # nats: losses of float32, added up in another order
 MEANING = (
     "the drop of the target's loss at the end of the run that each visit is worth, at the margin, "
@@ -69,6 +76,16 @@ def plan(start, end, bases, n_steps):
     return segments
 
 
+class WholeTargets(Targets):
+    """Targets of which all chunks speak, in their order."""
+
+    def picks(self, k, step):
+        return np.arange(len(self.targets[k]))
+
+    def describe(self, k):
+        return {**super().describe(k), "drawn": "all of the target's chunks"}
+
+
 class Rerun:
     """A run's training, to be entered at any state that is on disk, and its targets, of which all
     chunks speak."""
@@ -84,12 +101,9 @@ class Rerun:
         self.first_rng = rng_state()  # as train.py's after the same call
         self.new_training()
         self.n_targets = len(targets)
-        longest = max(len(target) for target in targets)
-        settings = Settings(
-            target_batch=longest, target_sampling="fixed", micro_batch=options.batch_size
-        )
+        settings = Settings(micro_batch=max(options.batch_size, TOKENS // options.block_size))
         weights = self.training.weights
-        self.targets = Targets(targets, weights, self.loss, settings, lambda: None)
+        self.targets = WholeTargets(targets, weights, self.loss, settings, lambda: None)
         self.initial = [p.data.cpu().clone() for p in weights.params]
 
     def new_training(self):
@@ -147,7 +161,7 @@ class Rerun:
             content = read_checkpoint(path)
         else:
             path = self.laid(step)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_tensors(path)
         with fitting(path):
             self.model.load_state_dict(content["model"])
             load_optimizer(self.optimizer, content["optimizer"])
@@ -165,7 +179,7 @@ class Rerun:
             "rng": rng,
         }
         with files.atomic(self.laid(step)) as file:
-            torch.save(content, file)
+            write_tensors(file, content)
 
     def has(self, step):
         return step == 0 or step in self.original.checkpoints or self.laid(step).exists()
@@ -202,9 +216,11 @@ class Sweep:
         self.path = rerun.folder / SWEEP
         self.step, self.adjoints, self.loss = end, [], None
         if self.path.exists():
-            content = torch.load(self.path, map_location=rerun.options.device, weights_only=True)
+            content = read_tensors(self.path)
             self.step, self.loss = content["step"], content["loss"]
-            self.adjoints = [hindsight.Adjoint(**of_target) for of_target in content["adjoints"]]
+            for of_target in content["adjoints"]:
+                moved = {name: rerun.to_device(*tensors) for name, tensors in of_target.items()}
+                self.adjoints.append(hindsight.Adjoint(**moved))
 
     def save(self, step):
         self.step = step
@@ -212,7 +228,7 @@ class Sweep:
             return
         content = {"step": step, "loss": self.loss, "adjoints": [vars(a) for a in self.adjoints]}
         with files.atomic(self.path) as file:
-            torch.save(content, file)
+            write_tensors(file, content)
 
 
 def look_back(cfg, original, data, targets, folder, end, about):
@@ -220,7 +236,8 @@ def look_back(cfg, original, data, targets, folder, end, about):
     says of it, beside what every revaluation says."""
     began = time.monotonic()
     partial = folder.with_name(folder.name + ".partial")
-    claim = parallel.on_rank_0(lambda: begin(partial, {**about, "steps": [cfg.start, end]}))
+    claim = Claim(partial)
+    parallel.on_rank_0(lambda: begin(partial, {**about, "steps": [cfg.start, end]}))
     rerun = Rerun(original, data, targets, partial)
     n_steps = rerun.steps_in(cfg.memory * GB or SHARE * memory_here(rerun.options.device))
     sweep = Sweep(rerun, end)
@@ -247,7 +264,8 @@ def look_back(cfg, original, data, targets, folder, end, about):
         "loss_at_end": dict(zip(about["targets"], sweep.loss)),
         "meaning": MEANING,
     }
-    info = parallel.on_rank_0(lambda: finish(rerun, partial, folder, claim, info))
+    info = parallel.on_rank_0(lambda: finish(rerun, partial, folder, info))
+    claim.release(folder)
     took = time.monotonic() - began
     if parallel.rank() == 0:
         say(f"{passes:.2f} forward and backward passes a step, {took:.0f} s")
@@ -258,10 +276,25 @@ def is_quiet():
     return parallel.rank() > 0
 
 
+class Claim:
+    """The first process's claim on a folder, with the others waiting for it (files.Claim)."""
+
+    def __init__(self, folder):
+        self.claim = None
+        parallel.on_rank_0(lambda: self.take(folder))
+
+    def take(self, folder):
+        self.claim = files.Claim(folder, "name")
+
+    def release(self, folder):
+        """folder: where it is now."""
+        if self.claim:
+            self.claim.release()
+            (folder / "lock").unlink()
+
+
 def begin(partial, about):
-    """Takes the folder of what is not finished. What another question left there is removed.
-    Returns the claim on it."""
-    claim = files.Claim(partial, "name")
+    """The folder of what is not finished. What another question left there is removed."""
     files.refuse_strangers(partial, REVALUATION_FILES, "write another --name")
     path = partial / REVALUATION
     if not path.exists() or files.read_json(path, "remove its folder") != about:
@@ -269,7 +302,6 @@ def begin(partial, about):
             if old.name != "lock":
                 old.unlink()
         files.write_json(path, about)
-    return claim
 
 
 def steps_to_lay(segments):
@@ -361,7 +393,7 @@ def book_record(step, losses, n_targets):
     return store.record(store.book_dtype(n_targets), entries)
 
 
-def finish(rerun, partial, folder, claim, info):
+def finish(rerun, partial, folder, info):
     """The segments become the files of a revaluation, in its folder. Returns info, with what is
     approximate."""
     parts = [np.load(path) for path in partial.glob("segment-*.npz")]
@@ -376,8 +408,6 @@ def finish(rerun, partial, folder, claim, info):
     writer = Writer(partial, n_chunks, rerun.n_targets, about=about, adjoints=True)
     writer.add(visits, books, adjoint=adjoint_records(books["step"], norms))
     described = [rerun.targets.describe(k) for k in range(rerun.n_targets)]
-    for entry in described:
-        del entry["ids"]  # all of its chunks speak for a target
     rule = {"rule": "hindsight", "batch": rerun.options.batch, "targets": described}
     writer.commit(info["steps"][1], {**rule, **info})
     settings = train.run_settings(rerun.options)
@@ -385,7 +415,6 @@ def finish(rerun, partial, folder, claim, info):
     if folder.exists():
         remove_revaluation(folder)
     partial.rename(folder)
-    claim.release()
     # last, for without them what is written would have to be computed again
     for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
@@ -403,7 +432,9 @@ def adjoint_records(steps, norms):
 
 def compared(original, visits):
     """What values.json says is approximate, where the steps as taken again had other losses than
-    the run's."""
+    the run's, or nothing is known of them."""
+    if original.options.rule == "off":
+        return "a run with --rule=off has no ledger to hold the steps taken again against"
     rows = store.read(original.path)
     first = np.searchsorted(rows["step"], visits["step"][0])
     rows = rows[first : first + len(visits)]
@@ -453,7 +484,7 @@ def check(cfg, original, data, targets, folder):
 
 def retrain(original, data, targets, folder, about, sets, end):
     """-> the targets' losses at the end (K,), and their rises without each set (n_sets, K)."""
-    claim = parallel.on_rank_0(lambda: files.Claim(folder, "name"))
+    claim = Claim(folder)
     rerun = Rerun(original, data, targets, folder)
     first = about["first_step"]
     base = max(base for base in (0, *original.checkpoints) if base <= first)
@@ -475,9 +506,7 @@ def retrain(original, data, targets, folder, about, sets, end):
         if parallel.rank() == 0:
             with files.atomic(folder / CHECK) as file:
                 np.savez(file, losses=np.array(losses), about=json.dumps(about))
-    if claim:
-        claim.release()
-        (folder / "lock").unlink()
+    claim.release(folder)
     return losses[0], np.array(losses[1:]) - losses[0]
 
 
@@ -492,17 +521,18 @@ def read_losses(path, about):
 def scores_of(original, rows, k, name):
     """{name: score of each visit (n_visits,)} that is held against the truth: the hindsight in
     rows, and what the run itself knew of the same visits."""
+    scores = {"hindsight": rows["value"][:, k], "training loss": -rows["loss"]}
+    if original.options.rule == "off":
+        return scores
     own = store.read(original.path)
     first = np.searchsorted(own["step"], rows["step"][0])
     own = own[first : first + len(rows)]
-    scores = {"hindsight": rows["value"][:, k]}
     names = list(original.newest["valuation"].get("targets", {}))
     if name in names:
         values = own["value"][:, names.index(name)].astype(float)
         by_step = np.abs(values.reshape(-1, original.options.batch)).sum(1)
         scores["value in its step"] = values
         scores["share of its step"] = values / np.repeat(by_step, original.options.batch)
-    scores["training loss"] = -own["loss"]
     return scores
 
 

@@ -3,8 +3,10 @@
     python revalue.py out/demo --targets=mine=notes.txt             walk: approximate
     python revalue.py out/demo --targets=mine=notes.txt --replay    exact: train again
     python revalue.py out/demo --targets=mine=notes.txt --replay --start=500
-    python revalue.py out/demo --hindsight --check=40    what each visit did for the final model
     python revalue.py out/demo --repair              makes again what is damaged of the run's files
+    python revalue.py out/demo --hindsight           for the model that came out in the end
+    python revalue.py out/demo --hindsight --check=40      and train without some, as a proof
+    torchrun --nproc_per_node=2 revalue.py out/demo --hindsight
 
 Leaves out/demo/revalued/mine, which values.py and report.py read as they read a run. Its
 values.json says what is approximate.
@@ -19,10 +21,10 @@ order of chunks and all randomness are functions of the step, so on the same mac
 the same way to the bit. The ledger's losses are held against the run's to prove it. It costs what
 the training did.
 
-Hindsight takes the run's steps back, from the last to the first. The value of a visit is what the
-target's loss at the run's end owes to it, at the margin. A check trains again without random sets
-of visits, and says how well that is predicted. Costs: a forward and backward of each step, two for
-each target; a check, a training for each set.
+Hindsight is another question (lookback.py): not what a chunk did in its step, but what it did for
+the model at the run's end. Its values rank chunks, and their sum is about 0. It costs a forward and
+backward of every step, and two more for each target. --hindsight may be killed and typed again. The
+check trains again from the first visit that may be left out, --check times.
 
 A repair trains again through the steps whose rows are damaged, from the checkpoint before them. It
 puts rows back where their checksum shows that they are the same to the bit. The rest is made from
@@ -46,7 +48,7 @@ from data import open_dataset, parse_targets
 from shapley import ghost
 from show import findings, hindsight, tables
 from show.run import open_run
-from system import files, store, terminal
+from system import files, parallel, store, terminal
 from system.checkpoints import (
     Checkpoints,
     check_targets,
@@ -101,11 +103,22 @@ class Config:
     device: str = ""  # empty: the run's
 
     def __post_init__(self):
+        if self.hindsight and (self.replay or self.repair):
+            raise UserError(
+                "--hindsight, --replay and --repair are three things: write one of them"
+            )
+        if not self.hindsight and (self.horizon or self.check or self.memory):
+            raise UserError("--horizon, --check and --memory are of hindsight: add --hindsight")
+        if 0 < self.check < 4:
+            raise UserError(f"--check={self.check}: write at least 4, for a correlation")
         config.check(
-            self, at_least={"target_batch": 1, "start": 0, "end": 0, "horizon": 0, "memory": 0}
+            self, at_least=AT_LEAST, above={"check_fraction": 0}, below={"check_fraction": 1}
         )
         if self.name:
             files.plain_name(self.name, "name")
+
+
+AT_LEAST = {"target_batch": 1, "start": 0, "end": 0, "horizon": 0, "memory": 0, "check": 0}
 
 
 @dataclass
@@ -132,7 +145,7 @@ def revalue(cfg):
         for target in targets:
             for note in target.notes:
                 say(note)
-    else:
+    elif original.options.rule != "off":
         check_run_targets(original, targets)
     name = cfg.name or files.name_for("+".join(target.name for target in targets))
     if cfg.hindsight and not cfg.name:
@@ -143,13 +156,7 @@ def revalue(cfg):
         what = f"the newest checkpoint is of step {original.last}"
         wanted = f"0 <= start < end <= {original.last}"
         raise UserError(f"--start={cfg.start} --end={end}: {what}: {wanted}")
-    if cfg.hindsight and cfg.check and not cfg.overwrite and is_done(folder):
-        check_same(folder, targets)  # what else lies there stays
-    elif folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
-        raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
-    elif is_done(folder) and not cfg.overwrite:
-        ways = "--overwrite makes them again, --name=... puts these elsewhere"
-        raise UserError(f"{folder} holds values already: {ways}")
+    look_at(cfg, folder, targets)
     about = {
         "of": str(original.path),
         "method": method(cfg),
@@ -182,13 +189,18 @@ def read(cfg):
         what = cfg.run or "no run given"
         raise UserError(f"{what}: name the folder of a run, as out/<the config's name>")
     options = config.load(train.Config, [str(path / "config.json")])
-    if options.rule == "off":
-        raise UserError(f"{path} was trained with --rule=off: train it with another --rule")
+    if options.rule == "off" and not cfg.hindsight:
+        cure = "train it with another --rule, or look back with --hindsight"
+        raise UserError(f"{path} was trained with --rule=off: {cure}")
     options.targets = cfg.targets or options.targets
     options.data_dir = cfg.data_dir or options.data_dir
     options.device = cfg.device or options.device
-    options.shard = options.wandb_log = False  # here is one process
+    options.shard = options.wandb_log = False
     check_system(options)
+    if cfg.hindsight:
+        options.device = parallel.start(options.device)
+    elif "RANK" in os.environ:
+        raise UserError("only --hindsight is for several processes: leave out torchrun")
     paths = find_checkpoints(path)
     if not paths:
         steps = min(options.checkpoint_interval, options.max_iters)
@@ -219,6 +231,17 @@ def open_data(original):
 def check_run_targets(original, targets):
     had = original.newest["valuation"].get("targets", {})
     check_targets(targets, had, original.path)
+
+
+def look_at(cfg, folder, targets):
+    """Raises UserError where a folder holds what is not to be replaced."""
+    if cfg.hindsight and cfg.check and not cfg.overwrite and is_done(folder):
+        return check_same(folder, targets)  # what else lies there stays
+    if folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
+        raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
+    if is_done(folder) and not cfg.overwrite:
+        ways = "--overwrite makes them again, --name=... puts these elsewhere"
+        raise UserError(f"{folder} holds values already: {ways}")
 
 
 def check_same(folder, targets):
@@ -252,6 +275,7 @@ def replay(cfg, original, data, targets, folder, end, about):
         out_dir=str(folder),
         max_iters=end,
         keep_checkpoints=1,
+        hindsight=False,
         eval_interval=0,
         audit_interval=0,
         init_from="scratch" if anew else "auto",
@@ -359,6 +383,7 @@ def replay_steps(folder, original, first, end):
         out_dir=str(folder),
         max_iters=end,
         keep_checkpoints=1,
+        hindsight=False,
         eval_interval=0,
         init_from="scratch",
         overwrite=True,
@@ -519,15 +544,23 @@ def walk(cfg, original, data, targets, folder, end, about):
     return f"weights and moments are those of the nearest checkpoint (steps {steps})"
 
 
-def query(run, text):
-    """A text (str) as the target of a walk of the run (show.run.Run) -> the folder with its values:
-    made once for a text and newest checkpoint."""
+def query(run, text, hindsight=False):
+    """A text (str) as the target of a walk of the run (show.run.Run), or of hindsight -> the folder
+    with its values: made once for a text and newest checkpoint."""
     name = "query-" + hashlib.sha256(text.encode()).hexdigest()[:12]
     path = run.original / "revalued" / (name + ".txt")
-    targets = f"query={with_commas(str(path))}"
-    cfg = Config(str(run.original), targets, name, overwrite=True, data_dir=str(run.data.path))
+    if hindsight:
+        name += "-hindsight"
+    cfg = Config(
+        run=str(run.original),
+        targets=f"query={with_commas(str(path))}",
+        name=name,
+        hindsight=hindsight,
+        overwrite=True,
+        data_dir=str(run.data.path),
+    )
     last = read(cfg).last
-    folder = path.with_suffix("")
+    folder = path.with_name(name)
     if is_revaluation(folder) and is_done(folder):
         info = files.read_json(folder / "values.json", "", {"committed_step": int})
         if info["committed_step"] == last:
@@ -570,6 +603,8 @@ def main(cfg):
     if cfg.repair:
         return repair(cfg)
     folder = revalue(cfg)
+    if parallel.rank():
+        return
     following = command("python", "values.py", "top", str(folder))
     if cfg.hindsight:
         run = open_run(folder, cfg.data_dir)
@@ -579,4 +614,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    config.main(lambda: main(config.load(Config)))
+    config.main(lambda: main(config.load(Config)), leave=parallel.leave)

@@ -86,6 +86,8 @@ class Config:
     log_interval: int = 10  # steps between progress lines
     checkpoint_interval: int = 250  # steps between checkpoints; a run that ends writes one
     keep_checkpoints: int = 2  # ckpt.pt and older ones, ckpt-<step>.pt
+    # keep all of them: revalue.py --hindsight goes back from one to the one before
+    hindsight: bool = False
     background: bool = ON_GPU  # copy a checkpoint to host memory, and train while it is written
     wandb_log: bool = False  # offline when there is no login
     wandb_project: str = "nanoshapley"
@@ -479,9 +481,8 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
         folder.set_aside()  # an older run, until the first commit of this one
         if cfg.keep:  # the file may be gone tomorrow
             files.write_array(out_dir / "chunks.npy", data.keep)
-    checkpoints = Checkpoints(
-        folder, cfg.keep_checkpoints, cfg.background, ckpt_path, state.iter_num
-    )
+    n_kept = None if cfg.hindsight else cfg.keep_checkpoints
+    checkpoints = Checkpoints(folder, n_kept, cfg.background, ckpt_path, state.iter_num)
     if master_process:
         about = machine.describe_run(run_settings(cfg), ddp_world_size, data.hash, config.ROOT)
         files.write_json(out_dir / "config.json", about)
@@ -711,6 +712,8 @@ def end_table(cfg, writer, data, names):
 def next_command(cfg):
     """What to type after a run: look at its values. Without values, compare it with the run that
     its chunks were chosen from, or see what it writes."""
+    if cfg.rule != "off" and cfg.hindsight:
+        return terminal.command("python", "revalue.py", cfg.out_dir, "--hindsight")
     if cfg.rule != "off":
         return terminal.command("python", "report.py", cfg.out_dir)
     chosen_from = Path(cfg.keep).parent

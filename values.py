@@ -344,9 +344,20 @@ def losses(*runs):
     return {"unit": "nats", "runs": described, "last_common_step": last, "losses": rows}
 
 
-def query(run, text="", file="", n=10, domain="", score: Score = "share", chars=200, bottom=False):
-    """Which training chunks helped the model to write a text, approximately, with --text or --file;
-    with --bottom, which hinder it."""
+def query(
+    run,
+    text="",
+    file="",
+    n=10,
+    domain="",
+    score: Score = "share",
+    chars=200,
+    bottom=False,
+    hindsight=False,
+):
+    """Which training chunks helped the model to write a text, with --text or --file; with --bottom,
+    which hinder it. In their step, approximately; with --hindsight for the model at the end, at the
+    price of three trainings."""
     if bool(text) == bool(file):
         raise UserError("query needs a text: write --text=... or --file=PATH, and not both")
     text = text or read_text(file, "--file")
@@ -355,7 +366,7 @@ def query(run, text="", file="", n=10, domain="", score: Score = "share", chars=
         raise UserError("query needs a text of UTF-8 that is more than blanks: write --text=...")
     import revalue  # and torch with it, which reading values needs not
 
-    valued = open_run(revalue.query(run, text), run.data.path)
+    valued = open_run(revalue.query(run, text, hindsight), run.data.path)
     return top(valued, n, "", domain, score, chars, bottom)
 
 

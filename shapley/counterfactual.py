@@ -7,6 +7,7 @@ predict is the sum of those left out. (The linear datamodeling score, LDS, of Pa
 2303.14186, with visits in the place of examples.)
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ class Agreement:
     low: float  # its 95 % interval (Fisher), over sets
     high: float
     spearman: float
-    slope: float  # nats of true change per nat predicted; NaN where the scores are no nats
+    slope: float  # true change per unit predicted: 1 if the scores are nats, and right
     slope_error: float  # its standard error
 
     @property
@@ -54,10 +55,13 @@ class Agreement:
 
 
 def agreement(predicted, true):
-    """predicted, true (n_sets,): of each set the rise of the loss without it. Raises ValueError for
-    fewer than 4 sets, of which no interval can be told."""
+    """predicted, true (n_sets,): of each set the rise of the loss without it. All figures are NaN
+    where either is the same for all sets, or not finite for one. Raises ValueError for fewer than 4
+    sets, of which no interval can be told."""
     if len(true) < 4:
         raise ValueError(f"{len(true)} sets: an interval needs 4")
+    if not (varies(predicted) and varies(true)):
+        return Agreement(len(true), *[math.nan] * 6)
     pearson = stats.pearsonr(predicted, true)
     low, high = pearson.confidence_interval()
     line = stats.linregress(predicted, true)
@@ -72,8 +76,13 @@ def agreement(predicted, true):
     )
 
 
+def varies(x):
+    return np.isfinite(x).all() and np.ptp(x) > 0
+
+
 def sums_of_sets(scores, sets):
     """scores (n_visits,), by the visits' numbers -> their sum over each set (n_sets,), float64. A
     NaN, of a visit that has no score, counts as 0."""
-    scores = np.nan_to_num(np.asarray(scores, np.float64))
+    scores = np.asarray(scores, np.float64)
+    scores = np.where(np.isnan(scores), 0, scores)
     return np.array([scores[visits].sum() for visits in sets])

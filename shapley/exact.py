@@ -1,11 +1,14 @@
-"""The slow truth: each chunk's gradient, and what a step's values ought to be.
+"""The slow truth: each chunk's gradient, and what the values of a step, or of a whole run, ought
+to be.
 
-Autograd, loops and float64; no ledger, no directions, nothing shared with valuation.py. (rules.py
-has the rules' own definitions.)
+Autograd, loops and float64; no ledger, no directions, nothing shared with valuation.py and
+hindsight.py. (rules.py has the rules' own definitions.)
 
     Step(...), shapley(step, B)      the true Shapley values of that step's game, by running the
                                      optimizer for every subset
     monte_carlo, leave_one_out
+    hindsight(model, ...)            what each visit of a run did for the losses at its end, by
+                                     differentiating the whole run
 
 Models and losses are anything: a loss is a function loss(model) -> scalar tensor. For a language
 model and chunks X, Y (B, T):
@@ -21,6 +24,8 @@ import math
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ENUMERATE = 12  # players up to which solve runs through every subset
 
@@ -203,6 +208,93 @@ def solve(utility, n, permutations=200, tolerance=0.0, seed=0, progress=iter):
         return monte_carlo(utility, n, permutations, tolerance, seed, progress)
     values = shapley(utility, n, progress)
     return values, np.zeros_like(values)
+
+
+# --- a run --------------------------------------------------------------------
+
+
+def chunk_losses(model, X, Y):
+    """Each chunk's mean token loss (b,), in nats, of X, Y (b, T): of any model whose call
+    model(X, Y) returns (logits (b, T, V), anything)."""
+    logits, _ = model(X, Y)
+    losses = F.cross_entropy(logits.flatten(0, 1), Y.flatten(), reduction="none")
+    return losses.view(Y.shape).mean(1)
+
+
+def hindsight(model, optimizer, steps, losses, grad_clip=0.0, micro_batch=0):
+    """-d losses[k] / d s_ti where the run ends: (N, B, K) nats, float64, positive = the visit
+    lowered the target's loss. s_ti, 1 in the run as it is, multiplies chunk i's gradient in step t.
+
+    The run is written out and differentiated as a whole, so memory grows with it. model, optimizer:
+    where it begins; AdamW or SGD without momentum, of no step yet. Neither is changed. steps: N of
+    (X, Y (B, T), lr). losses: K functions of a model, which is then in evaluation. micro_batch:
+    chunks of one forward; 0: all. Dropout draws the random numbers that the real run would.
+    """
+    twin = copy.deepcopy(model).double()
+    weights = {name: p.detach().requires_grad_() for name, p in twin.named_parameters()}
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    groups = [group_of[p] for p in model.parameters()]
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    m = [torch.zeros_like(w) for w in weights.values()]
+    v = [torch.zeros_like(w) for w in weights.values()]
+
+    def with_weights(*inputs):
+        return torch.func.functional_call(twin, weights, inputs)
+
+    n_chunks = len(steps[0][0])
+    s = torch.ones(len(steps), n_chunks, dtype=torch.float64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the one that has second derivatives
+        for t, (X, Y, lr) in enumerate(steps):
+            loss = 0
+            for rows in torch.arange(n_chunks).split(micro_batch or n_chunks):
+                loss = loss + s[t, rows] @ chunk_losses(with_weights, X[rows], Y[rows]) / n_chunks
+            g = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            g = clipped(g, grad_clip)
+            for i, (name, w) in enumerate(weights.items()):
+                if is_adamw:
+                    weights[name], m[i], v[i] = adamw(w, m[i], v[i], g[i], t + 1, lr, groups[i])
+                else:
+                    weights[name] = w - lr * (g[i] + groups[i]["weight_decay"] * w)
+        twin.eval()
+        values = []
+        for loss in losses:
+            (derivative,) = torch.autograd.grad(loss(with_weights), s, retain_graph=True)
+            values.append(-derivative.numpy())
+    return np.stack(values, -1)
+
+
+def clipped(g, grad_clip):
+    """A gradient as torch's clip_grad_norm_ leaves it. grad_clip 0: as it is."""
+    if not grad_clip:
+        return g
+    norm = dot(g, g).sqrt()
+    return [(grad_clip / (norm + 1e-6)).clamp(max=1.0) * part for part in g]
+
+
+def adamw(w, m, v, g, t, lr, group):
+    """AdamW's update number t (from 1) of a parameter. Returns w, m, v after it."""
+    beta1, beta2 = group["betas"]
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    # a root has no derivative at 0
+    root = torch.where(v > 0, v, 1).sqrt() * (v > 0) / math.sqrt(1 - beta2**t)
+    w = (1 - lr * group["weight_decay"]) * w - lr * m / (1 - beta1**t) / (root + group["eps"])
+    return w, m, v
+
+
+def along(losses, params, h):
+    """What a step's chunks bring along a direction: <x_i, h> (B,) and H h, one tensor a parameter.
+
+    losses (B,): the chunks', with their graph; x_i = grad losses[i] / B, and H is the Hessian of
+    their mean. params, h: lists of tensors. Attention needs SDPBackend.MATH, as above.
+    """
+    s = torch.ones_like(losses, requires_grad=True)
+    g = torch.autograd.grad((s * losses).mean(), params, create_graph=True)
+    products, *curvature = torch.autograd.grad(dot(g, h), [s, *params])
+    return products, curvature
+
+
+# --- how close values are -----------------------------------------------------
 
 
 def agreement(values, truth):

@@ -28,6 +28,7 @@ from system.terminal import visible
 # --- the command line -> arguments ----------------------------------------------
 
 HELP = {
+    "hindsight": "what they did for the model at the end of the run (slow)",
     "run": "a run's folder, as out/demo",
     "other": "another run's folder",
     "data_dir": "where the run's data is now, if it moved",

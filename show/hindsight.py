@@ -18,6 +18,7 @@ from system.terminal import command, say
 
 OWN = "hindsight"  # the score of a check that is the values of hindsight themselves
 OF_STEP = "value in its step"  # the one that is the run's own values
+ORDER = (OWN, OF_STEP, "share of its step", "training loss")  # of scores, others after them
 FIGURES = ("pearson", "low", "high", "spearman", "slope", "slope_error")
 MOST_SCORES = 12  # of a check
 SETS = 40  # of the check that is proposed
@@ -132,6 +133,7 @@ def scores(found):
         if isinstance(entry, dict):  # beside them stands a loss
             figures = {key: number(entry.get(key, math.nan)) for key in FIGURES}
             rows.append({"score": name, **figures})
+    rows.sort(key=lambda row: ORDER.index(row["score"]) if row["score"] in ORDER else len(ORDER))
     return rows[:MOST_SCORES]
 
 

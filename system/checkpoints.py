@@ -47,8 +47,16 @@ def find_checkpoints(run):
     return [path for path in (run / "ckpt.pt", *older) if path.is_file()]
 
 
-def read_checkpoint(path):
-    """What Checkpoints wrote, memmapped. Raises UserError where a byte of it is not what was
+def write_tensors(file, content):
+    """Writes a nest of dicts, lists and tensors into an open file, its checksum last."""
+    torch.save(content, file)
+    file.flush()
+    file.write(b"%08x" % crc32(file.name))  # behind the zip file's end, unseen by torch.load
+    file.flush()
+
+
+def read_tensors(path):
+    """What write_tensors wrote, memmapped. Raises UserError where a byte of it is not what was
     written (torch.load would not always see that), or a stranger made it of something else."""
     size = path.stat().st_size - 8
     with open(path, "rb") as f:
@@ -64,6 +72,13 @@ def read_checkpoint(path):
         raise UserError(f"{path} is no checkpoint ({short(e)}): {CURE}") from e
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint (it holds a {type(content).__name__}): {CURE}")
+    return content
+
+
+def read_checkpoint(path):
+    """What Checkpoints wrote, memmapped. Raises UserError as read_tensors does, and where it is no
+    checkpoint of this program."""
+    content = read_tensors(path)
     check_entries(content, ENTRIES, path, CURE)
     if content["valuation"]:  # it is empty with --rule=off
         check_entries(content["valuation"], OF_VALUATION, path, CURE)
@@ -133,9 +148,9 @@ class Checkpoints:
     """Writes a run's checkpoints, each whole or not at all, and keeps the last few."""
 
     def __init__(self, folder, keep, background, used=None, step=0):
-        """folder: system.folder.RunFolder. used: the checkpoint of that step which the run goes on
-        from, if any; those that came after it, or all, are none of this run's. background: copy to
-        the host's memory, and go on while a thread writes."""
+        """folder: system.folder.RunFolder. keep: how many; None: all. used: the checkpoint of that
+        step which the run goes on from, if any; those that came after it, or all, are none of this
+        run's. background: copy to the host's memory, and go on while a thread writes."""
         self.folder, self.run = folder, folder.path
         self.keep, self.step = keep, step
         self.writing = None
@@ -174,10 +189,7 @@ class Checkpoints:
             raise UserError(f"{what}. The last checkpoint is whole")
         try:
             with atomic(self.run / "ckpt.pt", keep=self.run / f"ckpt-{self.step}.pt") as f:
-                torch.save(content, f)
-                f.flush()
-                f.write(b"%08x" % crc32(f.name))  # behind the zip file's end, unseen by torch.load
-                f.flush()
+                write_tensors(f, content)
                 read_checkpoint(Path(f.name))  # before one that can be read is forgotten
         except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
             cause = e if isinstance(e, OSError) else e.__context__
@@ -187,7 +199,8 @@ class Checkpoints:
             text = f"{cause.strerror}. {what[0].upper()}{what[1:]}"
             raise OSError(cause.errno, text, str(self.run / "ckpt.pt")) from e
         self.step = step
-        for path in find_checkpoints(self.run)[self.keep :]:
+        too_many = find_checkpoints(self.run)[self.keep :] if self.keep else []
+        for path in too_many:
             path.unlink()
         self.folder.forget_before()
 
@@ -206,6 +219,7 @@ MAY_CHANGE = (
     "log_interval",
     "checkpoint_interval",
     "keep_checkpoints",
+    "hindsight",
     "background",
     "wandb_log",
     "wandb_project",

@@ -93,7 +93,10 @@ def disk(cfg, vocab_size, n_targets, n_chunks):
     word = 8 if cfg.dtype == "float64" else 4
     copies = 3 if cfg.optimizer == "adamw" else 1  # weights and moments
     checkpoint = word * copies * parameters(cfg, vocab_size)
-    total = checkpoint * (cfg.keep_checkpoints + 1)  # one more while it is written
+    kept = cfg.keep_checkpoints
+    if cfg.hindsight:
+        kept = -(-cfg.max_iters // cfg.checkpoint_interval)
+    total = checkpoint * (kept + 1)  # one more while it is written
     if n_targets:
         visits = store.visit_dtype(n_targets).itemsize * cfg.batch
         books = store.book_dtype(n_targets).itemsize

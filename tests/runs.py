@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -75,6 +76,46 @@ def wait_for(path, process, log):
     while not path.exists():
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
+
+
+# --- several, as torchrun starts them -----------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def become_rank(rank, world, port):
+    """What torchrun tells a process before it starts."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def ended(ranks):
+    """Their exit codes. As torchrun does, where one has failed the others are asked to end."""
+    deadline = time.monotonic() + 50
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if any(process.exitcode for process in ranks):
+            break
+        time.sleep(0.01)
+    for process in ranks:
+        process.join(2)  # time to find out for itself
+        if process.is_alive():
+            process.terminate()
+            process.join(5)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert None not in codes, codes
+    return codes
 
 
 # --- what a run left ----------------------------------------------------------

@@ -7,7 +7,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,9 @@ from runs import (
     TWO_TARGETS,
     arguments,
     assert_same_run,
+    become_rank,
+    ended,
+    free_port,
     in_process,
     quiet_run,
     read_bytes,
@@ -42,12 +44,6 @@ OPTIONS = [TWO_TARGETS, "--book_interval=3", "--target_batch=3", "--lr_decay_ite
 # --- several processes, as torchrun starts them -------------------------------
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def environment_of_torchrun():
     """A port of its own, so that several tests can run side by side."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PET_MASTER_PORT": str(free_port())}
@@ -55,14 +51,7 @@ def environment_of_torchrun():
 
 def rank_run(rank, world, port, argvs, log, limit):
     """What a rank does. limit: bytes beyond which no file may grow, as on a full disk; 0: none."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    become_rank(rank, world, port)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for argv in argvs:
@@ -79,25 +68,6 @@ def start(world, log, *argvs, limit=0):
         process.start()
         ranks.append(process)
     return ranks
-
-
-def ended(ranks):
-    """Their exit codes. As torchrun does, where one has failed the others are asked to end."""
-    deadline = time.monotonic() + 50
-    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-        if any(process.exitcode for process in ranks):
-            break
-        time.sleep(0.01)
-    for process in ranks:
-        process.join(2)  # time to find out for itself
-        if process.is_alive():
-            process.terminate()
-            process.join(5)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert None not in codes, codes
-    return codes
 
 
 def ranks_run(world, log, *argvs):

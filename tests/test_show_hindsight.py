@@ -387,6 +387,19 @@ def test_a_check_of_a_walk_is_refused(run):
         revalue.revalue(revalue.Config(run=str(run), name="walked", hindsight=True, check=4))
 
 
+def test_a_run_without_values_has_hindsight_too(small_data, tmp_path, capsys, typed):
+    """Its check knows nothing of values in their steps."""
+    out = tmp_path / "off"
+    runs.run(small_data, out, "--targets=val:code", "--keep_checkpoints=9", "--rule=off")
+    capsys.readouterr()
+    folder = look_back(out, "--name=later", "--check=4", "--check_fraction=.1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("for code at the run's end: ")
+    scores = hindsight.read(open_run(folder))["check"]["targets"]["code"]
+    assert [row["score"] for row in scores] == ["hindsight", "training loss"]
+    assert "approximate: a run with --rule=off has no ledger" in typed("summary", folder)
+
+
 # --- a run, and how well its own values predict -------------------------------------------
 
 
