@@ -1139,6 +1139,8 @@ def test_without_a_check_the_page_has_the_command_that_makes_one(tmp_path, visit
     command = f"python revalue.py {run} --hindsight --check=40"
     command += " --name=other --targets=val" if is_hindsight else ""
     assert f"predict a training without visits: {command}" in card
+    narrow = visit(tmp_path / "a.html", 390)  # however long the command is
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
     assert (tab.locator("#next").inner_text() == command) == is_hindsight
     if is_hindsight:
         trust = tab.locator("#findings li").nth(2).inner_text()
