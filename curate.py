@@ -13,6 +13,8 @@ A run's values -> keep.npy: the chunks to train on next, and what was dropped, a
         only documents that are negative beyond two standard errors of their visits
     python curate.py out/gpt2_inrun --out=out/e --export=kept.jsonl.zst
         the text of what is kept, for other trainers
+    python curate.py out/gpt2_inrun/revalued/val-hindsight --out=out/f
+        by what visits did for the model at the end of the run (revalue.py --hindsight)
     python train.py configs/gpt2_curated.py
         trains on out/gpt2_inrun/keep.npy
 
@@ -29,7 +31,8 @@ What has the smallest score is dropped. --score says what that is:
     share    the mean over its visits of the value relative to the mean absolute value of that
              step's chunks, so that early steps, where all values are large, count no more than
              later ones
-    value    the sum over its visits of the value, in nats
+    value    the sum over its visits of the value, in nats; the default of values in hindsight
+             (revalue.py --hindsight), of which visits in early steps do not count
     smoothed  as share, of the smoothed scores instead of the values: of a run that was trained with
              --target_smoothing
     loss     for comparison: minus the mean loss of its visits
@@ -58,8 +61,8 @@ from system.errors import UserError
 class Config:
     run: str = ""  # the run's folder
     by: Literal["document", "chunk"] = "document"  # the unit that is kept or dropped
-    # what the smallest of is dropped, see above
-    score: Literal["share", "value", "smoothed", "loss"] = "share"
+    # what the smallest of is dropped, see above; empty: share, and of hindsight value
+    score: Literal["", "share", "value", "smoothed", "loss"] = ""
     drop: Literal["fraction", "negative"] = "fraction"  # a fraction, or all with a negative score
     drop_fraction: float = 0.25  # which fraction of the units with a score
     per_domain: bool = False  # this fraction of each domain, so that the mixture stays as it is
@@ -148,11 +151,17 @@ class Choice:
     dropped: np.ndarray  # int64: units, the first to go first
     stays: np.ndarray  # bool, of every unit
     kept: np.ndarray  # bool, of every chunk
+    visits: int  # that the scores are of
 
 
 def make_choice(cfg, run, k):
     """For target k. Raises UserError where nothing is dropped, or all."""
-    units = chunk_scores(run, k, cfg.score)
+    # hindsight does not say what visits of early steps did
+    units = chunk_scores(run, k, cfg.score, with_early=run.horizon is None)
+    if not units.visits.any():
+        cure = "curate by the run itself"
+        raise UserError(f"all visits of {run.path} are early, none has a score: {cure}")
+    visits = int(units.visits.sum())
     if cfg.by == "document":
         units = of_documents(run, units)
     scored = np.flatnonzero(units.visits)
@@ -169,7 +178,7 @@ def make_choice(cfg, run, k):
         kept = kept & ~np.isnan(run.values[:, k])
     if not kept.any():
         raise UserError("nothing would be left to train on: write --drop_fraction=.16")
-    return Choice(units, scored, score, error, dropped, stays, kept)
+    return Choice(units, scored, score, error, dropped, stays, kept, visits)
 
 
 def of_documents(run, chunks):
@@ -196,6 +205,8 @@ def curate(cfg):
     run = open_run(cfg.run, cfg.data_dir)
     out = Path(cfg.out or cfg.run)
     k = run.target(cfg.target)
+    if not cfg.score:
+        cfg.score = "share" if run.horizon is None else "value"
     if (out / "keep.npy").exists() and not cfg.overwrite:
         cure = "--overwrite replaces it, --out=... puts this one elsewhere"
         raise UserError(f"{out}/keep.npy is there already: {cure}")
@@ -220,6 +231,11 @@ def describe(cfg, run, k, choice):
         "data_hash": run.data.hash,
         "committed_step": run.info["committed_step"],
         "config": vars(cfg) | {"target": run.names[k]},
+        "of": str(run.original),
+        "horizon": run.horizon,
+        "has_hindsight": any(run.original.glob("revalued/*/adjoint.npy")),
+        "visits": len(run.visits),
+        "visits_scored": int(choice.visits),
         "units": len(choice.stays),
         "units_scored": len(choice.scored),
         "units_negative": int((score[choice.scored] < 0).sum()),

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 
 import config
-from show import findings
+from show import findings, hindsight
 from show import page as payload
 from show.documents import Documents
 from show.losses import losses, side_by_side
@@ -45,7 +45,11 @@ def report(cfg):
         what = f"--tokens={cfg.tokens}: a page has room for the tokens of {room} chunks"
         raise UserError(f"{what}: type --tokens={room}")
     out = place(cfg.out) if cfg.out else run.path / "report.html"
-    content = payload.gather(run, Documents(run), validation(run, cfg.against))
+    beside, check = hindsight.read(run), None
+    if beside is None:
+        check = hindsight.check_beside(run)
+    losses_shown = validation(run, cfg.against)
+    content = payload.gather(run, Documents(run), losses_shown, beside, check)
     if cfg.tokens:
         colour_tokens(content, run, cfg.tokens)
     page = render(content)
@@ -55,7 +59,8 @@ def report(cfg):
     except OSError as e:  # it names the temporary file, which nobody typed
         raise OSError(e.errno, e.strerror, str(out)) from e
     say(f"{out}: {len(page) / 1e6:.2f} MB; open it in a browser")
-    say(f"for {findings.short(run.names[0])}: {content['findings'][0]['found']}")
+    of = findings.short(run.names[0]) + findings.when(run.horizon)
+    say(f"for {of}: {content['findings'][0]['found']}")
     say(f"next: {content['next']}")
 
 

@@ -46,7 +46,9 @@ import lookback
 import train
 from data import open_dataset, parse_targets
 from shapley import ghost
-from system import files, parallel, store
+from show import findings, hindsight, tables
+from show.run import open_run
+from system import files, parallel, store, terminal
 from system.checkpoints import (
     Checkpoints,
     check_targets,
@@ -154,11 +156,7 @@ def revalue(cfg):
         what = f"the newest checkpoint is of step {original.last}"
         wanted = f"0 <= start < end <= {original.last}"
         raise UserError(f"--start={cfg.start} --end={end}: {what}: {wanted}")
-    if folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
-        raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
-    if is_done(folder) and not cfg.overwrite and not cfg.check:
-        ways = "--overwrite makes them again, --name=... puts these elsewhere"
-        raise UserError(f"{folder} holds values already: {ways}")
+    look_at(cfg, folder, targets)
     about = {
         "of": str(original.path),
         "method": method(cfg),
@@ -242,6 +240,26 @@ def open_data(original):
 def check_run_targets(original, targets):
     had = original.newest["valuation"].get("targets", {})
     check_targets(targets, had, original.path)
+
+
+def look_at(cfg, folder, targets):
+    """Raises UserError where a folder holds what is not to be replaced."""
+    if cfg.hindsight and cfg.check and not cfg.overwrite and is_done(folder):
+        return check_same(folder, targets)  # what else lies there stays
+    if folder.exists() and any(folder.iterdir()) and not is_revaluation(folder):
+        raise UserError(f"{folder} holds files that revalue.py did not write: write another --name")
+    if is_done(folder) and not cfg.overwrite:
+        ways = "--overwrite makes them again, --name=... puts these elsewhere"
+        raise UserError(f"{folder} holds values already: {ways}")
+
+
+def check_same(folder, targets):
+    """Raises UserError where a folder to be checked holds no hindsight for these targets."""
+    about = files.read_json(folder / REVALUATION, "write another --name", {"method": str})
+    names = [target.name for target in targets]
+    if about["method"] != "hindsight" or about.get("targets") != names:
+        what = f"{folder} holds other values than hindsight for {terminal.listed(names)}"
+        raise UserError(f"{what}: write another --name, or --overwrite")
 
 
 def is_done(folder):
@@ -540,11 +558,11 @@ def query(run, text, hindsight=False):
     """A text (str) as the target of a walk of the run (show.run.Run), or of hindsight -> the folder
     with its values: made once for a text and newest checkpoint."""
     name = "query-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-    path = run.path / "revalued" / (name + ".txt")
+    path = run.original / "revalued" / (name + ".txt")
     if hindsight:
         name += "-hindsight"
     cfg = Config(
-        run=str(run.path),
+        run=str(run.original),
         targets=f"query={with_commas(str(path))}",
         name=name,
         hindsight=hindsight,
@@ -571,8 +589,7 @@ def tokens(run, chunks):
     <x_i, h>, before what `adamw` corrects for by the batch. Two-pass rules need a batch: the
     one-pass rule of their optimizer stands for them.
     """
-    path = run.path.parent.parent if run.path.parent.name == "revalued" else run.path
-    cfg = Config(run=str(path), targets=run.cfg["targets"], data_dir=str(run.data.path))
+    cfg = Config(run=str(run.original), targets=run.cfg["targets"], data_dir=str(run.data.path))
     original = read(cfg)
     open_data(original)
     options, step = original.options, original.last
@@ -599,6 +616,10 @@ def main(cfg):
     if parallel.rank():
         return
     following = command("python", "values.py", "top", str(folder))
+    if cfg.hindsight:
+        run = open_run(folder, cfg.data_dir)
+        for line in tables.end_of_hindsight(findings.of_opened(run), hindsight.read(run)):
+            say(line)
     say(f"values for {cfg.targets or 'its own targets'} -> {folder}; next: {following}")
 
 

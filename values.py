@@ -23,7 +23,7 @@ import numpy as np
 
 import config
 from data import read_text
-from show import commands, findings, tables
+from show import commands, findings, hindsight, tables
 from show.documents import Documents, text_of
 from show.exports import compare, export
 from show.losses import common_steps, side_by_side
@@ -39,10 +39,10 @@ Score = Literal["share", "value", "smoothed"]
 
 def summary(run):
     """What was valued, how far the run is, and how far to trust its values: the books and the
-    audit."""
+    audit; of hindsight the check."""
     batch = run.info["batch"]
     targets = []
-    for k, found in enumerate(found_of(run)):
+    for k, found in enumerate(findings.of_opened(run)):
         targets.append(
             {
                 "target": found.target,
@@ -67,17 +67,10 @@ def summary(run):
         "visits": len(run.visits),
         "approximate": run.info.get("approximate"),
         "early_steps": int(np.count_nonzero(run.visits["early"][::batch])),
+        "horizon": run.horizon,
+        "hindsight": hindsight.read(run),
         "targets": targets,
     }
-
-
-def found_of(run, column="value"):
-    """What a run's values say, or its smoothed scores: [findings.Found], one for each target."""
-    used = np.zeros(len(run.values), bool)
-    used[run.used] = True
-    total = run.sums(column)
-    batch = run.info["batch"]
-    return findings.of_run(total, used, run.blocks(), batch, run.data, run.names, column)
 
 
 def domains(run, score: Literal["value", "smoothed"] = "value"):
@@ -85,7 +78,7 @@ def domains(run, score: Literal["value", "smoothed"] = "value"):
     steps' values, and after these the mean and the sum, which one chunk can turn round. With
     --score=smoothed all of it of the smoothed scores."""
     targets, rows = [], []
-    for found in found_of(run, score):
+    for found in findings.of_opened(run, score):
         targets.append(
             {
                 "target": found.target,
@@ -101,6 +94,7 @@ def domains(run, score: Literal["value", "smoothed"] = "value"):
         "run": str(run.path),
         "unit": run.info["unit"],
         "approximate": run.info.get("approximate"),
+        "horizon": run.horizon,
         "score": score,
         "targets": targets,
         "domains": rows,
@@ -150,6 +144,7 @@ def ranking(run, k, score, bottom):
         "target": run.names[k],
         "unit": run.info["unit"],
         "approximate": run.info.get("approximate"),
+        "horizon": run.horizon,
         "order": "bottom" if bottom else "top",
         "score": score,
     }
@@ -227,6 +222,7 @@ def chunk(run, chunk: int):
         "chunk": chunk,
         "domain": domain,
         "unit": run.info["unit"],
+        "horizon": run.horizon,
         "used": bool(visits),
         "value": run.named(run.values[chunk]),
         "visits": visits,
@@ -251,6 +247,7 @@ def doc(run, doc: int):
         "record": row["record"],
         "n_tokens": row["n_tokens"],
         "unit": run.info["unit"],
+        "horizon": run.horizon,
         "chunks_used": used,
         "value": run.named(value),
         "chunks": chunks,
@@ -320,6 +317,7 @@ def tokens(run, *, chunk: int, target=""):
         "domain": domain,
         "target": run.names[k],
         "unit": run.info["unit"],
+        "horizon": run.horizon,
         "value": float(run.values[chunk, k]),
         "visits": visits,
         "step": step,

@@ -18,8 +18,8 @@ import sys
 from dataclasses import dataclass
 from typing import get_args
 
-from show import tables
-from show.findings import UNIT, micro, short, worth
+from show import hindsight, tables
+from show.findings import UNIT, micro, short, when, worth
 from show.tables import fit
 from system import terminal
 from system.errors import UserError
@@ -200,9 +200,10 @@ def flat(row):
 
 
 def as_cell(x):
-    """Documents become their numbers; a text one that a spreadsheet does not take for a formula."""
+    """Documents become their numbers, sentences a text; a text becomes one that a spreadsheet does
+    not take for a formula."""
     if isinstance(x, list):
-        x = " ".join(str(doc["doc"]) for doc in x)
+        x = " ".join(item if isinstance(item, str) else str(item["doc"]) for item in x)
     if not isinstance(x, str):
         return x
     is_formula = x.startswith(("=", "+", "-", "@", "\t", "\r"))
@@ -279,12 +280,13 @@ def aligned(head, widths, line):
     return "  ".join(cells).rstrip()
 
 
-def effects(values):
-    """{target: nats} -> in words, what they did."""
+def effects(values, horizon):
+    """{target: nats} -> in words, what they did. horizon: see sign()."""
     told = []
     for target, value in values.items():
         verb = "raised" if value < 0 else "lowered"
-        told.append(f"{verb} the loss of {short(target)} by {worth(abs(value)).lstrip('+')}")
+        what = f"{verb} the loss of {short(target)}{when(horizon)}"
+        told.append(f"{what} by {worth(abs(value)).lstrip('+')}")
     return ", ".join(told)
 
 
@@ -304,7 +306,15 @@ def column_names(targets):
 SIGN = "positive: it lowered the target's loss"
 
 
+def sign(horizon):
+    """SIGN, and which loss that is. horizon: of a show.run.Run."""
+    return SIGN + when(horizon)
+
+
 def show_summary(r):
+    if r["hindsight"]:
+        yield from show_hindsight(r)
+        return
     state = "finished" if r["finished"] else "not finished, or under way"
     step = f"step {r['steps']:,} of {r['max_iters']:,} ({state})"
     yield f"{r['run']}: {step}, rule {r['rule']}, {r['batch']} chunks a step"
@@ -313,7 +323,7 @@ def show_summary(r):
     approximate = f"; approximate: {r['approximate']}" if r["approximate"] else ""
     yield f"{used}; {early}{approximate}"
     yield ""
-    yield from tables.HEADING
+    yield from tables.heading()
     yield ""
     yield from tables.figure_table("target", [(t["target"], t) for t in r["targets"]])
     for t in r["targets"]:
@@ -333,10 +343,38 @@ def show_summary(r):
     yield Next(["values.py", "domains", r["run"]])
 
 
+def show_hindsight(r):
+    """The summary of hindsight: what the number is, where it is early, the check."""
+    beside, names = r["hindsight"], [t["target"] for t in r["targets"]]
+    steps = f"steps {beside['first_step']:,} to {beside['last_step']:,}"
+    yield f"{r['run']}: hindsight of {beside['of']}, {steps}, {r['batch']} chunks a step"
+    yield from tables.paragraph(hindsight.meaning(r["horizon"]))
+    ahead = f"up to {tables.counted(r['horizon'], 'step')} ahead" if r["horizon"] else "to the end"
+    losses = [f"{short(name)} {beside['loss_at_end'][name]:.4f} nats" for name in names]
+    yield f"horizon: {ahead}; loss at the end: {', '.join(losses)}"
+    approximate = f"; approximate: {r['approximate']}" if r["approximate"] else ""
+    used = f"{r['chunks_used']:,} of {r['chunks']:,} chunks used, in {r['visits']:,} visits"
+    yield f"{used}{approximate}"
+    yield ""
+    yield from tables.exploded(beside, names)
+    yield ""
+    yield from tables.checked(beside, names)
+    yield ""
+    yield from tables.heading(r["horizon"])
+    yield ""
+    yield from tables.figure_table("target", [(t["target"], t) for t in r["targets"]])
+    for t in r["targets"]:
+        yield from t["cautions"]
+    yield ""
+    for t in r["targets"]:
+        yield t["finding"]
+    yield Next(["values.py", "domains", r["run"]])
+
+
 def show_domains(r):
     if r["approximate"]:
         yield f"Approximate: {r['approximate']}"
-    yield from tables.HEADING
+    yield from tables.heading(r["horizon"])
     if r["score"] == "smoothed":
         yield tables.SMOOTHED
     for t in r["targets"]:
@@ -370,7 +408,7 @@ def ordered_how(r, what):
         yield f"Approximate: {r['approximate']}"
     end = "helped least, or hurt" if r["order"] == "bottom" else "helped most"
     yield f"The {what} that {end}, for {short(r['target'])}, by {ORDERS[r['score']]}"
-    yield f"value: in {UNIT}, summed over visits ({SIGN})"
+    yield f"value: in {UNIT}, summed over visits ({sign(r['horizon'])})"
 
 
 def show_ranked(r):
@@ -406,7 +444,7 @@ def show_ranked(r):
         return
     c = r["chunks"][0]
     times = f"{abs(c['share']):.1f} times the mean size of a value in its steps"
-    effect = effects({r["target"]: c["value"]})
+    effect = effects({r["target"]: c["value"]}, r["horizon"])
     yield f"chunk {c['chunk']} ({short(c['domain'])}) {effect}, {times}"
     yield Next(["values.py", "chunk", r["run"], str(c["chunk"])])
 
@@ -453,7 +491,7 @@ def show_docs(r):
         yield "no document of this domain was used yet"
         return
     d = r["documents"][0]
-    effect = effects({r["target"]: d["value"]})
+    effect = effects({r["target"]: d["value"]}, r["horizon"])
     sure = "more" if abs(d["score"]) > 2 * d["error"] else "not more"
     visits = tables.counted(d["visits"], "visit")
     clear = f"its score is {sure} than two errors from 0"
@@ -500,7 +538,7 @@ def show_chunk(r):
     yield from table(["document", "begins", "tokens", "record", "source"], rows)
     yield ""
     if r["used"]:
-        yield f"Every visit, values in {UNIT} ({SIGN})"
+        yield f"Every visit, values in {UNIT} ({sign(r['horizon'])})"
         head = ["step", "loss", *column_names(targets), "gradient norm", "early"]
         rows = []
         for v in r["visits"]:
@@ -516,7 +554,7 @@ def show_chunk(r):
         yield "never used: it has no value"
     yield from show_text(r["text"])
     if r["used"]:
-        yield f"chunk {r['chunk']} {effects(r['value'])}"
+        yield f"chunk {r['chunk']} {effects(r['value'], r['horizon'])}"
         yield Next(["values.py", "tokens", r["run"], f"--chunk={r['chunk']}"])
 
 
@@ -525,7 +563,7 @@ def show_doc(r):
     yield f"document {r['doc']}, {r['domain']}: {source}"
     cut = "" if r["whole"] else "; its end fills no chunk and is not in the data"
     used = f"{r['chunks_used']} of its {len(r['chunks'])} chunks used{cut}"
-    yield f"{used}. Values in {UNIT} ({SIGN})"
+    yield f"{used}. Values in {UNIT} ({sign(r['horizon'])})"
     rule = "a chunk's value times the document's share of the chunk's tokens"
     yield f"Its own: the sum over its chunks of {rule}"
     yield ""
@@ -538,7 +576,7 @@ def show_doc(r):
     yield from table(head, rows)
     yield from show_text(r["text"])
     if r["chunks_used"]:
-        yield f"document {r['doc']} {effects(r['value'])}"
+        yield f"document {r['doc']} {effects(r['value'], r['horizon'])}"
         yield Next(["values.py", "chunk", r["run"], str(most_telling(r["chunks"])["chunk"])])
 
 
@@ -561,6 +599,9 @@ def show_compare(r):
     a, b = r["runs"]
     used = f"{r['chunks']:,} chunks used by both"
     yield f"a: {a}, b: {b}: {used}. Values in {UNIT} ({SIGN})"
+    if r["horizons"] != [None, None]:
+        kinds = [when(horizon).strip() or "in each step" for horizon in r["horizons"]]
+        yield f"that loss is in a the one {kinds[0]}, in b the one {kinds[1]}"
     yield ""
     rows = []
     for t in r["targets"]:
@@ -665,21 +706,26 @@ def difference_in_words(row, what, name, first):
 
 
 def show_tokens(r):
-    what = f"what each token did for {r['target']}, in {UNIT} ({SIGN})"
+    what = f"what each token does for {r['target']} in a step, in {UNIT} ({SIGN})"
+    if r["horizon"] is None:
+        what = f"what each token did for {r['target']}, in {UNIT} ({SIGN})"
     yield f"chunk {r['chunk']}, {r['domain']}: {what}"
     yield ""
     rows = []
+    worth_of = "worth in step {}, with the weights of that step"
+    differ = "The two differ, for the weights do: read the tokens below against each other."
+    if r["horizon"] is not None:
+        worth_of = f"hindsight of step {{}}: worth for the loss{when(r['horizon'])}"
+        differ = "The two are different things: read the tokens below against each other."
     for v in r["visits"]:
-        rows.append(
-            [f"worth in step {v['step']}, with the weights of that step", micro(v["value"])]
-        )
+        rows.append([worth_of.format(v["step"]), micro(v["value"])])
     by = f"sum of its tokens at step {r['step']}, with the newest checkpoint's weights"
     rows.append([by, micro(r["sum"])])
     width = max(len(words) for words, _ in rows)
     for words, value in rows:
         yield f"{words:<{width}}  {value:>14}"
     if r["visits"]:
-        yield "The two differ, for the weights do: read the tokens below against each other."
+        yield differ
     else:
         yield "No step has used this chunk: it has no value in the run."
     yield ""

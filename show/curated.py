@@ -5,7 +5,7 @@ import math
 import textwrap
 from pathlib import Path
 
-from show.commands import SIGN, ending, scored, table
+from show.commands import ending, scored, sign, table
 from show.findings import FEW, UNIT, micro, short
 from system import terminal
 
@@ -23,7 +23,8 @@ def lines(r):
     cfg = r["config"]
     yield from counts(r)
     yield ""
-    yield f"Median values of used chunks for {short(cfg['target'])}, in {UNIT} ({SIGN})"
+    positive = sign(r["horizon"])
+    yield f"Median values of used chunks for {short(cfg['target'])}, in {UNIT} ({positive})"
     yield from domain_table(r["domains"])
     yield ""
     if r["dropped_first"]:
@@ -33,7 +34,7 @@ def lines(r):
     yield f"-> {', '.join(files_of(r))}"
     yield ""
     yield found(r)
-    yield from known(cfg)
+    yield from known(cfg, r["horizon"])
     yield from comparison(r)
 
 
@@ -49,6 +50,10 @@ def counts(r):
     yield f"kept: {kept}, {r['tokens_kept']:,} tokens"
     if r["chunks_unused"]:
         yield f"never used by the run: {r['chunks_unused']:,} chunks; {fate_of_unused(r)}"
+    early = r["visits"] - r["visits_scored"]
+    if early:
+        yield f"{early:,} of {r['visits']:,} visits are of early steps and do not count: there"
+        yield "hindsight does not say what a visit did"
     yield from cautions(r, part)
 
 
@@ -181,9 +186,18 @@ OTHER = f"The choice best measured is another. {BEST} {CLEAN}"
 CONTROL = "What a control drops is worth as much as what it keeps, but for chance."
 
 
-def known(cfg):
-    """What the project's own measurements say of such a choice, in lines."""
+IN_HINDSIGHT = (
+    "Hindsight predicts what leaving visits out does to the loss at the run's end, as its check "
+    "says (values.py summary). What is known of dropping by it stands in docs/after_the_run.md."
+)
+
+
+def known(cfg, horizon=None):
+    """What the project's own measurements say of such a choice, in lines. horizon: of a
+    show.run.Run."""
     words = f"Known from small models (results/curation): {measured(cfg)}"
+    if horizon is not None and not cfg["random"]:
+        words = IN_HINDSIGHT
     return textwrap.wrap(words, 98, subsequent_indent="  ")
 
 
@@ -202,7 +216,7 @@ def measured(cfg):
 def comparison(r):
     """The commands that train on what is kept and on its control, and compare the two."""
     cfg = r["config"]
-    base = stem(r["run"])
+    base = stem(r)
     losses = terminal.command("python", "values.py", "losses", f"{base}_control", f"{base}_kept")
     if not r["val_chunks"]:
         yield "caution: this data has no validation set, so that two runs on it cannot be compared:"
@@ -211,6 +225,9 @@ def comparison(r):
         yield f"To compare it with the run on what is kept: {losses}"
         yield f"next: {train_command(r, out_of(r), f'{base}_control')}"
         return
+    if not r["has_hindsight"]:
+        look_back = terminal.command("python", "revalue.py", r["of"], "--hindsight")
+        yield f"What visits did for the model at the run's end, to curate by it: {look_back}"
     yield "Whether it helped here, only a control says. After the command below, type these:"
     yield f"  {control_command(r, f'{base}_random')}"
     yield f"  {train_command(r, f'{base}_random', f'{base}_control')}"
@@ -218,9 +235,12 @@ def comparison(r):
     yield f"next: {train_command(r, out_of(r), f'{base}_kept')}"
 
 
-def stem(run):
-    """A run's folder as the beginning of other folders' names."""
-    path = Path(run)
+def stem(r):
+    """A run's folder as the beginning of other folders' names. Values that came later lie within
+    it, and other runs are put beside it."""
+    path = Path(r["of"])
+    if r["of"] != r["run"]:
+        path = path.with_name(f"{path.name}_{Path(r['run']).name}")
     return str(path.resolve() if path.name in ("", "..") else path)
 
 

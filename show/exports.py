@@ -88,6 +88,7 @@ def compare(run, other, n=10, chars=200):
         moved += most_moved(run, chunks, name, a, b, n, chars)
     return {
         "runs": [str(run.path), str(other.path)],
+        "horizons": [run.horizon, other.horizon],
         "unit": run.info["unit"],
         "chunks": len(chunks),
         "targets": figures,

@@ -40,6 +40,16 @@ def worth(x):
     return f"{micro(x)} x {UNIT}"
 
 
+def when(horizon):
+    """In words: which loss values speak of, behind "it lowered the target's loss". horizon: that of
+    a show.run.Run."""
+    if horizon is None:
+        return ""
+    if horizon:
+        return f" up to {horizon:,} {'step' if horizon == 1 else 'steps'} later"
+    return " at the run's end"
+
+
 # --- domains ------------------------------------------------------------------------
 
 
@@ -165,10 +175,10 @@ def alone(target, what, share):
     return f"caution, {short(target)}: {holds}; means and sums speak of it, medians do not"
 
 
-def found(target, rows, names):
+def found(target, rows, names, horizon=None):
     """The one finding about a target, in a sentence. rows: what by_domain() gives. names: of the
-    domains."""
-    target = short(target)
+    domains. horizon: see when()."""
+    target = short(target) + when(horizon)
     enough = [row for row in rows if not row.is_few]
     if not enough:
         return f"for {target}: no domain has {FEW} chunks yet, too few to compare"
@@ -218,14 +228,25 @@ class Found:
     domains: list  # of dicts {"domain": name, **figures()}, in the order of by_domain()
     cautions: list  # of sentences
     finding: str
+    horizon: int | None = None  # see when()
 
 
-def of_run(total, used, blocks, batch, data, targets, column="value"):
+def of_opened(run, column="value"):
+    """What the values of a show.run.Run say, or its smoothed scores: [Found], one for each
+    target."""
+    used = np.zeros(len(run.values), bool)
+    used[run.used] = True
+    batch = run.info["batch"]
+    total = run.sums(column)
+    return of_run(total, used, run.blocks(), batch, run.data, run.names, run.horizon, column)
+
+
+def of_run(total, used, blocks, batch, data, targets, horizon=None, column="value"):
     """A run's values -> [Found], one for each target.
 
     total: the chunks' values (n_chunks, K), nats. used: bool (n_chunks,), at least one. blocks: of
     records of ledger.npy, whole steps each, batch of them a step. data: data.Dataset. targets:
-    their names. column: which of the records' the total is of.
+    their names. horizon: see when(). column: which of the records' the total is of.
     """
     blocks = iter(blocks)
     first = next(blocks)
@@ -253,7 +274,8 @@ def of_run(total, used, blocks, batch, data, targets, column="value"):
                 everything=figures(everything, shares[k].sum(), chunks),
                 domains=domains,
                 cautions=cautions(target, values, chunks, domain_of, sizes[k], first_step),
-                finding=found(target, rows, data.domains),
+                finding=found(target, rows, data.domains, horizon),
+                horizon=horizon,
             )
         )
     return found_of

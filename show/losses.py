@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from show.run import check_folder
+from show.run import check_folder, original_of
 from system.errors import UserError
 from system.files import check_entries, read_json, read_lines
 from system.terminal import command
@@ -52,6 +52,9 @@ def losses(path):
     about = read_json(file, cure, {"config": dict}, unsealed=True)
     evaluations = path / "evaluations.jsonl"
     if not evaluations.is_file():
+        if original_of(path) != path:
+            own = command("python", "values.py", "losses", str(original_of(path)))
+            raise UserError(f"{path} holds values alone; for the losses of their run type: {own}")
         again = command("python", "train.py", str(file), "--overwrite", "--eval_interval=50")
         what = f"{path} has no validation losses (no evaluations.jsonl)"
         raise UserError(f"{what}: it has not begun, or never evaluated. To train it again: {again}")

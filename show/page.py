@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from show import findings, tables
+from show import findings, hindsight, tables
 from show.losses import common_steps
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import command
@@ -29,6 +29,7 @@ VALUE = 7  # digits of a value that is written out, as float32 has them
 NUMBERS = 24_000  # of a chart, for all targets and domains together
 POINTS = 4000
 CHUNKS = 600
+NORMS = 400  # points of a curve of |dL/dw|
 DOCUMENTS = 6  # named of a chunk
 PAGE = 1_800_000  # bytes of the whole content
 TEXTS = 700_000  # bytes of all the texts together
@@ -42,13 +43,15 @@ RULES = {
     "adamw_linear": "AdamW's step, linearised",
     "adamw": "AdamW's step, predicted before the batch is seen",
     "adamw2": "the step that AdamW really took",
+    "hindsight": "the derivative of the loss at the end by each visit's weight",
 }
 
 
-def gather(run, documents, runs=()):
+def gather(run, documents, runs=(), lookback=None, check=None):
     """The content of a page, from a Run and its Documents, by three passes over the visits.
 
-    runs: of show.losses, whose validation losses are shown; the first is the run's own.
+    runs: of show.losses, whose validation losses are shown; the first is the run's own. lookback:
+    what hindsight.read() gives. check: what hindsight.check_beside() gives.
     """
     names, slots = domains(run)
     used = run.used
@@ -67,8 +70,10 @@ def gather(run, documents, runs=()):
         "run": describe(run, sums),
         "targets": [short(name) for name in run.names],
         "domains": names,
-        "next": command("python", "curate.py", str(run.path)),
+        "next": next_command(run, lookback),
         "trust": trust(run, sums.early),
+        "hindsight": looked_back(run, lookback),
+        "check": checked(run, lookback, check),
         "spread": spread(values, used, slots[used], shares),
         "time": over_time(run, sums),
         "losses": beside(runs),
@@ -80,7 +85,7 @@ def gather(run, documents, runs=()):
     if run.is_smoothed:
         for row, of_chunk in zip(content["chunks"], smoothed[shown]):
             row["smoothed"] = num(of_chunk)
-    content["findings"] = found(run, score, sizes, content["trust"])
+    content["findings"] = found(run, score, sizes, content["trust"], content["check"])
     room_for_texts = min(TEXTS, PAGE - TOKENS - len(encode(content)))
     add_texts(content["chunks"], run, max(0, room_for_texts) // len(shown))
     return content
@@ -357,10 +362,66 @@ def compare(audit):
     }
 
 
-def found(run, score, sizes, trusted):
+def next_command(run, lookback):
+    if lookback and not lookback["check"]:
+        return lookback["to_check"]
+    return command("python", "curate.py", str(run.path))
+
+
+def looked_back(run, lookback):
+    """What the page shows of hindsight alone, None of other values. lookback: what hindsight.read()
+    gives. Arrays (K, points): |dL/dw| after some steps."""
+    if lookback is None:
+        return None
+    rows = lookback["adjoint"]
+    places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), NORMS)).astype(int))
+    shown = [rows[i] for i in places]
+    losses = [lookback["loss_at_end"][name] for name in run.names]
+    return {
+        "horizon": run.horizon,
+        "when": findings.when(run.horizon),
+        "meaning": hindsight.meaning(run.horizon),
+        "why_early": hindsight.WHY_EARLY,
+        "loss_at_end": num(losses, 6),
+        "first_late": lookback["first_late_step"],
+        "steps": [row["step"] for row in shown],
+        "norms": num([[row["norm"][name] for row in shown] for name in run.names]),
+    }
+
+
+def checked(run, lookback, check):
+    """How well values predict training again, for the page: for each target a sentence and the
+    rows of a table, or the command that finds it. lookback, check: see gather()."""
+    first, second = hindsight.OF_STEP, hindsight.OWN
+    make = hindsight.to_look_back(run)
+    if lookback is not None:
+        first, second = second, first
+        make, check = lookback["to_check"], lookback["check"]
+    if check is None:
+        return {"command": make, "words": [None] * len(run.names), "rows": [[]] * len(run.names)}
+    words, rows = [], []
+    for name in run.names:
+        words.append(hindsight.predicted(check, name, first, second))
+        rows.append([check_row(row) for row in check["targets"].get(name, ())])
+    return {
+        "command": make,
+        "words": words,
+        "rows": rows,
+        "first_step": check["first_step"],
+        "end": check["end"],
+    }
+
+
+def check_row(row):
+    figures = {key: num(row[key]) for key in hindsight.FIGURES}
+    return {"score": short(row["score"]), **figures}
+
+
+def found(run, score, sizes, trusted, predicted):
     """For each target what its values say, in words: found, stood_out, cautions and trust.
 
-    score: (n, K), of the chunks used. sizes: (K, steps). trusted: what trust() gives.
+    score: (n, K), of the chunks used. sizes: (K, steps). trusted: what trust() gives. predicted:
+    what checked() gives.
     """
     used = run.used
     domain = np.asarray(run.data.train.domain)[used]
@@ -369,16 +430,16 @@ def found(run, score, sizes, trusted):
         values = run.values[used, k]
         rows = findings.by_domain(values, domain)
         target = findings.short(name)  # it stands above the sentences already
-        sentence = findings.found(name, rows, run.domains)
+        sentence = findings.found(name, rows, run.domains, run.horizon)
         cautions = findings.cautions(
             name, values, used, run.domain_of, sizes[k], first_step=run.first_step
         )
         answers.append(
             {
-                "found": sentence.removeprefix(f"for {target}: "),
+                "found": sentence.removeprefix(f"for {target}{findings.when(run.horizon)}: "),
                 "stood_out": stood_out(run, values, score[:, k]),
                 "cautions": first_cautions(cautions, f"caution, {target}: "),
-                "trust": in_words(trusted[k]),
+                "trust": trust_in_words(run, trusted[k], predicted["words"][k]),
             }
         )
     return answers
@@ -406,6 +467,16 @@ def stood_out(run, values, score):
     best = f"chunk {best} ({findings.short(run.domain_of(best))})"
     worst = f"chunk {worst} ({findings.short(run.domain_of(worst))})"
     return f"{negative}. Relative to its step, {best} helped most, {worst} least."
+
+
+def trust_in_words(run, row, predicted):
+    """How far to trust a target's values. row: of trust(). predicted: the sentence on how well
+    values predict training again, or None."""
+    if run.horizon is None:
+        return in_words(row)
+    if predicted is None:
+        return "Trust: it was not tried how well these values predict a training without visits."
+    return f"Trust: {predicted}."
 
 
 def in_words(row):

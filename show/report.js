@@ -10,9 +10,17 @@ function writeLead() {
     "Run ",
     name(run.name),
     `: a GPT of about ${large(run.size)} parameters, ${done} ${plural(run.max_iters, "step")}. ` +
-      `Values of ${plural(run.used, "chunk")} of ${plural(R.domains.length, "domain")}.`,
+      `Values of ${plural(run.used, "chunk")} of ${plural(R.domains.length, "domain")}. `,
+    make("b", {}, R.hindsight ? "Values in hindsight: " : "Values in their steps: "),
+    kindOfValue(),
   );
   $("next").textContent = visible(R.next);
+}
+
+// What a value of this page is, in a sentence.
+function kindOfValue() {
+  if (!R.hindsight) return "what a chunk did to the target's loss in the steps that trained on it.";
+  return `what the visits of a chunk are worth for the target's loss${R.hindsight.when}.`;
 }
 
 function drawFindings() {
@@ -39,7 +47,12 @@ const PARTS = {
 function trustCard(row, k) {
   const host = make("div", { class: "chart" });
   const card = make("article", { class: "card" }, make("h3", {}, name(R.targets[k])));
-  card.append(...bookParagraphs(row, host), auditParagraph(row.audit));
+  if (R.hindsight) {
+    const loss = `Its loss at the end is ${nats(R.hindsight.loss_at_end[k])} nats.`;
+    card.append(make("p", {}, loss), ...checkParagraphs(k));
+  } else {
+    card.append(...bookParagraphs(row, host), auditParagraph(row.audit), ...checkParagraphs(k));
+  }
   return { card, paint: () => drawParts(row, host) };
 }
 
@@ -98,6 +111,46 @@ function auditParagraph(audit) {
   return make("p", {}, words);
 }
 
+// How well scores of visits predict what a training without some of them does to a target's loss.
+function checkParagraphs(k) {
+  const C = R.check;
+  if (!C.words[k]) {
+    const words = "It was not tried how well these values predict a training without visits: ";
+    return [make("p", {}, words, make("code", { class: "long" }, C.command))];
+  }
+  const steps = ` (visits of steps ${whole(C.first_step)} to ${whole(C.end - 1)})`;
+  const sentence = C.words[k][0].toUpperCase() + C.words[k].slice(1);
+  const words = make("p", {}, name(sentence), `${steps}.`);
+  const heads = ["Score", "Correlation", "95%", "Slope"].map((title, i) => {
+    return make("th", { scope: "col", class: i > 0 && "num" }, title);
+  });
+  const head = make("thead", {}, make("tr", {}, heads));
+  const what = { "aria-label": "How well scores predict training again" };
+  const table = make("table", what, head, make("tbody", {}, ...C.rows[k].map(checkRow)));
+  const host = make("div", { class: "scroll check" }, table);
+  const about =
+    "Correlation: of the sum of a score over the visits left out with what that did to the loss, " +
+    `with its 95% interval. Slope: nats of change per nat predicted, 1 is right; ${NONE} where ` +
+    "a score is not in nats.";
+  return [words, host, make("p", { class: "soft" }, about)];
+}
+
+function checkRow(row) {
+  const interval = `${hundredths(row.low)} to ${hundredths(row.high)}`;
+  const figures = [hundredths(row.pearson), interval, slope(row)];
+  const cells = figures.map((text) => make("td", { class: "num" }, text));
+  return make("tr", {}, make("td", {}, name(row.score)), cells);
+}
+
+function hundredths(x) {
+  return x == null ? NONE : minus(x.toFixed(2));
+}
+
+function slope(row) {
+  if (row.slope == null) return NONE;
+  return `${number(row.slope, 2)} \u00b1 ${number(row.slope_error, 2)}`;
+}
+
 function drawParts(row, host) {
   if (!host.isConnected) return;
   const list = Object.entries(row.parts);
@@ -131,9 +184,11 @@ function writeWarnings() {
   });
   if (run.early) {
     const are = run.early === 1 ? "is" : "are";
+    const why = R.hindsight
+      ? `${are} marked early. ${R.hindsight.why_early} They`
+      : `${are} marked early, when the optimizer's averages were too young for the rule. They`;
     warnings.push([
-      `${plural(run.early, "step")} ${are} marked early, when the optimizer's averages were too ` +
-        `young for the rule. They hold ${run.early_share.map(percent).join(" and ")} ` +
+      `${plural(run.early, "step")} ${why} hold ${run.early_share.map(percent).join(" and ")} ` +
         "of the values' total size. Chunks met there are marked in the list.",
     ]);
   }
@@ -161,6 +216,25 @@ function bookWarning(row, k) {
     option,
     " follows the optimizer's step more closely.",
   ];
+}
+
+// What is said of hindsight, or of values in their steps, alone.
+function writeKind() {
+  const H = R.hindsight;
+  $("meaning").textContent = H
+    ? H.meaning
+    : "A value says by how much a chunk lowered the loss on a target in the steps that trained " +
+      "on it.";
+  if (!H) return;
+  $("about-books").hidden = true;
+  $("adjoint-part").hidden = false;
+  const early = H.first_late - H.steps[0];
+  const shaded = early
+    ? ` Shaded: ${plural(early, "early step")}. ${H.why_early} Rather read values of later steps.`
+    : " It explodes nowhere here, and no step is marked early.";
+  $("adjoint-note").textContent =
+    "|dL/dw|, on a logarithmic axis: how far the loss at the end moves for a small change of the " +
+    `weights that a step left.${shaded}`;
 }
 
 // --- the run --------------------------------------------------------------------
@@ -194,7 +268,9 @@ function writeFacts() {
     [
       "Targets",
       String(R.targets.length),
-      `${plural(run.target_batch, "chunk")} ${speak} for each in a step`,
+      R.hindsight
+        ? "all chunks of each speak for it"
+        : `${plural(run.target_batch, "chunk")} ${speak} for each in a step`,
     ],
   ];
   for (const [title, value, note] of facts) {
@@ -242,7 +318,8 @@ function select(id, list, ...first) {
 
 const cards = R.trust.map(trustCard);
 // what depends on the width of the window
-const charts = [drawDomains, drawTime, drawLosses, drawValues, ...cards.map(({ paint }) => paint)];
+const charts = [drawDomains, drawTime, drawLosses, drawAdjoint, drawValues];
+charts.push(...cards.map(({ paint }) => paint));
 
 function drawAll() {
   for (const node of document.querySelectorAll(".target")) {
@@ -294,6 +371,7 @@ select("domain", R.domains, make("option", { value: -1 }, "all"));
 $("trust").append(...cards.map(({ card }) => card));
 writeLead();
 writeWarnings();
+writeKind();
 writeFacts();
 writeNotes();
 writeLosses();

@@ -253,6 +253,7 @@ function whyNot(mode) {
   const values = R.time[mode].values[state.target];
   if (values.some((row) => row.some((x) => x != null))) return "";
   if (mode === "share") return "Shares of the values: every value so far is 0.";
+  if (R.hindsight) return "Share of the loss drop: values in hindsight do not add up to it.";
   if (!R.trust[state.target].steps) {
     return "Share of the loss drop: no step of this run was measured yet (--book_interval).";
   }
@@ -456,6 +457,44 @@ function lossTable(id, what, head, list, format) {
   sortable($(id), what, columns, 0, { down: false })(list);
 }
 
+// --- hindsight ------------------------------------------------------------------
+
+// |dL/dw| after each step for the chosen target, on a logarithmic axis; the early part is shaded.
+function drawAdjoint() {
+  const H = R.hindsight;
+  if (!H) return;
+  const [made, width] = canvas($("adjoint"), 260, "The size of dL/dw by step");
+  const norms = H.norms[state.target].map((norm) => (norm > 0 ? Math.log10(norm) : null));
+  const known = norms.filter((norm) => norm != null);
+  const low = Math.floor(Math.min(...known, 0));
+  const high = Math.ceil(Math.max(...known, low + 1));
+  const last = Math.max(H.steps.at(-1), H.steps[0] + 1);
+  const x = linear(H.steps[0], last, 62, width - 14);
+  const y = linear(low, high, 210, 8);
+  if (H.first_late > H.steps[0]) {
+    const wide = x(Math.min(last, H.first_late)) - x(H.steps[0]);
+    const box = { x: x(H.steps[0]), width: wide, y: 8, height: 202 };
+    const title = draw("title", {}, `early: before step ${whole(H.first_late)}`);
+    made.append(draw("rect", { class: "gap", ...box }, title));
+    if (wide > 40) made.append(label("early", x(H.steps[0]) + wide / 2, 24));
+  }
+  for (const t of ticks(low, high, 5).filter(Number.isInteger)) {
+    made.append(line("grid", 62, y(t), width - 14, y(t)));
+    made.append(label(powerOfTen(t), 56, y(t) + 4, "end"));
+  }
+  for (const t of ticks(H.steps[0], last, Math.floor(width / 110)).filter(Number.isInteger)) {
+    made.append(label(whole(t), x(t), 232));
+  }
+  made.append(label("step", (62 + width - 14) / 2, 254));
+  const points = norms.map((norm, i) => (norm == null ? null : `${x(H.steps[i])} ${y(norm)}`));
+  const path = points.filter((point) => point != null).join("L");
+  if (path) made.append(draw("path", { class: "curve", d: `M${path}` }));
+}
+
+function powerOfTen(e) {
+  return e >= -3 && e <= 4 ? number(10 ** e) : `1e${minus(String(e))}`;
+}
+
 // --- single values --------------------------------------------------------------
 
 // An axis that is linear around 0 and logarithmic on both sides.
@@ -531,7 +570,8 @@ function drawScatter() {
   const of = look < 0 ? "" : ` of this domain, out of a sample of ${sampled}`;
   const evenly = P.domain.length < R.run.visits ? ", taken evenly over the run" : "";
   $("scatter-note").textContent =
-    "Value in its step (1e-6 nats) against training loss, a point for each visit of a chunk: " +
+    `Value${R.hindsight ? " in hindsight" : " in its step"} (1e-6 nats) against training loss, ` +
+    "a point for each visit of a chunk: " +
     `${whole(own.length)} shown${of} of ${plural(R.run.visits, "visit")} in all${evenly}.`;
   const what = `Values for ${R.targets[state.target]} against training loss`;
   const [made, width] = canvas($("scatter"), 300, what);

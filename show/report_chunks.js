@@ -286,8 +286,11 @@ function twoValues(row) {
     make("b", {}, micro(row.tokens.sum[k])),
     ", the sum of its tokens. Its value above, ",
     make("b", {}, micro(row.values[k])),
-    `, is what it was worth ${own}, with the weights and the optimizer of that time. ` +
-      "The two differ where training has moved on. Both are in 1e-6 nats.",
+    R.hindsight
+      ? `, is what its visits are worth for the loss${R.hindsight.when}: another thing. ` +
+          "Both are in 1e-6 nats."
+      : `, is what it was worth ${own}, with the weights and the optimizer of that time. ` +
+          "The two differ where training has moved on. Both are in 1e-6 nats.",
   );
 }
 

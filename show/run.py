@@ -33,6 +33,17 @@ class Run:
         return [target["name"] for target in self.info["targets"]]
 
     @property
+    def horizon(self):
+        """Of hindsight: how many steps ahead the loss is that its values speak of, at most; 0: the
+        run's end. None where values are of their own steps."""
+        return self.info["horizon"] if self.info.get("method") == "hindsight" else None
+
+    @property
+    def original(self):
+        """The folder of the run: another one where these are values that came later."""
+        return original_of(self.path)
+
+    @property
     def domains(self):
         """The domains' names."""
         return self.data.domains
@@ -159,6 +170,13 @@ class Run:
         return text[:limit] + "\u2026"
 
 
+def original_of(path):
+    """The folder of the run that a folder's values are of."""
+    is_clear = len(path.parts) > 2 and ".." not in path.parts
+    whole = path if is_clear else path.resolve()
+    return whole.parent.parent if whole.parent.name == "revalued" else path
+
+
 # what readers take from config.json
 SETTINGS = {
     "rule": str,
@@ -188,6 +206,13 @@ ENTRIES = {
     "data_hash": str,
     "targets": list,
     "files": dict,
+}
+# and of hindsight
+HINDSIGHT = {
+    "horizon": int,
+    "steps": list,
+    "loss_at_end": dict,
+    "meaning": str,
 }
 
 
@@ -241,7 +266,7 @@ def read_config(path):
     check_folder(path)
     cfg = read_json(file, again(path), {"config": dict}, unsealed=True)["config"]
     check_entries(cfg, SETTINGS, file, again(path))
-    if cfg["rule"] == "off":
+    if cfg["rule"] == "off" and not (path / "values.json").is_file():  # hindsight came later
         what = f"{path} was trained with --rule=off and has no values"
         losses = terminal.command("python", "values.py", "losses", str(path))
         raise UserError(f"{what}: train it with another --rule; for its losses type: {losses}")
@@ -273,6 +298,8 @@ def read_info(path, cfg):
         when = f"train.py writes them with its first checkpoint, after {steps} steps"
         raise UserError(f"{path} has no values yet: {when}")
     check_entries(info, ENTRIES, file, cure)
+    if info.get("method") == "hindsight":
+        check_entries(info, HINDSIGHT, file, cure)
     for target in info["targets"]:
         if not isinstance(target, dict) or not isinstance(target.get("name"), str):
             raise UserError(f"{file} is damaged (its targets): {cure}")

@@ -3,11 +3,12 @@
 import bisect
 import itertools
 import math
+import textwrap
 import unicodedata
 
 import numpy as np
 
-from show import findings
+from show import findings, hindsight
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import visible
 
@@ -18,7 +19,7 @@ def end_of_run(found, books, audits):
 
     found: what findings.of_run() gives. books, audits: see account().
     """
-    lines = ["", *HEADING]
+    lines = ["", *heading()]
     for of_target in found:
         lines += domain_table(of_target.target, of_target.domains, of_target.everything)
         lines += of_target.cautions
@@ -26,11 +27,36 @@ def end_of_run(found, books, audits):
     return [*lines, "", *[of_target.finding for of_target in found]]
 
 
-HEADING = [
-    f"Values of the chunks used, in {findings.UNIT} (positive: it lowered the target's loss).",
-    "share: the sum of a step's values over their size, on average over the steps. sum: in nats.",
-]
+def end_of_hindsight(found, beside):
+    """The lines that say what hindsight found: for each target a table of the domains, and what to
+    beware of; which steps are early; the check; last, the findings.
+
+    found: what findings.of_run() gives. beside: what hindsight.read() gives.
+    """
+    horizon = found[0].horizon
+    lines = ["", *heading(horizon)]
+    for of_target in found:
+        lines += domain_table(of_target.target, of_target.domains, of_target.everything)
+        lines += of_target.cautions
+    names = [of_target.target for of_target in found]
+    lines += ["", *exploded(beside, names)]
+    lines += ["", *checked(beside, names)]
+    return [*lines, "", *[of_target.finding for of_target in found]]
+
+
+def heading(horizon=None):
+    """The lines above tables of domains. horizon: see findings.when()."""
+    sign = f"positive: it lowered the target's loss{findings.when(horizon)}"
+    return [
+        f"Values of the chunks used, in {findings.UNIT} ({sign}).",
+        "share: the sum of a step's values over their size, on average over the steps. sum: in "
+        "nats.",
+    ]
+
+
 SMOOTHED = "Of smoothed scores, for the gradient's mean over the steps; the books are not of them."
+
+
 WIDTHS = {
     "chunks": 8,
     "median": 12,
@@ -220,6 +246,78 @@ def ratio(amount, whole):
 
 def counted(n, what):
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+# --- hindsight ----------------------------------------------------------------------
+
+
+def exploded(beside, names):
+    """The lines that say which steps are early and why, with |dL/dw| at some steps. beside: what
+    hindsight.read() gives."""
+    first, last, late = beside["first_step"], beside["last_step"], beside["first_late_step"]
+    if beside["early_steps"]:
+        many = counted(beside["early_steps"], "step")
+        parts = [percent(beside["early_share"][name], 1) for name in names]
+        held = f"{' and '.join(parts)} of the size of all values"
+        which = f"early: {many} before step {late:,} of steps {first:,} to {last:,}, with {held}."
+        yield from paragraph(f"{which} {hindsight.WHY_EARLY}")
+    else:
+        yield f"early: none of steps {first:,} to {last:,}, for |dL/dw| explodes nowhere."
+    shown = some_of(beside["adjoint"], late - first)
+    yield f"{'|dL/dw| after step':24}" + "".join(f"{row['step']:>11,}" for row in shown)
+    for name in names:
+        yield fit(name, 24) + "".join(f"{row['norm'][name]:>11.3g}" for row in shown)
+
+
+def some_of(rows, n_early):
+    """A few of these rows: the ends, and those around the end of the n_early first ones."""
+    n = len(rows)
+    places = {0, n_early // 2, n_early - 1, n_early, (n_early + n) // 2, n - 1}
+    return [rows[i] for i in sorted(places) if 0 <= i < n]
+
+
+def checked(beside, names):
+    """The lines of the check, or the command that makes one. beside: what hindsight.read()
+    gives."""
+    check = beside["check"]
+    if check is None:
+        yield "check: none was made, so it is not known how well these values predict a training"
+        yield f"without some of the visits. To see it, type: {beside['to_check']}"
+        return
+    some = f"each without another {hindsight.share(check['fraction'])} of the visits"
+    where = f"of steps {check['first_step']:,} to {check['end'] - 1:,}"
+    what = f"check: {check['sets']:,} trainings, {some} {where}: {hindsight.CHECKED}"
+    yield from paragraph(what)
+    for name in names:
+        yield ""
+        yield f"for {findings.short(name)}, loss at the end {beside['loss_at_end'][name]:.4f} nats:"
+        yield from predictions(check["targets"][name])
+    yield "slope: nats of change per nat predicted, 1 is right; -: the score is not in nats"
+
+
+def predictions(rows):
+    """A target's scores of a check -> aligned lines."""
+    heads = ["correlation", "95 % interval", "Spearman", "slope", "+-"]
+    widths = [12, 18, 10, 12, 10]
+    yield f"{'score':24}" + "".join(head.rjust(width) for head, width in zip(heads, widths))
+    for row in rows:
+        cells = [
+            signed(row["pearson"]),
+            f"{signed(row['low'])} to {signed(row['high'])}",
+            signed(row["spearman"]),
+            "-" if math.isnan(row["slope"]) else f"{row['slope']:+.3g}",
+            "-" if math.isnan(row["slope_error"]) else f"{row['slope_error']:.2g}",
+        ]
+        yield fit(row["score"], 24) + "".join(map(str.rjust, cells, widths))
+
+
+def signed(x):
+    return "-" if math.isnan(x) else f"{x:+.2f}"
+
+
+def paragraph(text):
+    """A text of our own in lines."""
+    return textwrap.wrap(text, 100)
 
 
 # --- text in cells ------------------------------------------------------------------

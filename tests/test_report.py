@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from sealed import replace_array, replace_records
+from sealed import change, replace_array, replace_records
 
 import config
 import data
@@ -975,6 +975,198 @@ def test_values_that_came_later_have_a_report_too(trained, tmp_path, visit, repl
     total = np.nansum(open_run(folder).values, 0)
     shown = np.array(content["time"]["sum"]["values"])[:, :, -1].sum(1)
     np.testing.assert_allclose(shown, total, rtol=1e-3)
+
+
+# --- hindsight ------------------------------------------------------------------------
+
+SCORES = {  # what a check found: correlation, its interval, slope and its error
+    "hindsight": (0.93, 0.65, 0.99, 1.417, 0.229),
+    "value in its step": (0.59, -0.2, 0.91, 0.00562, 0.00314),
+    "training loss": (0.28, -0.53, 0.82, None, None),
+}
+
+
+def made_check(targets):
+    entries = {}
+    for score, (pearson, low, high, slope, error) in SCORES.items():
+        entries[score] = {"pearson": pearson, "low": low, "high": high, "spearman": pearson}
+        if slope is not None:
+            entries[score] |= {"slope": slope, "slope_error": error}
+    of_target = {"loss": 3.25, **entries}
+    return {
+        "sets": 40,
+        "fraction": 0.02,
+        "first_step": 30,
+        "targets": {name: of_target for name in targets},
+    }
+
+
+def look_back(run, name, n_early=30, check=True):
+    """What revalue.py --hindsight leaves below a run that was made by hand. Returns the folder."""
+    folder = run / "revalued" / name
+    ignored = shutil.ignore_patterns("revalued", "report.html")
+    shutil.copytree(run, folder, ignore=ignored)
+    about = json.loads((folder / "values.json").read_text())
+    targets = [target["name"] for target in about["targets"]]
+    K, steps = len(targets), about["committed_step"]
+    adjoint = np.zeros(steps, store.adjoint_dtype(K))
+    adjoint["step"] = np.arange(steps)
+    adjoint["norm"] = np.where(np.arange(steps) < n_early, 5000.0, 0.7)[:, None]
+    records = store.Records(folder / "adjoint.npy", adjoint.dtype)
+    records.pending = [adjoint]
+    records.commit()
+    change(folder / "values.json", files=about["files"] | {"adjoint.npy": records.counted()})
+    books = np.load(folder / "books.npy")
+    for entry in store.BOOK_ENTRIES:
+        books[entry] = np.nan
+    replace_records(folder, "books", books)
+    visits = np.load(folder / "ledger.npy")
+    visits["early"] = visits["step"] < n_early
+    replace_records(folder, "ledger", visits)
+    change(
+        folder / "values.json",
+        rule="hindsight",
+        method="hindsight",
+        of=str(run),
+        horizon=0,
+        steps=[0, steps],
+        meaning="of the loss at the end",
+        loss_at_end=dict.fromkeys(targets, 3.25),
+        check=made_check(targets) if check else None,
+    )
+    return folder
+
+
+def page_of(folder, out):
+    report(Config(run=str(folder), out=str(out), tokens=0))
+    return out
+
+
+@pytest.fixture(scope="module")
+def looked_back(tmp_path_factory):
+    """A run, and beside it its hindsight: the folder of the latter."""
+    path = tmp_path_factory.mktemp("looked_back")
+    run = make_run(path / "run", make_data(path / "data", 800, domains=4), 120)
+    return look_back(run, "checked")
+
+
+def test_the_first_screen_says_which_kind_of_value_it_shows(looked_back, tmp_path, visit):
+    run = looked_back.parent.parent
+    lead = visit(page_of(looked_back, tmp_path / "a.html")).locator("#lead").inner_text()
+    assert "Values in hindsight: what the visits of a chunk are worth" in lead
+    assert lead.endswith("for the target's loss at the run's end.")
+    lead = visit(page_of(run, tmp_path / "b.html")).locator("#lead").inner_text()
+    assert lead.endswith(
+        "Values in their steps: what a chunk did to the target's loss in the steps that trained "
+        "on it."
+    )
+
+
+def test_the_trust_in_hindsight_is_its_check(looked_back, tmp_path, visit):
+    tab = visit(page_of(looked_back, tmp_path / "a.html"))
+    trust = tab.locator("#findings li").nth(2).inner_text()
+    assert trust == (
+        "Trust: in 40 trainings without 2% of the visits each, hindsight predicted the change of "
+        "the loss with a correlation of 0.93 (0.65 to 0.99); the values in their steps with 0.59 "
+        "(-0.20 to 0.91)."
+    )
+    card = tab.locator("#trust .card").first
+    assert "Its loss at the end is 3.2500 nats." in card.inner_text()
+    assert "(visits of steps 30 to 119)" in card.inner_text()
+    rows = card.locator("tbody tr").all_inner_texts()
+    assert [row.split("\t") for row in rows] == [
+        ["hindsight", "0.93", "0.65 to 0.99", "1.4 \u00b1 0.23"],
+        ["value in its step", "0.59", "\u22120.20 to 0.91", "0.0056 \u00b1 0.0031"],
+        ["training loss", "0.28", "\u22120.53 to 0.82", "\u2013"],
+    ]
+
+
+def test_a_page_of_hindsight_has_no_books_and_no_audit(looked_back, tmp_path, visit):
+    tab = visit(page_of(looked_back, tmp_path / "a.html"))
+    tab.locator("#reading summary").click()
+    words = tab.locator("main").inner_text()
+    assert "measured step" not in words
+    assert "audit" not in words
+    assert "momentum" not in words
+    assert "their sum is about 0" in tab.locator("#reading").inner_text()
+    assert "hindsight" in tab.locator("#time-off").inner_text()
+
+
+def test_the_adjoint_is_drawn_with_its_early_part_shaded(looked_back, tmp_path, visit):
+    tab = visit(page_of(looked_back, tmp_path / "a.html"))
+    note = tab.locator("#adjoint-note").inner_text()
+    assert "Shaded: 30 early steps. There |dL/dw| explodes" in note
+    shade = tab.locator("#adjoint rect.gap").bounding_box()
+    curve = tab.locator("#adjoint path.curve").bounding_box()
+    assert shade["x"] == pytest.approx(curve["x"], abs=6)
+    assert shade["width"] == pytest.approx(curve["width"] * 30 / 119, rel=0.03)
+    ticks = tab.locator("#adjoint .tick").all_text_contents()
+    assert {"0.1", "1", "10", "100", "1,000", "10,000"} <= set(ticks)
+    assert content_of(tab)["hindsight"]["norms"][1] == [5000] * 30 + [0.7] * 90
+    warnings = " ".join(tab.locator("#warnings .warning").all_inner_texts())
+    assert "30 steps are marked early. There |dL/dw| explodes" in warnings
+
+
+def test_where_nothing_explodes_nothing_is_shaded(looked_back, tmp_path, visit):
+    run = shutil.copytree(looked_back.parent.parent, tmp_path / "run")
+    tab = visit(page_of(look_back(run, "calm", n_early=0), tmp_path / "a.html"))
+    assert "It explodes nowhere here" in tab.locator("#adjoint-note").inner_text()
+    assert tab.locator("#adjoint rect.gap").count() == 0
+
+
+def test_a_run_has_no_chart_of_the_adjoint(looked_back, tmp_path, visit):
+    tab = visit(page_of(looked_back.parent.parent, tmp_path / "a.html"))
+    assert not tab.locator("#adjoint-part").is_visible()
+
+
+def test_the_report_of_a_run_says_how_well_its_own_values_predict(looked_back, tmp_path, visit):
+    tab = visit(page_of(looked_back.parent.parent, tmp_path / "a.html"))
+    for card in tab.locator("#trust .card").all():
+        assert (
+            "In 40 trainings without 2% of the visits each, the values in their steps predicted "
+            "the change of the loss with a correlation of 0.59 (-0.20 to 0.91), not clearly above "
+            "0; hindsight with 0.93 (0.65 to 0.99) (visits of steps 30 to 119)."
+        ) in card.inner_text()
+        assert card.locator("tbody tr").count() == 3
+
+
+@pytest.mark.parametrize("is_hindsight", [True, False])
+def test_without_a_check_the_page_has_the_command_that_makes_one(tmp_path, visit, is_hindsight):
+    run = make_run(tmp_path / "run", make_data(tmp_path / "data", 800, domains=4), 60)
+    folder = look_back(run, "other", check=False)
+    tab = visit(page_of(folder if is_hindsight else run, tmp_path / "a.html"))
+    card = tab.locator("#trust .card").first.inner_text()
+    command = f"python revalue.py {run} --hindsight --check=40"
+    command += " --name=other --targets=val" if is_hindsight else ""
+    assert f"predict a training without visits: {command}" in card
+    narrow = visit(tmp_path / "a.html", 390)  # however long the command is
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
+    assert (tab.locator("#next").inner_text() == command) == is_hindsight
+    if is_hindsight:
+        trust = tab.locator("#findings li").nth(2).inner_text()
+        assert trust.startswith("Trust: it was not tried how well these values predict")
+
+
+def test_a_hostile_score_of_a_check_is_shown_as_text(looked_back, tmp_path, visit):
+    run = shutil.copytree(looked_back.parent.parent, tmp_path / "run")
+    folder = run / "revalued" / "checked"
+    check = made_check(["first", "second"])
+    for entries in check["targets"].values():
+        entries[HOSTILE[1]] = entries["training loss"]
+    change(folder / "values.json", check=check, meaning=HOSTILE[0])
+    for path in (folder, run):
+        tab = visit(page_of(path, tmp_path / "a.html"))
+        assert "<img src=x onerror" in tab.locator("#trust .card").first.inner_text()
+        assert tab.locator("img").count() == 0
+        assert tab.evaluate("window.hit") is None
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_labels_of_hindsight_do_not_collide(looked_back, tmp_path, visit, width):
+    tab = visit(page_of(looked_back, tmp_path / "a.html"), width)
+    assert tab.evaluate(COLLISIONS) == []
+    assert tab.evaluate(CUT_HEADS) == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
 # texts of a chart that overlap, or that leave it
