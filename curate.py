@@ -156,11 +156,7 @@ class Choice:
 
 def make_choice(cfg, run, k):
     """For target k. Raises UserError where nothing is dropped, or all."""
-    # hindsight does not say what visits of early steps did
-    units = chunk_scores(run, k, cfg.score, with_early=run.horizon is None)
-    if not units.visits.any():
-        cure = "curate by the run itself"
-        raise UserError(f"all visits of {run.path} are early, none has a score: {cure}")
+    units = chunk_scores(run, k, cfg.score)
     visits = int(units.visits.sum())
     if cfg.by == "document":
         units = of_documents(run, units)

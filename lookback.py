@@ -49,9 +49,9 @@ LEFTOVERS = [SWEEP, "state-*.pt", "segment-*.npz"]  # of a sweep, once it is don
 TOKENS = 2**14  # of a target that are computed at a time
 CLOSE = 1e-4  # nats: losses of float32, added up in another order
 MEANING = (
-    "the drop of the target's loss at the end of the run that each visit is worth, at the margin, "
-    "with all later steps as they were; they rank visits, and their sum says nothing: AdamW undoes "
-    "a common scaling of all gradients, so it is about 0"
+    "the drop of the target's loss {when} that each visit is worth, at the margin, with the steps "
+    "in between as they were; they rank visits, and their sum says nothing: AdamW undoes a common "
+    "scaling of all gradients, so it is about 0"
 )
 
 
@@ -268,7 +268,7 @@ def look_back(cfg, original, data, targets, folder, end, about):
         "steps": [cfg.start, end],
         "passes_per_step": passes,
         "loss_at_end": dict(zip(about["targets"], sweep.loss)),
-        "meaning": MEANING,
+        "meaning": meaning(cfg.horizon),
     }
     info = parallel.on_rank_0(lambda: finish(rerun, partial, folder, info))
     claim.release(folder)
@@ -276,6 +276,11 @@ def look_back(cfg, original, data, targets, folder, end, about):
     if parallel.rank() == 0:
         say(f"{passes:.2f} forward and backward passes a step, {took:.0f} s")
     return info
+
+
+def meaning(horizon):
+    when = f"up to {horizon} steps later" if horizon else "at the end of the run"
+    return MEANING.format(when=when)
 
 
 def is_quiet():
@@ -385,6 +390,9 @@ def visit_records(step, losses, values):
     visits["loss"] = losses
     visits["value"] = values
     visits["grad_norm"] = np.nan
+    if not np.isfinite(values).all():
+        what = f"hindsight of step {step.number} is not finite: |dL/dw| has exploded"
+        raise UserError(f"{what}. Look back less far: --start={step.number + 1}, or --horizon=100")
     return visits
 
 
@@ -544,7 +552,7 @@ def scores_of(original, rows, k, name):
 
 def as_entry(found, name):
     """An Agreement for values.json. Only what is in nats has a slope."""
-    entry = asdict(found)
+    entry = {key: None if np.isnan(value) else value for key, value in asdict(found).items()}
     del entry["n_sets"]
     if name in ("share of its step", "training loss"):
         del entry["slope"], entry["slope_error"]

@@ -52,11 +52,12 @@ def early(norms):
     """Which steps come before the adjoint explodes: in the first steps of a training everything
     depends on everything, and what a visit did there is no matter of its gradient any more.
 
-    norms: |dL/dw| by step (n, K). Returns bool (n, K): every step up to the last whose norm is more
-    than EXPLODED times the median, or no finite number."""
+    norms: |dL/dw| by step (n, K). Returns bool (n, K): every step up to the last one of the first
+    half whose norm is more than EXPLODED times the median, or no finite number."""
     is_finite = np.isfinite(norms)
     median = np.nanmedian(np.where(is_finite, norms, np.nan), axis=0)
     is_large = ~is_finite | (norms > EXPLODED * median)
+    is_large[(len(norms) + 1) // 2 :] = False
     return np.flip(np.logical_or.accumulate(np.flip(is_large, 0), 0), 0)
 
 

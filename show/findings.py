@@ -238,7 +238,7 @@ def of_opened(run, column="value"):
     used[run.used] = True
     batch = run.info["batch"]
     total = run.sums(column)
-    return of_run(total, used, run.blocks(), batch, run.data, run.names, run.horizon, column)
+    return of_run(total, used, run.counted(), batch, run.data, run.names, run.horizon, column)
 
 
 def of_run(total, used, blocks, batch, data, targets, horizon=None, column="value"):

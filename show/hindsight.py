@@ -64,8 +64,8 @@ def read_adjoints(run):
     counted = run.info["files"]
     file = run.path / "values.json"
     check_entries(counted, {"adjoint.npy": dict}, file, again(run.path))
-    dtype = store.adjoint_dtype(len(run.names))
-    adjoints = read_records(run.path, "adjoint", dtype, counted)
+    dtypes = [store.adjoint_dtype(len(run.names))]
+    adjoints = read_records(run.path, "adjoint", dtypes, counted)
     if not np.array_equal(adjoints["step"], run.books["step"]):
         what = "adjoint.npy has other steps than books.npy"
         raise UserError(f"{file} is damaged ({what}): {again(run.path)}")

@@ -125,6 +125,14 @@ class Run:
         """Yields the visits, some whole steps at a time."""
         return checked_blocks(self.path, self.visits, self.info["batch"], len(self.values))
 
+    def counted(self):
+        """Yields the visits that count in the chunks' values, some whole steps at a time: all, but
+        of hindsight not those of early steps."""
+        for visits in self.blocks():
+            counted = visits if self.horizon is None else store.late(visits)
+            if len(counted):
+                yield counted
+
     def visits_of(self, chunks):
         """The visits of some chunks, in the order of the steps."""
         selected = [self.visits[:0]]
@@ -335,16 +343,17 @@ def read_arrays(path, info):
         if len(store.read(path)) == len(visits):
             raise UserError(f"{path}/values.npy is damaged (its checksum does not fit): {cure}")
         # a commit is under way, or was cut off, and values.npy is ahead of values.json
-        values = sum_up(path, visits, info["batch"], len(values))
+        values = sum_up(path, visits, info, len(values))
     return values, visits, books, audit
 
 
-def sum_up(path, visits, batch, n_chunks):
+def sum_up(path, visits, info, n_chunks):
     """The chunks' values (n_chunks, K) as sums over their visits; NaN = never used."""
     total = np.zeros((n_chunks, visits["value"].shape[1]))
     used = np.zeros(n_chunks, bool)
-    for block in checked_blocks(path, visits, batch, n_chunks):
-        store.add_visits(block, total, used)
+    for block in checked_blocks(path, visits, info["batch"], n_chunks):
+        counted = store.late(block) if info.get("method") == "hindsight" else block
+        store.add_visits(counted, total, used)
     return np.where(used[:, None], total, np.nan).astype(np.float32)
 
 

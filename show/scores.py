@@ -22,22 +22,19 @@ class Units:
     pieces: Pieces | None = None  # of documents: the chunks they lie in; their rows are these
 
 
-def chunk_scores(run, k, score, with_early=True):
+def chunk_scores(run, k, score):
     """Units of a run's chunks.
 
     k: a target's number. score: "value", what a visit brings is its value in nats; "share", its
     value relative to the mean absolute value of its step; "smoothed", the same of its smoothed
-    score; "loss", minus its loss. with_early: whether visits that are marked early count. Raises
-    UserError where a run has no smoothed scores.
+    score; "loss", minus its loss. Raises UserError where a run has no smoothed scores.
     """
     if score == "smoothed":
         run.check_smoothed()
     column = "smoothed" if score == "smoothed" else "value"
     n_chunks = len(run.values)
     count, total, squares = np.zeros((3, n_chunks))
-    for visits in run.blocks():
-        if not with_early:
-            visits = visits[visits["early"] == 0]  # whole steps are early
+    for visits in run.counted():
         if score == "loss":
             gains = -visits["loss"].astype(float)
         else:

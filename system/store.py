@@ -9,7 +9,8 @@
     adjoint.npy  of hindsight, one record a step: |dL/dw| per target, L its loss at the run's end, w
                  the weights that the step left
     values.npy   float32 (n_chunks, K): the sum of the ledger's rows, chunk by chunk, for each of K
-                 targets, in their order in values.json; NaN = never used
+                 targets, in their order in values.json; NaN = never used. Of hindsight the sum of
+                 those rows that are not early
     values.json  sign, unit, rule, the targets, the committed step, the checksums of the files above
     evaluations.jsonl  one line an evaluation: {"step": steps done, "val": mean loss in nats,
                        "loss": {<domain>: nats, ...}, "target": {<name>: nats, ...}}, the last
@@ -215,6 +216,12 @@ def add_visits(visits, total, used):
     after row, so that a sum picked up half-way ends in the same bits."""
     np.add.at(total, visits["chunk"], visits["value"].astype(np.float64))
     used[visits["chunk"]] = True
+
+
+def late(visits):
+    """The visits that are not marked early: in hindsight only these count (shapley/hindsight.py).
+    Steps are early as a whole."""
+    return visits[visits["early"] == 0]
 
 
 def write_values(run, total, used):

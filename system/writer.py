@@ -27,11 +27,13 @@ class Writer:
         adjoints=False,
         smoothed=False,
     ):
-        """run: the folder. audits, adjoints: whether there will be an audit.npy, an adjoint.npy.
-        about: further entries of values.json. step, counted: where a run goes on, and what
+        """run: the folder. audits: whether there will be an audit.npy. adjoints: whether there will
+        be an adjoint.npy, as of hindsight, where early visits do not count in values.npy. about:
+        further entries of values.json. step, counted: where a run goes on, and what
         Writer.counted() said there. smoothed: whether the ledger has that column
         (Settings.target_smoothing)."""
         self.run, self.n_targets, self.smoothed = Path(run), n_targets, smoothed
+        self.is_hindsight = adjoints
         self.run.mkdir(parents=True, exist_ok=True)
         self.about = about or {}
         dtypes = {
@@ -62,7 +64,8 @@ class Writer:
             self.records["audit"].pending.append(audit)
         if adjoint is not None:
             self.records["adjoint"].pending.append(adjoint)
-        store.add_visits(visits, self.total, self.used)
+        counted = store.late(visits) if self.is_hindsight else visits
+        store.add_visits(counted, self.total, self.used)
 
     def counted(self):
         """How far the files go, for the next checkpoint: {name: Records.counted()}."""

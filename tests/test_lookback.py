@@ -371,3 +371,20 @@ def test_a_run_for_hindsight_keeps_its_checkpoints(python_data, tmp_path, capsys
     }
     assert f"next: python revalue.py {out} --hindsight" in capsys.readouterr().out
     assert info(revalued(out, hindsight=True))["passes_per_step"] == 5
+
+
+def test_values_are_the_sums_of_what_is_not_early(run, whole, monkeypatch):
+    """As where the adjoint explodes before step 7."""
+    monkeypatch.setattr(
+        lookback.hindsight, "early", lambda norms: np.arange(len(norms))[:, None] < [7, 3]
+    )
+    folder = revalued(run, hindsight=True, name="marked")
+    rows = store.read(folder)
+    assert np.array_equal(rows["early"], rows["step"] < 7)
+    assert rows["value"].tobytes() == store.read(whole)["value"].tobytes()
+    values = np.load(folder / "values.npy")
+    late = rows[rows["step"] >= 7]
+    expected = np.full(values.shape, np.nan)
+    expected[late["chunk"]] = 0
+    np.add.at(expected, late["chunk"], late["value"].astype(float))
+    np.testing.assert_allclose(values, expected, rtol=1e-6)

@@ -482,19 +482,13 @@ def test_a_run_is_curated_by_share_with_all_its_visits(run, tmp_path):
     assert not any("do not count" in line for line in lines)
 
 
-def test_scores_count_early_visits_but_where_they_are_left_out(marked, small_data):
+def test_early_visits_do_not_count_in_hindsight(marked, run, small_data):
     opened = open_run(marked, small_data)
-    assert chunk_scores(opened, 0, "value").visits.sum() == 48
-    late = chunk_scores(opened, 0, "share", with_early=False)
-    assert late.visits.sum() == 48 - 4 * EARLY
-
-
-def test_where_all_visits_are_early_curate_says_so(copied, small_data, tmp_path):
-    visits = np.load(copied / "ledger.npy")
-    visits["early"] = 1
-    replace_records(copied, "ledger", visits)
-    with pytest.raises(UserError, match="are early, none has a score"):
-        curated(copied, tmp_path / "kept", data_dir=str(small_data))
+    for score in ("value", "share", "loss"):
+        assert chunk_scores(opened, 0, score).visits.sum() == 48 - 4 * EARLY
+    assert chunk_scores(open_run(run, small_data), 0, "share").visits.sum() == 48
+    counted = np.concatenate(list(opened.counted()))
+    assert counted["step"].min() == EARLY
 
 
 def test_curate_says_what_is_known_of_hindsight(checked, tmp_path):
