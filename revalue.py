@@ -103,17 +103,18 @@ class Config:
     device: str = ""  # empty: the run's
 
     def __post_init__(self):
-        if self.hindsight and (self.replay or self.repair):
-            raise UserError(
-                "--hindsight, --replay and --repair are three things: write one of them"
-            )
-        if not self.hindsight and (self.horizon or self.check or self.memory):
-            raise UserError("--horizon, --check and --memory are of hindsight: add --hindsight")
-        if 0 < self.check < 4:
-            raise UserError(f"--check={self.check}: write at least 4, for a correlation")
         config.check(
             self, at_least=AT_LEAST, above={"check_fraction": 0}, below={"check_fraction": 1}
         )
+        if self.hindsight and (self.replay or self.repair):
+            what = "--hindsight, --replay and --repair are three things"
+            raise UserError(f"{what}: write one of them")
+        for key in ("horizon", "check", "memory"):
+            value = getattr(self, key)
+            if value and not self.hindsight:
+                raise UserError(f"--{key}={value} is of hindsight: add --hindsight")
+        if 0 < self.check < 4:
+            raise UserError(f"--check={self.check}: write at least 4, for a correlation")
         if self.name:
             files.plain_name(self.name, "name")
 

@@ -327,8 +327,8 @@ def test_a_new_target_is_checked_too(run, tmp_path):
 @pytest.mark.parametrize(
     "options, answer",
     [
-        ({"horizon": 5}, "are of hindsight: add --hindsight"),
-        ({"check": 9}, "are of hindsight: add --hindsight"),
+        ({"horizon": 5}, "is of hindsight: add --hindsight"),
+        ({"check": 9}, "is of hindsight: add --hindsight"),
         ({"hindsight": True, "replay": True}, "write one of them"),
         ({"hindsight": True, "check": 3}, "at least 4"),
         ({"hindsight": True, "check": 9, "check_fraction": 1.5}, "check_fraction"),
