@@ -99,15 +99,6 @@ class Rerun:
         torch.backends.cudnn.allow_tf32 = False
         self.model = train.build_model(options, data, options.device)
         self.first_rng = rng_state()  # as train.py's after the same call
-        self.new_training()
-        self.n_targets = len(targets)
-        settings = Settings(micro_batch=max(options.batch_size, TOKENS // options.block_size))
-        weights = self.training.weights
-        self.targets = WholeTargets(targets, weights, self.loss, settings, lambda: None)
-        self.initial = [p.data.cpu().clone() for p in weights.params]
-
-    def new_training(self):
-        options = self.options
         self.optimizer = train.build_optimizer(options, self.model)
         is_low = options.dtype == "bfloat16"
         self.training = Training(
@@ -119,8 +110,13 @@ class Rerun:
             options.batch,
             options.grad_clip,
             options.batch_size,
-            self.chunk_losses,
+            precise_losses=self.chunk_losses,
         )
+        self.n_targets = len(targets)
+        settings = Settings(micro_batch=max(options.batch_size, TOKENS // options.block_size))
+        weights = self.training.weights
+        self.targets = WholeTargets(targets, weights, self.loss, settings, lambda: None)
+        self.initial = [p.data.cpu().clone() for p in weights.params]
 
     def batch(self, step):
         ids = self.data.ids(step, self.options.batch, self.options.seed)
@@ -242,7 +238,7 @@ def look_back(cfg, original, data, targets, folder, end, about):
         "horizon": cfg.horizon,
         "checksums": [target.checksum() for target in targets],
     }
-    claim = Claim(partial)
+    claim = SharedClaim(partial)
     parallel.on_rank_0(lambda: begin(partial, question))
     rerun = Rerun(original, data, targets, partial)
     n_steps = rerun.steps_in(cfg.memory * GB or SHARE * memory_here(rerun.options.device))
@@ -287,7 +283,7 @@ def is_quiet():
     return parallel.rank() > 0
 
 
-class Claim:
+class SharedClaim:
     """The first process's claim on a folder, with the others waiting for it (files.Claim)."""
 
     def __init__(self, folder):
@@ -475,8 +471,6 @@ def check(cfg, original, data, targets, folder):
     first = int(rows["step"][0])
     if rows["early"].any():
         first = int(rows["step"][rows["early"] == 1].max()) + 1
-    if first >= end:
-        raise UserError(f"{folder}: all of its visits are early, none can be left out")
     batch = original.options.batch
     visits = np.arange(first * batch, end * batch)
     about = {"sets": cfg.check, "fraction": cfg.check_fraction, "first_step": first}
@@ -498,7 +492,7 @@ def check(cfg, original, data, targets, folder):
 
 def retrain(original, data, targets, folder, about, sets, end):
     """-> the targets' losses at the end (K,), and their rises without each set (n_sets, K)."""
-    claim = Claim(folder)
+    claim = SharedClaim(folder)
     rerun = Rerun(original, data, targets, folder)
     first = about["first_step"]
     base = max(base for base in (0, *original.checkpoints) if base <= first)
@@ -551,9 +545,10 @@ def scores_of(original, rows, k, name):
 
 
 def as_entry(found, name):
-    """An Agreement for values.json. Only what is in nats has a slope."""
-    entry = {key: None if np.isnan(value) else value for key, value in asdict(found).items()}
+    """An Agreement for values.json. Only what is in nats has a slope, and JSON knows no NaN."""
+    entry = {key: value for key, value in asdict(found).items() if not np.isnan(value)}
     del entry["n_sets"]
     if name in ("share of its step", "training loss"):
-        del entry["slope"], entry["slope_error"]
+        entry.pop("slope", None)
+        entry.pop("slope_error", None)
     return entry

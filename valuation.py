@@ -161,8 +161,8 @@ class Valuation:
         """A micro-batch's ids (b,) and tensors X, Y -> what its forward takes as ledger.
 
         Of a one-pass rule zeros (b, K), whose gradient will be the values; (b, 2K) with smoothed
-        directions. Of a two-pass rule a
-        Tape where the micro-batch is the whole batch, else None: its forward will be repeated."""
+        directions. Of a two-pass rule a Tape where the micro-batch is the whole batch, else None:
+        its forward will be repeated."""
         self.collect()
         if not self.two_pass:
             ledger = self.weights.zeros(len(ids), self.n_directions)

@@ -34,11 +34,6 @@ class Past:
     moments: list  # (m, v) of AdamW after the step; empty for SGD
     rng: tuple  # random numbers before the step's first forward
 
-    @property
-    def n_bytes(self):
-        tensors = [*self.weights, *self.gradients, *(t for pair in self.moments for t in pair)]
-        return sum(tensor.nbytes for tensor in tensors)
-
 
 class Training:
     """See the module's docstring."""

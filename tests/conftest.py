@@ -38,3 +38,36 @@ def python_data(tmp_path_factory):
     )
     prepare(Config(**options, data_dir=str(path), workers=1))
     return path
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """typed("top", folder, "--n=3") -> what values.py prints."""
+
+    import config  # once the path above is set
+    import values
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["values.py", *map(str, argv)])
+        capsys.readouterr()
+        config.main(values.main)
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(typed, capsys):
+    """The one line that a command leaves on stderr when it ends with exit code 2."""
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as stop:
+            typed(*argv)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2, err
+        assert not out
+        assert err.startswith("error: "), err
+        assert err.count("\n") == 1, err
+        return err
+
+    return call

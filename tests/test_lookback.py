@@ -5,12 +5,12 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from runs import in_process
-from test_parallel import free_port
+from runs import become_rank, free_port, in_process
 from test_revalue import SMALL, info, revalued
 
 import config
@@ -19,6 +19,8 @@ import revalue
 import train
 from data import open_dataset, parse_targets
 from lookback import Segment, plan
+from shapley.counterfactual import agreement
+from show.hindsight import read_check
 from system import parallel, store
 from system.errors import UserError
 
@@ -234,27 +236,15 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(run, tmp_path):
     found = everything(run / "revalued" / "killed")
     assert found.keys() == expected.keys()
     for name, content in found.items():
-        if name not in ("config.json", "values.json", revalue.REVALUATION):
-            assert content == expected[name], name
+        assert content == expected[name], name
     assert "check" in info(run / "revalued" / "killed")
-    assert (
-        info(run / "revalued" / "killed")["check"]
-        == info(run / "revalued" / "undisturbed")["check"]
-    )
 
 
 # --- several processes --------------------------------------------------------------------
 
 
 def rank_look_back(rank, world, port, run, more, log):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    become_rank(rank, world, port)
     look_back_in_a_process(run, log, more)
     parallel.leave()
 
@@ -388,3 +378,18 @@ def test_values_are_the_sums_of_what_is_not_early(run, whole, monkeypatch):
     expected[late["chunk"]] = 0
     np.add.at(expected, late["chunk"], late["value"].astype(float))
     np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_a_score_that_does_not_vary_has_no_correlation(run, whole):
+    """What is no number is left out, and the folder can be read."""
+    found = agreement(np.zeros(5), np.arange(5.0))
+    assert np.isnan(found.pearson)
+    assert "pearson" not in lookback.as_entry(found, "hindsight")
+    assert "slope" not in lookback.as_entry(found, "training loss")
+    about = info(whole)
+    entry = {"hindsight": lookback.as_entry(found, "hindsight")}
+    targets = dict.fromkeys(TEXTS, entry)
+    check = {"sets": 5, "fraction": 0.1, "first_step": 3, "targets": targets}
+    opened = SimpleNamespace(info={**about, "check": check}, names=list(TEXTS), path=whole)
+    read = read_check(opened)
+    assert np.isnan(read["targets"]["code"][0]["pearson"])

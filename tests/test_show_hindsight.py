@@ -8,7 +8,6 @@ import random
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -99,36 +98,6 @@ def marked(copied):
     visits["early"] = visits["step"] < EARLY
     replace_records(copied, "ledger", visits)
     return copied
-
-
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """typed("top", folder, "--n=3") -> what values.py prints."""
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["values.py", *map(str, argv)])
-        capsys.readouterr()
-        config.main(values.main)
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(typed, capsys):
-    """The one line that a command leaves on stderr when it ends with exit code 2."""
-
-    def call(*argv):
-        with pytest.raises(SystemExit) as stop:
-            typed(*argv)
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2, err
-        assert not out
-        assert err.startswith("error: "), err
-        assert err.count("\n") == 1, err
-        return err
-
-    return call
 
 
 def info(folder):

@@ -112,36 +112,6 @@ def other(prepared):
     return trained(prepared, "other", *argv)
 
 
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """typed("top", folder, "--n=3") -> what it prints."""
-
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["values.py", *map(str, argv)])
-        capsys.readouterr()
-        config.main(values.main)
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(typed, capsys):
-    """The one line that a command leaves on stderr when it ends with exit code 2."""
-
-    def call(*argv):
-        with pytest.raises(SystemExit) as stop:
-            typed(*argv)
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2, err
-        assert not out
-        assert err.startswith("error: "), err
-        assert err.count("\n") == 1, err
-        return err
-
-    return call
-
-
 def by_loops(folder):
     """{chunk: [(step, loss, value (K,))]}, out of ledger.npy."""
     visits = {}
