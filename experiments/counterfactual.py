@@ -19,10 +19,10 @@ seed trained again from other weights, in the same order and without the same se
 agree on is more than any score can reach.
 """
 
-import dataclasses
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +56,14 @@ from system.errors import UserError
 from train import get_lr
 from valuation import Settings, Valuation
 
+DROP_BY = (
+    "hindsight",
+    "value, adamw2",
+    "share of step",
+    "smoothed 0.9",
+    "training loss",
+    "gradient dot, last model",
+)
 ONE_STEP = ("sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
 SMOOTHING = (0.5, 0.9, 0.97, 0.99)
 QUICK = {
@@ -65,6 +73,11 @@ QUICK = {
     "twins": "1",
     "fractions": ".03:4",
     "horizons": "1,5,0",
+    "dropped": ".25",
+    "longer": "1.5",
+    "firsts": "2,6",
+    "weights": ".9",
+    "why_sets": 4,
     "iters": 12,
     "tuned_iters": 8,
     "pretrain_iters": 10,
@@ -88,7 +101,13 @@ class Config:
     seeds: str = "1,2,3"  # each draws weights, order, junk, targets and sets
     twins: str = ""  # seeds that are trained again from other weights
     fractions: str = ".03:100"  # share of the visits that a set leaves out : number of sets
-    horizons: str = "1,10,30,100,0"  # steps that hindsight looks ahead; 0: to the end
+    horizons: str = "10,30,100,0"  # steps that hindsight looks ahead; 0: to the end
+    dropped: str = ".1,.25"  # shares of the visits that are dropped at once, those of least score
+    longer: str = "1.1,1.25,1.5"  # runs with all visits, of so many times the steps
+    # of the part `why`: sets of visits from these steps on, and sets that keep a part of the weight
+    firsts: str = "50,60,70,80,100,150"
+    weights: str = ".9,.5"
+    why_sets: int = 40
     limit_tokens: int = 6_000_000
     block_size: int = 64
     batch_size: int = 8
@@ -106,11 +125,12 @@ class Config:
     pretrain_iters: int = 600  # of the model that a tuned run starts from
     tuned_iters: int = 150
     tuned_learning_rate: float = 3e-4
-    target_chunks: int = 512  # and as many held out
+    target_chunks: int = 256  # and as many held out
     target_batch: int = 16  # of one-step values
     workers: int = 0  # jobs side by side; 0: a core each
     quick: bool = False
-    part: Literal["all", "report"] = "all"
+    # why: how far the correlation depends on where the sets begin and on their weight
+    part: Literal["all", "why", "report"] = "all"
 
     def __post_init__(self):
         if self.quick:
@@ -188,7 +208,7 @@ class Run:
         self.offset = 0
         if self.tuned:
             self.pretrain()
-        self.start_over()
+        self.start_over(self.n_steps)
         self.state = state_of(self.training)
 
     def pretrain(self):
@@ -198,9 +218,9 @@ class Run:
             training.take(step)
         self.offset = self.cfg.pretrain_iters
 
-    def start_over(self):
+    def start_over(self, n_steps):
         lr = self.cfg.tuned_learning_rate if self.tuned else self.cfg.learning_rate
-        self.training = self.training_of(self.schedule(self.n_steps, lr))
+        self.training = self.training_of(self.schedule(n_steps, lr))
 
     def schedule(self, n_steps, learning_rate):
         """train.py's: warm-up, then a cosine down to a tenth."""
@@ -274,12 +294,11 @@ def one_step(run, rule, smoothing=0.0):
         rule=rule,
         batch=cfg.batch_size,
         target_batch=cfg.target_batch,
+        target_smoothing=smoothing,
         seed=run.seed,
         grad_clip=cfg.grad_clip,
         book_interval=0,
     )
-    if smoothing:
-        settings.target_smoothing = smoothing
     optimizer = training.optimizer
     valuation = Valuation(run.model, optimizer, run.loss, run.targets[:1], settings)
     for step in range(run.n_steps):
@@ -301,11 +320,18 @@ def one_step(run, rule, smoothing=0.0):
     return valuation.flush().visits
 
 
-def fresh(run):
-    """The run's training at its first step, its optimizer without moments."""
+def share_of_step(run, values):
+    """Of each visit's value (n_visits,), relative to the size of all values of its step."""
+    by_step = values.reshape(run.n_steps, -1)
+    return (by_step / np.abs(by_step).sum(1, keepdims=True)).ravel()
+
+
+def fresh(run, n_steps=None):
+    """The run's training at its first step, its optimizer without moments. n_steps: of its
+    schedule, if it is another."""
     for p, weight in zip(run.training.weights.params, run.state["weights"]):
         p.data.copy_(weight)
-    run.start_over()
+    run.start_over(n_steps or run.n_steps)
 
 
 def sweep(run, past, horizon):
@@ -338,16 +364,16 @@ def scores_of(run):
         by_step = values.reshape(run.n_steps, -1)
         scores[f"value, {rule}"] = values
         if rule == "adamw2":
-            size = np.abs(by_step).sum(1, keepdims=True)
-            scores["share of step"] = (by_step / size).ravel()
+            scores["share of step"] = share_of_step(run, values)
             scores["centred in step"] = (by_step - by_step.mean(1, keepdims=True)).ravel()
         if rule == "adamw":
             scores["gradient norm"] = -visits["grad_norm"].astype(float)
         scores["training loss"] = -visits["loss"].astype(float)
-    if any(field.name == "target_smoothing" for field in dataclasses.fields(Settings)):
-        for beta in SMOOTHING:
-            visits = one_step(run, "adamw2", beta)
-            scores[f"smoothed {beta}"] = visits["smoothed"][:, 0].astype(float)
+    for beta in SMOOTHING:
+        visits = one_step(run, "adamw2", beta)
+        values = visits["smoothed"][:, 0].astype(float)
+        scores[f"smoothed {beta}"] = values
+        scores[f"share of smoothed {beta}"] = share_of_step(run, values)
     fresh(run)
     began = time.process_time()
     past = [run.training.record(step) for step in range(run.n_steps)]
@@ -394,26 +420,59 @@ def bm25(run):
 # --- the truth ------------------------------------------------------------------------
 
 
-def truths(run, first):
-    """{fraction: (sets of visits from step `first` on, the losses' rises without each (n_sets,
-    2))}, and the losses with all visits (2,)."""
-    fresh(run)
-    for step in range(first):
-        run.training.take(step)
-    state = state_of(run.training)
-    train_without(run.training, state, (), first, run.n_steps)
-    with_all = run.losses()
-    visits = np.arange(first * run.cfg.batch_size, run.n_steps * run.cfg.batch_size)
-    found = {}
-    for part in run.cfg.fractions.split(","):
-        fraction, n_sets = part.split(":")
-        sets = draw_sets(int(n_sets), visits, float(fraction), run.seed)
-        rises = []
-        for left_out in sets:
-            train_without(run.training, state, left_out, first, run.n_steps)
-            rises.append(run.losses() - with_all)
-        found[float(fraction)] = (sets, np.array(rises))
-    return found, with_all
+class Truth:
+    """Trainings of a run without some visits, none of them before a step."""
+
+    def __init__(self, run, first):
+        self.run, self.first = run, first
+        fresh(run)
+        for step in range(first):
+            run.training.take(step)
+        self.state = state_of(run.training)
+        self.with_all = self.losses_without(())
+
+    def losses_without(self, left_out, weight=0.0):
+        """The target's and the held-out loss at the end (2,), of a training in which the gradients
+        of some visits have a weight."""
+        training, n_steps = self.run.training, self.run.n_steps
+        train_without(training, self.state, left_out, self.first, n_steps, weight=weight)
+        return self.run.losses()
+
+    def visits(self):
+        """All that may be left out."""
+        batch = self.run.cfg.batch_size
+        return np.arange(self.first * batch, self.run.n_steps * batch)
+
+    def of_sets(self, fraction, n_sets, weight=0.0):
+        """-> random sets (n_sets, size), and the losses' rises without each (n_sets, 2)."""
+        sets = draw_sets(n_sets, self.visits(), fraction, self.run.seed)
+        rises = [self.losses_without(left_out, weight) - self.with_all for left_out in sets]
+        return np.stack(sets), np.array(rises)
+
+    def of_dropping(self, scores, fraction):
+        """{score: the losses' rises (2,) without the visits that have the least of it}; "random":
+        the mean over three draws."""
+        visits = self.visits()
+        size = round(fraction * len(visits))
+        rises = {}
+        for name in DROP_BY:
+            order = visits[np.argsort(scores[name][visits], kind="stable")]
+            rises[name] = self.losses_without(np.sort(order[:size])) - self.with_all
+        drawn = draw_sets(3, visits, fraction, self.run.seed + 1000)
+        rises["random"] = np.mean([self.losses_without(some) - self.with_all for some in drawn], 0)
+        return rises
+
+
+def losses_of_longer(run):
+    """The losses (n, 2) at the ends of runs with all visits, of cfg.longer times the steps."""
+    losses = []
+    for factor in numbers(run.cfg.longer):
+        n_steps = round(factor * run.n_steps)
+        fresh(run, n_steps)
+        for step in range(n_steps):
+            run.training.take(step)
+        losses.append(run.losses())
+    return np.array(losses)
 
 
 def job(settings, setting, seed, init):
@@ -432,15 +491,39 @@ def job(settings, setting, seed, init):
     if first < 0 and init:
         first = int(np.load(file_of(cfg, setting, seed))["first"])
     elif first < 0:
-        is_early = hindsight.early(norms["hindsight"][:, None])
-        first = int(is_early.sum())
-    arrays["first"] = first
-    found, with_all = truths(run, first)
-    for fraction, (sets, rises) in found.items():
-        arrays[f"sets/{fraction}"] = np.stack(sets)
-        arrays[f"rises/{fraction}"] = rises
+        first = int(hindsight.early(norms["hindsight"][:, None]).sum())
+    truth = Truth(run, first)
+    arrays["first"], arrays["losses"] = first, truth.with_all
+    for part in cfg.fractions.split(","):
+        fraction, n_sets = part.split(":")
+        sets, rises = truth.of_sets(float(fraction), int(n_sets))
+        arrays[f"sets/{float(fraction)}"], arrays[f"rises/{float(fraction)}"] = sets, rises
+    if not init:
+        for fraction in numbers(cfg.dropped):
+            for name, rises in truth.of_dropping(scores, fraction).items():
+                arrays[f"dropped/{fraction}/{name}"] = rises
+        arrays["factors"], arrays["longer"] = numbers(cfg.longer), losses_of_longer(run)
     np.savez_compressed(file_of(cfg, setting, seed, init), **arrays)
-    return [dict(setting=setting, seed=seed, init=init, losses=with_all.tolist(), seconds=seconds)]
+    losses = truth.with_all.tolist()
+    return [dict(setting=setting, seed=seed, init=init, losses=losses, seconds=seconds)]
+
+
+def why(settings, setting, seed):
+    """How well hindsight predicts sets of other places and weights, to a file."""
+    cfg = Config(**settings)
+    run = Run(cfg, setting, seed)
+    fresh(run)
+    past = [run.training.record(step) for step in range(run.n_steps)]
+    values, norms = sweep(run, past, 0)
+    arrays = {"values": values.ravel(), "norms": norms}
+    first = cfg.first if cfg.first >= 0 else int(hindsight.early(norms[:, None]).sum())
+    cases = [(step, 0.0) for step in numbers(cfg.firsts, int)]
+    cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, cases[0][0])]
+    for step, weight in cases:
+        sets, rises = Truth(run, step).of_sets(0.03, cfg.why_sets, weight)
+        arrays[f"sets/{step}/{weight}"], arrays[f"rises/{step}/{weight}"] = sets, rises
+    np.savez_compressed(Path(cfg.out, f"why-{setting}-{seed}.npz"), first=first, **arrays)
+    return [dict(setting=setting, seed=seed, part="why")]
 
 
 def file_of(cfg, setting, seed, init=0):
@@ -451,6 +534,11 @@ def file_of(cfg, setting, seed, init=0):
 def compute(cfg):
     text_of(cfg, cfg.settings.split(",")[0], 1)  # prepares the chunks once, refuses what is missing
     settings = {**vars(cfg), "quick": False}
+    if cfg.part == "why":
+        pairs = product(cfg.settings.split(","), numbers(cfg.seeds, int))
+        jobs = [(settings, setting, seed) for setting, seed in pairs]
+        side_by_side(why, jobs, Path(cfg.out, "why.jsonl"), cfg.workers)
+        return
     jobs = []
     for setting in cfg.settings.split(","):
         jobs += [(settings, setting, seed, 0) for seed in numbers(cfg.seeds, int)]
@@ -470,6 +558,10 @@ class Found:
     seed: int
     arrays: dict
 
+    def batch(self):
+        """Visits of a step."""
+        return len(self.arrays["is_junk"]) // len(self.arrays["norm/hindsight"])
+
     def of_kind(self, kind):
         """{name: array} of the arrays whose name begins with kind/."""
         prefix = kind + "/"
@@ -478,17 +570,6 @@ class Found:
             for name, array in self.arrays.items()
             if name.startswith(prefix)
         }
-
-    def scores(self):
-        """{name: score of each visit}: as computed, and hindsight treated where it explodes."""
-        scores = self.of_kind("score")
-        norms = self.of_kind("norm")["hindsight"]
-        values = scores["hindsight"].reshape(len(norms), -1)
-        is_early = hindsight.early(norms[:, None])
-        bound = hindsight.EXPLODED * np.median(norms)
-        scores["hindsight, early steps left out"] = (values * ~is_early).ravel()
-        scores["hindsight, damped"] = (values * np.minimum(1, bound / norms)[:, None]).ravel()
-        return scores
 
 
 def read_found(cfg, is_twin=False):
@@ -508,14 +589,18 @@ def agreements(found, fraction):
     """{score: its Agreement with the rise of the target's loss, and of the held-out loss}."""
     sets, rises = found.arrays[f"sets/{fraction}"], found.arrays[f"rises/{fraction}"]
     agreed = {}
-    for name, score in found.scores().items():
+    for name, score in found.of_kind("score").items():
         predicted = sums_of_sets(score, sets)
         agreed[name] = [agreement(predicted, rises[:, k]) for k in range(2)]
     return agreed
 
 
-def auroc(score, is_junk):
-    """Of a junk visit having a lower score than another."""
+def auroc(job, name):
+    """Of a junk visit having a lower score than another. Visits before the first that may be left
+    out do not count."""
+    step = np.arange(len(job.arrays["is_junk"])) // job.batch()
+    counts = step >= job.arrays["first"]
+    score, is_junk = job.arrays[f"score/{name}"][counts], job.arrays["is_junk"][counts]
     wins = stats.mannwhitneyu(-score[is_junk], -score[~is_junk]).statistic
     return float(wins / is_junk.sum() / (~is_junk).sum())
 
@@ -538,8 +623,7 @@ def table(cfg, setting, jobs, twins, fraction):
         in_nats = name.startswith(("value", "hindsight"))
         row.append(shown([of_job[name][0].slope for of_job in agreed], 2) if in_nats else "")
         if setting.startswith("junk"):
-            found = [auroc(job.scores()[name], job.arrays["is_junk"]) for job in with_sets]
-            row.append(shown(found, 3))
+            row.append(shown([auroc(job, name) for job in with_sets], 3))
         rows.append(row)
     head = ["score", "LDS", "held out", "of each seed", "slope"]
     if setting.startswith("junk"):
@@ -556,6 +640,43 @@ def table(cfg, setting, jobs, twins, fraction):
     return lines
 
 
+def iterations(job, rise, k):
+    """How many times the steps a run with all visits takes to a loss of the target (k = 0), or of
+    held-out text (1). NaN: more than were tried, or less than 1."""
+    factors = [1.0, *job.arrays["factors"]]
+    reached = [0.0, *(job.arrays["longer"][:, k] - job.arrays["losses"][k])]
+    return np.interp(-rise, -np.array(reached), factors, left=np.nan, right=np.nan)
+
+
+def drop_table(setting, jobs, fraction):
+    """Lines of Markdown: what dropping the visits of least score does."""
+    names = [*DROP_BY, "random"]
+    rises = {name: [job.arrays[f"dropped/{fraction}/{name}"] for job in jobs] for name in names}
+    seeds = ", ".join(str(job.seed) for job in jobs)
+    rows = []
+    for name in names:
+        row = [name]
+        for k in range(2):
+            row.append(shown([rise[k] for rise in rises[name]], 4))
+        less = [own[1] - other[1] for own, other in zip(rises[name], rises["random"])]
+        row.append("" if name == "random" else shown(less, 4))
+        gained = [iterations(job, rise[1], 1) for job, rise in zip(jobs, rises[name])]
+        gained = [factor for factor in gained if np.isfinite(factor)]
+        row.append(f"{len(gained)} of {len(jobs)}")
+        row.append(shown(gained, 2) if gained else "")
+        rows.append(row)
+    head = [
+        "dropped by",
+        "rise of the target's loss",
+        "held out",
+        "less than at random, held out",
+        "runs within those tried",
+        "as good as all visits in so many times the steps",
+    ]
+    title = f"### {setting}, the {fraction:.0%} of least score dropped at once, seeds {seeds}"
+    return ["", title, "", *markdown(head, rows)]
+
+
 def figure(cfg, found, path):
     """Above, |dL/dw| by step of each seed; below, true rise against predicted."""
     settings = list(dict.fromkeys(job.setting for job in found))
@@ -569,7 +690,7 @@ def figure(cfg, found, path):
             column[0].semilogy(norms, label=f"seed {job.seed}")
             fraction = next(iter(job.of_kind("sets")))
             sets, rises = job.arrays[f"sets/{fraction}"], job.arrays[f"rises/{fraction}"]
-            predicted = sums_of_sets(job.scores()["hindsight, early steps left out"], sets)
+            predicted = sums_of_sets(job.arrays["score/hindsight"], sets)
             column[1].plot(1e3 * predicted, 1e3 * rises[:, 0], ".")
         column[0].set_title(setting)
         column[0].set_xlabel("step")
@@ -578,6 +699,48 @@ def figure(cfg, found, path):
     axes[1, 0].set_ylabel("true rise, 1e-3 nats")
     axes[0, 0].legend()
     save_figure(fig, path)
+
+
+def figure_of_why(cfg):
+    """Left: the correlation against the step from which on visits are left out, for each seed, and
+    |dL/dw| there. Right: against the part of the weight that the visits lose."""
+    plt = pyplot()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    lines = []
+    setting = cfg.settings.split(",")[0]
+    norms_axis = left.twinx()
+    for i, seed in enumerate(numbers(cfg.seeds, int)):
+        found = np.load(Path(cfg.out, f"why-{setting}-{seed}.npz"))
+        by_case = {}
+        for name in found.files:
+            if name.startswith("sets/"):
+                step, weight = name.split("/")[1:]
+                rises = found[f"rises/{step}/{weight}"][:, 0] / (1 - float(weight))
+                agreed = agreement(sums_of_sets(found["values"], found[name]), rises)
+                by_case[int(step), float(weight)] = agreed
+                lines.append([seed, step, weight, f"{agreed.pearson:.2f}", f"{agreed.slope:.2f}"])
+        whole = sorted(step for step, weight in by_case if not weight)
+        color = f"C{i}"
+        left.plot(whole, [by_case[step, 0.0].pearson for step in whole], "o-", color=color)
+        left.axvline(int(found["first"]), linestyle="--", color=color, linewidth=1)
+        steps = np.arange(whole[0], whole[-1] + 1)
+        norms_axis.semilogy(steps, found["norms"][steps], color=color, linewidth=0.7)
+        for step in sorted({step for step, weight in by_case if weight}):
+            weights = sorted(weight for at, weight in by_case if at == step)
+            style = "o-" if step == int(found["first"]) else "x:"
+            of_weight = [by_case[step, weight].pearson for weight in weights]
+            label = f"seed {seed}, from step {step}"
+            right.plot(1 - np.array(weights), of_weight, style, color=color, label=label)
+    left.set_xlabel("visits of steps from here on are left out (dashed: no longer early)")
+    left.set_ylabel("correlation (dots)")
+    norms_axis.set_ylabel("|dL/dw| (lines)")
+    right.set_xlabel("part of their weight that they lose")
+    right.legend(fontsize=7)
+    save_figure(fig, Path(cfg.out, "why.png"))
+    head = ["seed", "from step", "weight kept", "LDS", "slope"]
+    table = "\n".join(markdown(head, lines))
+    Path(cfg.out, "why.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
 
 
 def report(cfg):
@@ -589,15 +752,20 @@ def report(cfg):
         jobs = [job for job in found if job.setting == setting]
         for part in cfg.fractions.split(","):
             lines += table(cfg, setting, jobs, twins, float(part.split(":")[0]))
+        for fraction in numbers(cfg.dropped):
+            lines += drop_table(setting, jobs, fraction)
     finish(Path(cfg.out), lines)
     figure(cfg, found, Path(cfg.out, "counterfactual.png"))
 
 
 def main(cfg):
-    if cfg.part == "all":
+    if cfg.part != "report":
         begin(cfg)
         compute(cfg)
-    report(cfg)
+    if cfg.part == "why":
+        figure_of_why(cfg)
+    else:
+        report(cfg)
 
 
 if __name__ == "__main__":

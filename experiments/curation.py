@@ -1,6 +1,6 @@
 """
-Does training without the chunks of negative value help? The paper's curation experiment, with the
-controls that its comparison lacks.
+Does training without the chunks of least value help? The paper's curation experiment, with the
+controls that its comparison lacks, and with values in hindsight.
 
     python experiments/curation.py --source=minipile.jsonl.zst --foreign="Handbook de+fr+es" \\
         --out=results/curation
@@ -13,25 +13,22 @@ Claim (Wang et al., arXiv 2406.11011, section 5.1): of GPT-2 on the Pile, traini
 of chunks whose value is negative reaches a given test loss in about 25 % fewer iterations. Public
 attempts to repeat it found no gain.
 
-Here: a value run on all chunks, then train.py from scratch on what curate.py keeps: all; without
-the chunks of negative value (the paper's arm); without the documents of negative share; without a
-fraction of the documents by share, by value, by training loss, the most positive (the reverse), and
-at random. Twice: on clean text, and with a fifth of planted junk: shuffled tokens, base64, copies
-of three documents, another language. The target is held-out clean documents, the test others.
-Every arm trains for the same number of iterations. That of all chunks then goes on for as many as
-the value run took (`equal tokens`: the value run is not free). The learning rate is constant after
-a warm-up, so that every point of a curve may be compared. Test losses are the mean of the last
-three evaluations.
+Here: a value run on all chunks, hindsight of it, then train.py from scratch on what curate.py
+keeps: all; without the chunks of negative value (the paper's arm); without a fraction of the
+documents by hindsight, share, value, smoothed value or training loss, and at random. Three
+conditions: clean text; a fifth of planted junk (shuffled tokens, base64, copies of three documents,
+another language); a narrow target, one domain of the clean text. Target and test are documents of
+the same kind, held out, and different ones.
 
-Two cores: 75 minutes for everything (81 runs of about 40 s of one core, 6 value runs of 3 minutes).
-Expected: with junk, a quarter of the documents by share .03 nats below as many at random; AUROC by
-document .96 and .97 for shuffled tokens and base64; on clean text nothing beyond two standard
-errors.
+Every arm trains for the same number of steps, with the schedule of the value run. That of all
+chunks is trained for more steps too, with schedules of their own: a test loss is then worth as many
+steps as all chunks need to reach it. What valuing costs is told in plain runs.
 """
 
 import base64
 import hashlib
 import sys
+import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -40,16 +37,17 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from scipy import stats
 
 import config
 import curate
+import revalue
 import train
-from data import open_dataset
+from data import open_dataset, parse_targets
 from experiments.common import (
     begin,
     column,
-    curve,
     finish,
     forget_run,
     get_options,
@@ -66,8 +64,10 @@ from experiments.common import (
     shown,
     side_by_side,
 )
+from model import GPT
 from pile.tokenizers import tokenizer
 from show.run import open_run
+from system.checkpoints import read_checkpoint
 from system.errors import UserError
 
 SHUFFLED = "shuffled tokens"
@@ -75,7 +75,9 @@ BASE64 = "base64"
 DUPLICATES = "duplicates"
 FOREIGN = "wrong language"
 JUNK = (SHUFFLED, BASE64, DUPLICATES, FOREIGN)
+SCORES = ("hindsight", "share", "value", "smoothed", "loss")
 ALL = "all"  # the arm that drops nothing
+HINDSIGHT = "hindsight"  # the folder of its values, under the value run's
 ORACLE = "the junk itself"  # the arm that knows what is junk
 QUICK = {
     "tokens": 60_000,
@@ -83,8 +85,8 @@ QUICK = {
     "iters": 20,
     "seeds": "1,2",
     "fractions": ".2",
-    "eval_interval": 5,
-    "eval_chunks": 2,
+    "longer": "1.5",
+    "narrow": "Docstrings",
     "n_embd": 32,
     "target_batch": 4,
 }
@@ -97,15 +99,17 @@ class Config:
     foreign: str = ""
     data: str = "data/curation"  # the prepared chunks, made when missing
     out: str = "out/curation"
-    conditions: str = "clean,junk"
+    conditions: str = "clean,junk,narrow"
+    narrow: str = "Python code"  # the domain that is the target of the condition narrow
     fractions: str = ".1,.25"  # of the documents
+    longer: str = "1.25,1.5,2"  # runs on all chunks, of so many times the steps
     arms: str = ""  # comma-separated: only these, named as in the tables; empty: all
-    seeds: str = "1,2,3"
-    tokens: int = 480_000  # of the training set
+    seeds: str = "1,2,3,4,5"
+    tokens: int = 240_000  # of the training set
     junk: float = 0.2  # its share of planted junk
-    document: int = 1500  # a document is cut to so many characters, so that there are many
+    document: int = 1000  # a document is cut to so many characters, so that there are many
     tokenizer: Literal["gpt2", "byte"] = "byte"
-    block_size: int = 256
+    block_size: int = 128
     batch_size: int = 8
     n_layer: int = 2
     n_head: int = 4
@@ -113,10 +117,9 @@ class Config:
     learning_rate: float = 3e-3
     rule: str = "adamw2"
     target_batch: int = 16
+    target_smoothing: float = 0.9
     value_iters: int = 500  # of the value run: two passes
     iters: int = 500  # of the others
-    eval_interval: int = 25
-    eval_chunks: int = 12  # of each domain
     workers: int = 0  # runs side by side; 0: a core each
     quick: bool = False
     # retrain: the value runs are there; report: only the tables and the figure
@@ -183,13 +186,25 @@ def take(items, tokens, cfg, codec):
 
 def write_corpus(cfg, folder):
     """Writes clean.jsonl, junk.jsonl (the same documents and a cfg.junk share of junk, a domain a
-    kind) and target.txt, all of different documents."""
+    kind), and a target and a test, text.txt each, of all clean domains and of the narrow one. All
+    are of different documents."""
     folder.mkdir(parents=True, exist_ok=True)
     codec = tokenizer(cfg.tokenizer)
     in_order = sorted(set(documents(cfg)), key=lambda document: chance(document[1]))
-    clean = iter([document for document in in_order if document[0] != cfg.foreign])
-    target = take(clean, cfg.tokens // 12, cfg, codec)
-    kept = take(clean, int(cfg.tokens * 1.12), cfg, codec)  # a tenth of it will be the test's
+    of_domain = [document for document in in_order if document[0] == cfg.narrow]
+    if not of_domain:
+        raise UserError(f"--narrow={cfg.narrow}: --source={cfg.source} has no such domain")
+    # the narrow texts come from the end of the order, where the others do not get to
+    of_domain = iter(of_domain[::-1])
+    texts = {}
+    for name in ("narrow-target", "narrow-test"):
+        texts[name] = take(of_domain, cfg.tokens // 6, cfg, codec)
+    reserved = {document for taken in texts.values() for document in taken}
+    chosen = [d for d in in_order if d[0] != cfg.foreign and d not in reserved]
+    clean = iter(chosen)
+    for name in ("target", "test"):
+        texts[name] = take(clean, cfg.tokens // 6, cfg, codec)
+    kept = take(clean, cfg.tokens, cfg, codec)
     spare = [text for _, text in take(clean, cfg.tokens // 2, cfg, codec)]
 
     kinds = {
@@ -199,16 +214,28 @@ def write_corpus(cfg, folder):
     }
     if cfg.foreign:
         kinds[FOREIGN] = [text for domain, text in in_order if domain == cfg.foreign]
-    tokens_each = cfg.tokens * cfg.junk / (1 - cfg.junk) / len(kinds) * 1.1
+    tokens_each = cfg.tokens * cfg.junk / (1 - cfg.junk) / len(kinds)
     junk = []
-    for kind, texts in kinds.items():
-        junk += take(((kind, text) for text in texts), tokens_each, cfg, codec)
+    for kind, of_kind in kinds.items():
+        junk += take(((kind, text) for text in of_kind), tokens_each, cfg, codec)
 
-    for name, chosen in (("clean", kept), ("junk", kept + junk)):
+    for name, taken in (("clean", kept), ("junk", kept + junk)):
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for domain, text in chosen:
+            for domain, text in taken:
                 file.write(json_line(text, domain))
-    (folder / "target.txt").write_text("\n\n".join(text for _, text in target), encoding="utf-8")
+    for name, taken in texts.items():
+        text = "\n\n".join(text for _, text in taken)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def data_of(cfg, condition):
+    """The folder of its chunks."""
+    return Path(cfg.data, "junk" if condition == "junk" else "clean")
+
+
+def text_of(cfg, condition, kind):
+    """The file of its target or test."""
+    return Path(cfg.data, f"narrow-{kind}.txt" if condition == "narrow" else f"{kind}.txt")
 
 
 # --- the arms -------------------------------------------------------------------------
@@ -218,33 +245,23 @@ def write_corpus(cfg, folder):
 class Arm:
     options: dict | None = None  # of curate.py; None: without it
     control: str = ""  # the arm that drops as many at random
+    times: float = 1  # the steps of the others
 
 
 def arms(cfg, condition):
     """{name: Arm}: those of cfg.arms."""
     chunks = {"by": "chunk", "score": "value", "drop": "negative"}
-    documents = {"by": "document", "score": "share", "drop": "negative"}
-    every = {
-        ALL: Arm(),
-        "negative chunks": Arm(chunks, "as many chunks at random"),
-        "as many chunks at random": Arm({**chunks, "random": True}),
-        "negative documents": Arm(documents, "as many documents at random"),
-        "as many documents at random": Arm({**documents, "random": True}),
-    }
-    scores = {
-        "share": {"score": "share"},
-        "value": {"score": "value"},
-        "loss": {"score": "loss"},
-        "largest": {"score": "share", "invert": True},
-    }
-    fractions = numbers(cfg.fractions)
-    for fraction in fractions:
+    every = {ALL: Arm()}
+    for times in numbers(cfg.longer):
+        every[f"{ALL}, {times:g} x the steps"] = Arm(times=times)
+    every["negative chunks"] = Arm(chunks, "as many chunks at random")
+    every["as many chunks at random"] = Arm({**chunks, "random": True})
+    for fraction in numbers(cfg.fractions):
         control = f"{fraction:.0%} at random"
         common = {"by": "document", "drop_fraction": fraction}
-        names = scores if fraction == fractions[-1] else ("share", "loss")
-        for name in names:
-            every[f"{fraction:.0%} by {name}"] = Arm({**common, **scores[name]}, control)
-        every[control] = Arm({**common, "random": True})
+        for score in SCORES:
+            every[f"{fraction:.0%} by {score}"] = Arm({**common, "score": score}, control)
+        every[control] = Arm({**common, "score": "value", "random": True})
     if condition == "junk":
         every[ORACLE] = Arm()
     if not cfg.arms:
@@ -262,34 +279,47 @@ def run_folder(cfg, condition, seed, arm=""):
     return Path(cfg.data, "runs", f"{name}-{arm}".replace(" ", "_") if arm else name)
 
 
-def train_run(cfg, condition, seed, out, **options):
-    """One run of train.py. options: its options beside those that all runs have."""
+def train_run(cfg, condition, seed, out, steps, **options):
+    """One run of train.py. options: its options beside those that all runs have. Returns the
+    seconds of processor time that it took."""
     shared = get_options(
-        cfg,
-        "batch_size",
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "block_size",
-        "learning_rate",
-        "eval_chunks",
+        cfg, "batch_size", "n_layer", "n_head", "n_embd", "block_size", "learning_rate"
     )
+    began = time.process_time()
     train.train(
         train.Config(
             **shared,
-            data_dir=f"{cfg.data}/{condition}",
+            data_dir=str(data_of(cfg, condition)),
             out_dir=str(out),
             overwrite=True,
             seed=seed,
-            targets=f"clean={cfg.data}/target.txt",
-            min_lr=cfg.learning_rate,
+            targets=f"target={text_of(cfg, condition, 'target')}",
+            max_iters=steps,
+            min_lr=cfg.learning_rate / 10,
             warmup_iters=cfg.iters // 15,
             book_interval=10**9,
             checkpoint_interval=10**9,
+            eval_interval=0,
             log_interval=100,
             **options,
         )
     )
+    return time.process_time() - began
+
+
+@torch.no_grad()
+def test_loss(cfg, condition, out):
+    """The mean loss of the test's tokens, of the model that a run left, nats."""
+    data = open_dataset(data_of(cfg, condition))
+    path = text_of(cfg, condition, "test")
+    (target,) = parse_targets(f"test={path}", data, cfg.block_size)
+    model = GPT.from_checkpoint(read_checkpoint(out / "ckpt.pt")).eval()
+    total = 0.0
+    parts = np.array_split(np.arange(len(target)), -(-len(target) // 64))
+    for picks in parts:
+        X, Y = (torch.as_tensor(x) for x in target.batch(picks))
+        total += float(model(X, Y)[1]) * len(picks)
+    return total / len(target)
 
 
 def is_junk(data):
@@ -299,30 +329,40 @@ def is_junk(data):
 
 
 def value(cfg, condition, seed):
-    """The value run. Rows: how well each score tells each kind of junk from text, by chunk and by
-    document."""
+    """The value run and its hindsight. Rows: how well each score tells each kind of junk from text,
+    by chunk and by document; and what they cost, in seconds of processor time."""
     out = run_folder(cfg, condition, seed)
-    train_run(
+    valued = train_run(
         cfg,
         condition,
         seed,
         out,
+        cfg.value_iters,
         rule=cfg.rule,
         target_batch=cfg.target_batch,
-        max_iters=cfg.value_iters,
-        eval_interval=0,
+        target_smoothing=cfg.target_smoothing,
     )
-    run = open_run(out)
-    names = np.array(run.domains)
-    rows = []
-    for score in ("value", "share", "loss"):
-        chunks = curate.chunk_scores(run, 0, score)
+    began = time.process_time()
+    revalue.revalue(revalue.Config(run=str(out), hindsight=True, name=HINDSIGHT, overwrite=True))
+    looked_back = time.process_time() - began
+    common = {"condition": condition, "seed": seed}
+    rows = [{**common, "unit": "run", "value": valued, "hindsight": looked_back}]
+    for score in SCORES:
+        run = open_run(scored_run(cfg, condition, seed, score))
+        names = np.array(run.domains)
+        column = "value" if score == "hindsight" else score
+        chunks = curate.chunk_scores(run, 0, column)
         documents = curate.document_scores(run, chunks)
         for unit, units in (("chunk", chunks), ("document", documents)):
-            about = {"condition": condition, "seed": seed, "unit": unit, "score": score}
-            figures = judge_score(units, names[units.domains], summed=score == "value")
-            rows.append({**about, **figures})
+            figures = judge_score(units, names[units.domains], summed=column == "value")
+            rows.append({**common, "unit": unit, "score": score, **figures})
     return rows
+
+
+def scored_run(cfg, condition, seed, score):
+    """The folder whose values are the score."""
+    out = run_folder(cfg, condition, seed)
+    return out / "revalued" / HINDSIGHT if score == "hindsight" else out
 
 
 def judge_score(units, kinds, summed):
@@ -351,86 +391,57 @@ def judge_score(units, kinds, summed):
 def choose_chunks(cfg, condition, seed, arm, options, data, out):
     """Writes what an arm keeps into its run's folder. Returns the file's path, "" for all chunks,
     and which chunks it keeps, bool (n,)."""
-    if arm == ALL:
+    if arm.startswith(ALL):
         return "", np.ones(len(data.train.rows), bool)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "keep.npy"
     if arm == ORACLE:
         np.save(path, np.flatnonzero(~is_junk(data)))
     else:
-        valued = run_folder(cfg, condition, seed)
-        curate.curate(
-            curate.Config(run=str(valued), out=str(out), overwrite=True, seed=seed, **options)
-        )
+        options = {**options, "overwrite": True, "seed": seed}
+        valued = scored_run(cfg, condition, seed, options["score"])
+        if options["score"] == "hindsight":
+            options["score"] = "value"
+        curate.curate(curate.Config(run=str(valued), out=str(out), **options))
     kept = np.zeros(len(data.train.rows), bool)
     kept[np.load(path)] = True
     return str(path), kept
 
 
-def retrain(cfg, condition, seed, arm, options):
-    """One run on what is kept. Returns [row]: its test losses, on clean text, and how much of each
-    kind of junk it was spared."""
-    out = run_folder(cfg, condition, seed, arm)
-    data = open_dataset(f"{cfg.data}/{condition}")
-    path, kept = choose_chunks(cfg, condition, seed, arm, options, data, out)
-    train_run(
-        cfg,
-        condition,
-        seed,
-        out,
-        keep=path,
-        rule="off",
-        max_iters=cfg.iters + (cfg.value_iters if arm == ALL else 0),
-        eval_interval=cfg.eval_interval,
-    )
+def retrain(cfg, condition, seed, name, arm):
+    """One run on what an arm keeps. Returns [row]: its test loss, and how much of each kind of junk
+    it was spared."""
+    out = run_folder(cfg, condition, seed, name)
+    data = open_dataset(data_of(cfg, condition))
+    path, kept = choose_chunks(cfg, condition, seed, name, arm.options, data, out)
+    steps = round(arm.times * cfg.iters)
+    seconds = train_run(cfg, condition, seed, out, steps, keep=path, rule="off")
     junk = is_junk(data)
     row = {
         "condition": condition,
         "seed": seed,
-        "arm": arm,
+        "arm": name,
+        "times": arm.times,
         "kept": float(kept.mean()),
-        "junk_left": float(junk[kept].mean()),
-        "curve": clean_losses(data, read_rows(out / "evaluations.jsonl")),
+        "loss": test_loss(cfg, condition, out),
+        "seconds": seconds,
     }
-    for d, name in enumerate(data.domains):
-        if name in JUNK:
-            row[f"dropped: {name}"] = float((~kept[data.train.domain == d]).mean())
+    for d, domain in enumerate(data.domains):
+        if domain in JUNK:
+            row[f"dropped: {domain}"] = float((~kept[data.train.domain == d]).mean())
     row["dropped: text"] = float((~kept[~junk]).mean())
     forget_run(out)
     return [row]
 
 
-def clean_losses(data, evaluations):
-    """(step, test loss) of each evaluation, over the domains that are no junk."""
-    sizes = np.bincount(data.val.domain, minlength=len(data.domains))
-    clean = {}
-    for name, size in zip(data.domains, sizes):
-        if size and name not in JUNK:
-            clean[name] = size
-    losses = []
-    for evaluation in evaluations:
-        of_domains = [evaluation["loss"][name] for name in clean]
-        loss = np.average(of_domains, weights=list(clean.values()))
-        losses.append((evaluation["step"], float(loss)))
-    return losses
-
-
 # --- tables -----------------------------------------------------------------------
 
 
-def loss_at(row, step):
-    """A run's test loss: the mean of the last three evaluations up to a step."""
-    losses = [loss for at, loss in row["curve"] if at <= step]
-    return float(np.mean(losses[-3:]))
-
-
-def reached(row, loss):
-    """The iterations after which three evaluations in a row average at most this; NaN: never."""
-    steps, losses = zip(*row["curve"])
-    for i in range(2, len(losses)):
-        if np.mean(losses[i - 2 : i + 1]) <= loss:
-            return float(steps[i])
-    return np.nan
+def worth(of_all, loss):
+    """How many times the steps a run on all chunks takes to a loss. of_all: [(times, loss)] of a
+    seed. NaN: more than were tried, or less than 1."""
+    times, losses = zip(*sorted(of_all))
+    return np.interp(-loss, -np.array(losses), times, left=np.nan, right=np.nan)
 
 
 def less(losses, others):
@@ -440,49 +451,28 @@ def less(losses, others):
 
 def loss_table(cfg, condition, by_arm):
     """by_arm: {arm: {seed: row}}."""
-    final = {}
-    for arm, by_seed in by_arm.items():
-        final[arm] = {seed: loss_at(row, cfg.iters) for seed, row in by_seed.items()}
-    of_all = final[ALL]
-    seeds = len(of_all)
-    longer = {}
-    for seed, row in by_arm[ALL].items():
-        longer[seed] = loss_at(row, cfg.iters + cfg.value_iters)
-    table = [
-        ["all", seeds, "", shown(list(of_all.values()), 4), "", "", "", "", ""],
-        [
-            "all, equal tokens",
-            seeds,
-            "",
-            shown(list(longer.values()), 4),
-            less(longer, of_all),
-            "",
-            "",
-            "",
-            "",
-        ],
-    ]
-    for arm, plan in arms(cfg, condition).items():
-        if arm == ALL or arm not in by_arm:
+    losses, of_all = {}, {}
+    for name, by_seed in by_arm.items():
+        losses[name] = {seed: row["loss"] for seed, row in by_seed.items()}
+        if name.startswith(ALL):
+            for seed, row in by_seed.items():
+                of_all.setdefault(seed, []).append((row["times"], row["loss"]))
+    table = []
+    for name, plan in arms(cfg, condition).items():
+        if name not in by_arm:
             continue
-        rows = by_arm[arm].values()
-        saved = []
-        for row in rows:
-            saved.append(1 - reached(row, of_all.get(row["seed"], np.nan)) / cfg.iters)
-        there = np.array(saved)[np.isfinite(saved)]
-        table.append(
-            [
-                arm,
-                len(rows),
-                f"{np.mean([1 - row['kept'] for row in rows]):.1%}",
-                shown(list(final[arm].values()), 4),
-                less(final[arm], of_all),
-                less(final[arm], final[plan.control]) if plan.control in final else "",
-                f"{len(there)} of {len(saved)}",
-                shown(there, 2) if len(there) else "",
-                shown([loss_at(row, cfg.iters * row["kept"]) for row in rows], 4),
-            ]
-        )
+        rows = list(by_arm[name].values())
+        found = [worth(of_all[row["seed"]], row["loss"]) for row in rows]
+        within = [times for times in found if np.isfinite(times)]
+        is_all = name.startswith(ALL)
+        line = [name, len(rows)]
+        line.append("" if is_all else f"{np.mean([1 - row['kept'] for row in rows]):.1%}")
+        line.append(shown(list(losses[name].values()), 4))
+        line.append("" if name == ALL else less(losses[name], losses[ALL]))
+        line.append(less(losses[name], losses[plan.control]) if plan.control in losses else "")
+        line.append("" if is_all else f"{len(within)} of {len(rows)}")
+        line.append(shown(within, 2) if within and not is_all else "")
+        table.append(line)
     head = [
         "dropped",
         "seeds",
@@ -490,11 +480,23 @@ def loss_table(cfg, condition, by_arm):
         "test loss",
         "less: all",
         "less: as many at random",
-        "reach the loss with all",
-        "iterations they save",
-        "test loss after as many passes as with all",
+        "at least as good as all",
+        "as good as all in so many times the steps",
     ]
     return markdown(head, table)
+
+
+def cost_table(rows, scores):
+    """What valuing costs, in plain runs of the same length."""
+    table = []
+    for condition in dict.fromkeys(column(rows, "condition")):
+        plain = {row["seed"]: row["seconds"] for row in select(rows, condition=condition, arm=ALL)}
+        costs = select(scores, condition=condition, unit="run")
+        line = [condition]
+        for kind in ("value", "hindsight"):
+            line.append(shown([cost[kind] / plain[cost["seed"]] for cost in costs], 2))
+        table.append(line)
+    return markdown(["condition", "the value run", "hindsight, beside it"], table)
 
 
 def dropped_table(by_arm):
@@ -503,7 +505,7 @@ def dropped_table(by_arm):
     kinds = [key for key in first if key.startswith("dropped: ")]
     table = []
     for arm, by_seed in by_arm.items():
-        if arm != ALL:
+        if not arm.startswith(ALL):
             rows = list(by_seed.values())
             table.append([arm, *(f"{np.mean(column(rows, kind)):.0%}" for kind in kinds)])
     return markdown(["arm", *(kind.removeprefix("dropped: ") for kind in kinds)], table)
@@ -516,7 +518,8 @@ def score_table(scores):
         if any(row.get(kind) is not None for row in scores):
             kinds.append(kind)
     table = []
-    for condition, unit, score in sorted({(r["condition"], r["unit"], r["score"]) for r in scores}):
+    judged = [row for row in scores if row["unit"] != "run"]
+    for condition, unit, score in sorted({(r["condition"], r["unit"], r["score"]) for r in judged}):
         rows = select(scores, condition=condition, unit=unit, score=score)
         line = [condition, unit, score]
         for kind in kinds:
@@ -544,6 +547,10 @@ def tables(cfg, rows, scores):
         "share of negative scores",
         "",
         *score_table(scores),
+        "",
+        "### What valuing costs, in runs on all chunks, by processor time",
+        "",
+        *cost_table(rows, scores),
     ]
     return lines
 
@@ -551,49 +558,27 @@ def tables(cfg, rows, scores):
 # --- figure -----------------------------------------------------------------------
 
 
-def line_style(arm):
-    if "random" in arm:
-        return "--"
-    return ":" if "loss" in arm or "largest" in arm else "-"
-
-
-def smoothed(losses):
-    """Each with the mean of itself and the two before."""
-    return [losses[max(0, j - 2) : j + 1].mean() for j in range(len(losses))]
-
-
-def draw_condition(ax, cfg, rows, condition):
-    of_all = {}
-    for row in select(rows, condition=condition, arm=ALL):
-        of_all[row["seed"]] = dict(row["curve"])
-    others = [arm for arm in arms(cfg, condition) if arm != ALL]
-    for i, arm in enumerate(others):
-        of_arm = select(rows, condition=condition, arm=arm)
-        steps = [step for step, _ in of_arm[0]["curve"] if step > cfg.iters // 10]
-        gaps = []
-        for row in of_arm:
-            losses = dict(row["curve"])
-            base = of_all[row["seed"]]
-            gaps.append(smoothed(np.array([losses[step] - base[step] for step in steps])))
-        mean, error = curve(np.array(gaps).T)
-        error = np.nan_to_num(error)
-        ax.plot(steps, mean, line_style(arm), color=f"C{i % 10}", label=arm)
-        ax.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.15)
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.set_title(f"{condition}: test loss less that of all chunks")
-    ax.set_xlabel("iterations")
-    ax.legend(fontsize=7)
-
-
 def figure(cfg, rows, path):
+    """Of each arm the test loss less that of as many at random: each seed, and the mean."""
     plt = pyplot()
     conditions = list(dict.fromkeys(column(rows, "condition")))
-    fig, axes = plt.subplots(
-        1, len(conditions), figsize=(6.5 * len(conditions), 4.2), squeeze=False
-    )
+    fig, axes = plt.subplots(1, len(conditions), figsize=(4.5 * len(conditions), 4), squeeze=False)
     for ax, condition in zip(axes[0], conditions):
-        draw_condition(ax, cfg, rows, condition)
-    axes[0, 0].set_ylabel("nats a token (below 0: better than all)")
+        names = []
+        for name, arm in arms(cfg, condition).items():
+            control = select(rows, condition=condition, arm=arm.control)
+            of_control = {row["seed"]: row["loss"] for row in control}
+            own = select(rows, condition=condition, arm=name)
+            gaps = [r["loss"] - of_control[r["seed"]] for r in own if r["seed"] in of_control]
+            if gaps:
+                ax.plot(gaps, [len(names)] * len(gaps), ".", color="C0", alpha=0.5)
+                ax.plot(np.mean(gaps), len(names), "|", color="C1", markersize=14)
+                names.append(name)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.invert_yaxis()
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_title(condition)
+        ax.set_xlabel("test loss less that of as many at random, nats")
     save_figure(fig, path)
 
 
@@ -601,15 +586,15 @@ def train_all(cfg, out):
     begin(cfg)
     folder = Path(cfg.data)
     conditions = cfg.conditions.split(",")
-    if not (folder / "target.txt").is_file():
+    if not (folder / "narrow-test.txt").is_file():
         write_corpus(cfg, folder)
-    for condition in conditions:
+    for data in {data_of(cfg, condition) for condition in conditions}:
         prepare(
-            folder / condition,
-            folder / f"{condition}.jsonl",
+            data,
+            f"{data}.jsonl",
             tokenizer=cfg.tokenizer,
             block_size=cfg.block_size,
-            val_fraction=0.1,
+            val_fraction=0,
         )
     value_jobs = []
     jobs = []
@@ -617,7 +602,7 @@ def train_all(cfg, out):
         for condition in conditions:
             value_jobs.append((cfg, condition, seed))
             for name, arm in arms(cfg, condition).items():
-                jobs.append((cfg, condition, seed, name, arm.options))
+                jobs.append((cfg, condition, seed, name, arm))
     if cfg.part == "all":
         side_by_side(value, value_jobs, out / "values.jsonl", cfg.workers)
     side_by_side(retrain, jobs, out / "rows.jsonl", cfg.workers)

@@ -23,9 +23,9 @@ def draw_sets(n_sets, visits, fraction, seed):
     return [np.sort(rng.choice(visits, size, replace=False)) for _ in range(n_sets)]
 
 
-def train_without(training, state, visits, first, end, check=lambda: None):
+def train_without(training, state, visits, first, end, check=lambda: None, weight=0.0):
     """Takes the training from a state before step `first` to step `end`, without some visits.
-    check: called before each step."""
+    check: called before each step. weight: what their gradients count, if not 0."""
     put_back(training, state)
     slots_of_step = {}
     for visit in visits:
@@ -33,7 +33,7 @@ def train_without(training, state, visits, first, end, check=lambda: None):
         slots_of_step.setdefault(step, []).append(slot)
     for step in range(first, end):
         check()
-        training.take(step, slots_of_step.get(step, ()))
+        training.take(step, slots_of_step.get(step, ()), weight)
 
 
 @dataclass

@@ -65,16 +65,17 @@ class Training:
 
     # --- a step -------------------------------------------------------------------
 
-    def take(self, number, left_out=()):
+    def take(self, number, left_out=(), weight=0.0):
         """Takes a step, without some slots of its batch: a chunk left out adds nothing to the
-        gradient, which is still divided by B. Returns the batch's ids (B,), the losses of this
-        process's chunks (b,) before the step, kappa, and the gradients that the optimizer took."""
+        gradient (or `weight` times what it did), which is still divided by B. Returns the batch's
+        ids (B,), the losses of this process's chunks (b,) before the step, kappa, and the gradients
+        that the optimizer took."""
         lr = self.lr(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         ids, X, Y = self.batch(number)
         share = np.ones(self.n_chunks)
-        share[list(left_out)] = 0
+        share[list(left_out)] = weight
         losses = self.backward(self.chunk_losses, X, Y, share)
         self.weights.set_gradients(parallel.add(self.weights.take_gradients()))
         clip_coef = 1.0
