@@ -356,7 +356,7 @@ def show_hindsight(r):
     used = f"{r['chunks_used']:,} of {r['chunks']:,} chunks used, in {r['visits']:,} visits"
     yield f"{used}{approximate}"
     yield ""
-    yield from tables.exploded(beside, names)
+    yield from tables.early_steps(beside, names)
     yield ""
     yield from tables.checked(beside, names)
     yield ""

@@ -1,4 +1,4 @@
-"""What lies beside the values of hindsight (lookback.py): where |dL/dw| explodes, and how well the
+"""What lies beside the values of hindsight (lookback.py): which steps are early, and how well the
 values predict what training again without some of the visits does.
 
 A folder may be a stranger's, so what is read here is checked. What is returned are plain dicts, as
@@ -203,8 +203,8 @@ def share(x):
 
 
 WHY_EARLY = (
-    "There |dL/dw| explodes: a small change changes everything after it, and a gradient does not "
-    "tell what a visit did."
+    "There |dL/dw| is more than 1.5 times what it is later: changes grow, and the derivative holds "
+    "for changes only that are smaller than a chunk."
 )
 CHECKED = (
     "how well the sum of a score over the visits left out predicts what that does to the target's "

@@ -231,7 +231,7 @@ function writeKind() {
   const early = H.first_late - H.steps[0];
   const shaded = early
     ? ` Shaded: ${plural(early, "early step")}. ${H.why_early} Rather read values of later steps.`
-    : " It explodes nowhere here, and no step is marked early.";
+    : " It is never large in the first half, and no step is marked early.";
   $("adjoint-note").textContent =
     "|dL/dw|, on a logarithmic axis: how far the loss at the end moves for a small change of the " +
     `weights that a step left.${shaded}`;

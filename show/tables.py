@@ -39,7 +39,7 @@ def end_of_hindsight(found, beside):
         lines += domain_table(of_target.target, of_target.domains, of_target.everything)
         lines += of_target.cautions
     names = [of_target.target for of_target in found]
-    lines += ["", *exploded(beside, names)]
+    lines += ["", *early_steps(beside, names)]
     lines += ["", *checked(beside, names)]
     return [*lines, "", *[of_target.finding for of_target in found]]
 
@@ -251,7 +251,7 @@ def counted(n, what):
 # --- hindsight ----------------------------------------------------------------------
 
 
-def exploded(beside, names):
+def early_steps(beside, names):
     """The lines that say which steps are early and why, with |dL/dw| at some steps. beside: what
     hindsight.read() gives."""
     first, last, late = beside["first_step"], beside["last_step"], beside["first_late_step"]
@@ -262,7 +262,7 @@ def exploded(beside, names):
         which = f"early: {many} before step {late:,} of steps {first:,} to {last:,}, with {held}."
         yield from paragraph(f"{which} {hindsight.WHY_EARLY}")
     else:
-        yield f"early: none of steps {first:,} to {last:,}, for |dL/dw| explodes nowhere."
+        yield f"early: none of steps {first:,} to {last:,}, for |dL/dw| is never large."
     shown = some_of(beside["adjoint"], late - first)
     yield f"{'|dL/dw| after step':24}" + "".join(f"{row['step']:>11,}" for row in shown)
     for name in names:

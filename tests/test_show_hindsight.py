@@ -130,7 +130,7 @@ def test_summary_has_no_books_and_no_audit(checked, typed):
     assert "momentum" not in text
 
 
-def test_summary_counts_the_early_steps_and_shows_where_the_adjoint_explodes(marked, typed):
+def test_summary_counts_the_early_steps_and_shows_where_the_adjoint_is_large(marked, typed):
     text = typed("summary", marked)
     visits = np.load(marked / "ledger.npy")
     size = np.abs(visits["value"].astype(float))
@@ -146,11 +146,11 @@ def test_summary_counts_the_early_steps_and_shows_where_the_adjoint_explodes(mar
     assert [float(cell) for cell in row.split()[1:]] == pytest.approx(norms[steps], rel=6e-3)
 
 
-def test_summary_says_where_nothing_explodes(copied, typed):
+def test_summary_says_where_no_step_is_early(copied, typed):
     visits = np.load(copied / "ledger.npy")
     visits["early"] = 0
     replace_records(copied, "ledger", visits)
-    assert "early: none of steps 0 to 11, for |dL/dw| explodes nowhere" in typed("summary", copied)
+    assert "early: none of steps 0 to 11, for |dL/dw| is never large" in typed("summary", copied)
 
 
 def test_summary_has_a_row_for_each_score_of_the_check(checked, typed):
@@ -261,8 +261,11 @@ def test_json_has_the_whole_adjoint_and_the_check(checked, typed):
     assert row == {"score": "hindsight", **found}
 
 
-def test_csv_of_the_summary_has_a_row_for_each_target(checked, typed):
-    rows = list(csv.DictReader(io.StringIO(typed("summary", checked, "--csv"))))
+def test_csv_of_the_summary_has_a_row_for_each_target(marked, typed):
+    visits = np.load(marked / "ledger.npy")
+    visits["value"][-1, 0] = 1.0
+    replace_records(marked, "ledger", visits)
+    rows = list(csv.DictReader(io.StringIO(typed("summary", marked, "--csv"))))
     assert [row["target"] for row in rows] == ["code", "prose"]
     assert "alone holds" in rows[0]["cautions"]
 
@@ -282,7 +285,9 @@ def test_export_has_the_values_of_hindsight(checked, typed, tmp_path):
 def test_compare_correlates_a_run_with_its_hindsight(run, checked, typed):
     result = json.loads(typed("compare", run, checked, "--json"))
     a, b = open_run(run), open_run(checked)
-    expected = np.corrcoef(a.values[a.used, 0], b.values[a.used, 0])[0, 1]
+    # a chunk whose only visits were early has no value in hindsight
+    common = np.intersect1d(a.used, b.used)
+    expected = np.corrcoef(a.values[common, 0], b.values[common, 0])[0, 1]
     assert result["targets"][0]["pearson"] == pytest.approx(expected)
 
 
