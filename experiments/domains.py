@@ -22,7 +22,10 @@ pass, drawn by its weights to the chunk: without repetition while a domain lasts
 passes over it, PASSES at most. What is missing then goes to the other domains by their weights.
 Seeds are of everything: the natural run, so its values, weights, draws, initial weights.
 Arms: natural (the run that was valued), uniform, by value and inverted (weights proportional to
-1 / those by value) for either target, and for `narrow` its domain alone.
+1 / those by value) for either target, and for `narrow` its domain alone. By smoothed: the same rule
+with the scores of --target_smoothing. By hindsight: the score of a domain is the mean over its
+visits of their values in hindsight (revalue.py), for these say at the margin what one more chunk
+does to the final loss; the rest of the rule is the same.
 Writes natural.jsonl, rows.jsonl, table.md, domains.png.
 
 Two CPU cores: about a quarter of an hour with minipile. Expected there (results/domains), test loss
@@ -42,6 +45,7 @@ import pyarrow.parquet as pq
 import torch
 
 import config
+import revalue
 import train
 from data import open_dataset, tokenizer
 from experiments.common import (
@@ -65,6 +69,7 @@ from model import GPT, GPTConfig
 from show.run import open_run
 from system.checkpoints import find_checkpoints, read_checkpoint
 from system.errors import UserError
+from system.folder import remove_revaluation
 
 FLOOR = 0.1  # of the weights, the part that is uniform
 PASSES = 4  # over a domain, at most
@@ -74,8 +79,12 @@ ARMS = {  # arm -> the target it is for, None: both
     "uniform": None,
     "broad: by value": "broad",
     "broad: inverted": "broad",
+    "broad: by smoothed": "broad",
+    "broad: by hindsight": "broad",
     "narrow: by value": "narrow",
     "narrow: inverted": "narrow",
+    "narrow: by smoothed": "narrow",
+    "narrow: by hindsight": "narrow",
     "narrow: own domain": "narrow",
 }
 COLOURS = {
@@ -83,6 +92,8 @@ COLOURS = {
     "uniform": "0.6",
     "by value": "crimson",
     "inverted": "C0",
+    "by smoothed": "C1",
+    "by hindsight": "C4",
     "own domain": "C2",
 }
 QUICK = {
@@ -113,6 +124,7 @@ class Config:
     steps: int = 240
     batch_size: int = 16
     target_batch: int = 8
+    target_smoothing: float = 0.9
     tokenizer: Literal["byte", "gpt2"] = "byte"
     block_size: int = 128
     n_layer: int = 3
@@ -196,16 +208,18 @@ def take_documents(cfg, data, ids, documents):
 def mixtures(cfg, scores, held):
     """{arm: weight of each domain (D,)}, of all arms but the natural one.
 
-    scores: {target: {domain: score}}. held: {domain: chunks}.
+    scores: {kind: {target: {domain: score}}}. held: {domain: chunks}.
     """
     n = len(held)
     names = list(held)
     weights = {"uniform": np.full(n, 1 / n)}
-    for target, score in scores.items():
-        positive = np.nan_to_num([score[name] for name in names]).clip(min=0)
-        by_value = (1 - FLOOR) * positive / max(positive.sum(), 1e-9) + FLOOR / n
-        weights[f"{target}: by value"] = by_value
-        weights[f"{target}: inverted"] = (1 / by_value) / (1 / by_value).sum()
+    for kind, of_kind in scores.items():
+        for target, score in of_kind.items():
+            positive = np.nan_to_num([score[name] for name in names]).clip(min=0)
+            by_score = (1 - FLOOR) * positive / max(positive.sum(), 1e-9) + FLOOR / n
+            weights[f"{target}: by {kind}"] = by_score
+            if kind == "value":
+                weights[f"{target}: inverted"] = (1 / by_score) / (1 / by_score).sum()
     weights["narrow: own domain"] = np.array([float(name == cfg.narrow) for name in names])
     return weights
 
@@ -274,6 +288,7 @@ def run(cfg, arm, weights, seed, test):
         "learning_rate",
         "warmup_iters",
     )
+    is_valued = arm == "natural"
     settings = train.Config(
         **options,
         min_lr=cfg.learning_rate / 10,
@@ -284,7 +299,8 @@ def run(cfg, arm, weights, seed, test):
         keep_checkpoints=cfg.evaluations,
         eval_interval=0,
         book_interval=10**9,
-        rule=cfg.rule if arm == "natural" else "off",
+        rule=cfg.rule if is_valued else "off",
+        target_smoothing=cfg.target_smoothing if is_valued else 0.0,
         targets=f"broad={cfg.data}-broad.txt,narrow={cfg.data}-narrow.txt",
         data_dir=cfg.data,
         out_dir=str(out),
@@ -300,26 +316,36 @@ def run(cfg, arm, weights, seed, test):
         "narrow": cfg.narrow,
         "evaluations": test_losses(out, data, test, settings),
     }
-    if arm == "natural":
-        row["scores"] = domain_scores(out, data)
+    if is_valued:
+        folder = revalue.revalue(revalue.Config(run=str(out), hindsight=True, name="hindsight"))
+        row["scores"] = {
+            "value": domain_scores(open_run(out), data, "value"),
+            "smoothed": domain_scores(open_run(out), data, "smoothed"),
+            "hindsight": domain_scores(open_run(folder), data, "hindsight"),
+        }
+        remove_revaluation(folder)
+        folder.parent.rmdir()
     forget_run(out)
     return [row]
 
 
-def domain_scores(out, data):
-    """{target: {domain: median of value / mean |value| in its step}}, NaN of a domain not met."""
-    result = open_run(out)
+def domain_scores(result, data, kind):
+    """{target: {domain: score}}, NaN of a domain not met. kind: value or smoothed, of which it is
+    the median of score / mean |score| in its step; or hindsight, of which it is the mean."""
     visits = result.visits[result.visits["early"] == 0]
-    values = visits["value"].astype(float).reshape(-1, result.info["batch"], len(result.names))
-    relative = values / abs(values).mean(1, keepdims=True)
-    relative = relative.reshape(-1, len(result.names))
+    values = visits["smoothed" if kind == "smoothed" else "value"].astype(float)
+    summary = np.mean
+    if kind != "hindsight":
+        by_step = values.reshape(-1, result.info["batch"], len(result.names))
+        values = (by_step / abs(by_step).mean(1, keepdims=True)).reshape(values.shape)
+        summary = np.median
     domain = data.train.domain[visits["chunk"]]
     scores = {}
     for k, target in enumerate(result.names):
         scores[target] = {}
         for d, name in enumerate(data.domains):
-            of_domain = relative[domain == d, k]
-            scores[target][name] = float(np.median(of_domain)) if len(of_domain) else np.nan
+            of_domain = values[domain == d, k]
+            scores[target][name] = float(summary(of_domain)) if len(of_domain) else np.nan
     return scores
 
 
@@ -461,9 +487,13 @@ def share_table(results):
         for arm in results.arms:
             line.append(shown(results.shares(arm, domain), 1))
         for target in TARGETS:
-            line.append(shown([row["scores"][target][domain] for row in natural], 2))
+            for kind, factor in (("value", 1), ("hindsight", 1e6)):
+                scores = [factor * row["scores"][kind][target][domain] for row in natural]
+                line.append(shown(scores, 2))
         lines.append(line)
-    head = ["share of the chunks, %", *results.arms, "score, broad", "score, narrow"]
+    head = ["share of the chunks, %", *results.arms]
+    for target in TARGETS:
+        head += [f"score, {target}", f"hindsight of a visit, {target}, 1e-6 nats"]
     return markdown(head, lines)
 
 
@@ -515,9 +545,9 @@ def draw_shares(ax, results, target):
     for i, arm in enumerate(mixed):
         mean, error = curve([results.shares(arm, name) for name in names])
         ax.bar(
-            np.arange(len(names)) + (i - 1.5) / 5,
+            np.arange(len(names)) + (i - 2.5) / 7,
             mean,
-            0.2,
+            1 / 7,
             yerr=np.nan_to_num(error),
             color=colour_of(arm),
             label=arm,
