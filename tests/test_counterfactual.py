@@ -88,6 +88,28 @@ def test_without_a_visit_the_final_loss_rises_by_its_value(options, limit):
     assert distance(values[visits], np.array(rises)) < limit
 
 
+def test_a_small_part_of_a_visits_weight_is_worth_that_part_of_its_value():
+    """Of 4 chunks a step, clipped, and AdamW as it is: whole visits are too much for a derivative
+    there, a ten-thousandth is not."""
+    run = Run()
+    first, end = 2, 5
+    for step in range(first):
+        run.training.take(step)
+    state = state_of(run.training)
+    past = [run.training.record(step) for step in range(first, end)]
+    with_all = run.final_loss()
+    values = run.sweep(past, run.target_gradient(0), epsilon=1e-5).ravel()
+    errors = {}
+    for part in (1, 1e-4):
+        rises = []
+        for visit in range(4 * first, 4 * end):
+            train_without(run.training, state, [visit], first, end, weight=1 - part)
+            rises.append((run.final_loss() - with_all) / part)
+        errors[part] = distance(values, np.array(rises))
+    assert errors[1] > 0.05
+    assert errors[1e-4] < 1e-3
+
+
 def test_a_check_is_made_before_each_step():
     """As where a run is asked to end."""
     run = Run()
