@@ -20,6 +20,9 @@ Ranks (1 = best) of the sources among all chunks by
 - the run's values, summed as the paper does; the same without the steps that the ledger marks as
   early; as shares of their step's values, and as z-scores within their step, for values shrink
   while a model learns;
+- the smoothed scores of --target_smoothing, as shares;
+- hindsight (revalue.py) for all texts, summed and as shares: what the visit did for the text's loss
+  at the end of the run;
 - TracIn at the last checkpoint, <g_chunk, g_text>;
 - the influence function there, <g_chunk, (G + damping I)^-1 g_text> with the Gauss-Newton matrix G
   of some chunks, by conjugate gradients;
@@ -49,6 +52,7 @@ import numpy as np
 import torch
 
 import config
+import revalue
 import train
 from data import open_dataset, parse_targets
 from experiments.common import (
@@ -75,7 +79,9 @@ from system.checkpoints import read_checkpoint
 from system.errors import UserError
 
 KINDS = ("partial exact", "paraphrase", "significant paraphrase", "similar topic")
-OF_VALUES = ("in-run", "in-run, early steps out", "in-run, share of step", "in-run, z in step")
+FORMS = ("", ", early steps out", ", share of step", ", z in step")
+OF_VALUES = [f"in-run{form}" for form in FORMS]
+OF_VALUES += ["smoothed, share of step", "hindsight", "hindsight, share of step"]
 METHODS = (*OF_VALUES, "TracIn", "influence function", "BM25")
 CUT = 2000  # characters of a document that go into the corpus: more documents for the same chunks
 QUICK = {
@@ -122,6 +128,7 @@ class Config:
     # rules
     micro_batches: int = 2
     learning_rate: float = 1e-3  # falls to a tenth
+    target_smoothing: float = 0.9
     epochs: int = 1  # passes over the chunks
     damping: float = 0.01  # of the influence function
     curvature_chunks: int = 8  # its Gauss-Newton matrix is of
@@ -292,6 +299,7 @@ def train_and_value(cfg, data, targets, seed):
         min_lr=cfg.learning_rate / 10,
         eval_interval=0,
         book_interval=steps,
+        target_smoothing=cfg.target_smoothing,
         keep_checkpoints=1,
     )
     train.train(settings)
@@ -299,22 +307,38 @@ def train_and_value(cfg, data, targets, seed):
 
 
 def value_scores(cfg, run):
-    """{method: scores} of the run's values: their sums, those without the steps that the ledger
-    marks as early, and normalised within each step."""
+    """{method: scores} of the run's values and its smoothed scores."""
+    smoothed = scores_of(cfg, run, "smoothed", "smoothed")
+    name = "smoothed, share of step"
+    return {**scores_of(cfg, run, "value", "in-run"), name: smoothed[name]}
+
+
+def hindsight_scores(cfg, run):
+    """{method: scores} of what the visits did for the texts' losses at the end."""
+    folder = run.path / "revalued" / "hindsight"
+    if not revalue.is_done(folder):
+        revalue.revalue(revalue.Config(run=str(run.path), hindsight=True, name=folder.name))
+    scores = scores_of(cfg, open_run(folder), "value", "hindsight")
+    return {name: of_method for name, of_method in scores.items() if name in METHODS}
+
+
+def scores_of(cfg, run, column, name):
+    """{name and form: scores} of a column of the ledger: its sums, those without the steps that the
+    ledger marks as early, and normalised within each step."""
     B = cfg.batch_size
     n = len(run.values)
     visits = run.visits[: n * cfg.epochs]  # not those of another pass that fill up the last step
-    raw = visits["value"].reshape(len(visits), -1).astype(float)
+    raw = visits[column].reshape(len(visits), -1).astype(float)
     steps = np.split(raw, range(B, len(raw), B))
     late = ~visits["early"].astype(bool)[:, None]
     shares = [v / abs(v).sum(0) for v in steps]
     z_scores = [(v - v.mean(0)) / np.maximum(v.std(0), 1e-30) for v in steps]
     scores = {}
-    for method, weights in zip(
-        OF_VALUES, (raw, raw * late, np.concatenate(shares), np.concatenate(z_scores))
+    for form, weights in zip(
+        FORMS, (raw, raw * late, np.concatenate(shares), np.concatenate(z_scores))
     ):
-        scores[method] = np.zeros((n, raw.shape[1]))
-        np.add.at(scores[method], visits["chunk"], weights)
+        scores[name + form] = np.zeros((n, raw.shape[1]))
+        np.add.at(scores[name + form], visits["chunk"], weights)
     return scores
 
 
@@ -428,6 +452,7 @@ def judge(cfg, seed):
     )
     scores = {
         **value_scores(cfg, run),
+        **hindsight_scores(cfg, run),
         **of_gradients,
         "BM25": bm25_scores(data, tok, texts),
     }
