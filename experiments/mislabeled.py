@@ -21,6 +21,9 @@ all epochs, as the paper, and stopped where the validation loss was lowest. Each
 judged by the ranks of its values among the images of the same label, for a label that the target
 asks for lifts all of its images.
 
+Hindsight takes the same steps again and says what each visit did for the validation loss at their
+end (shapley/hindsight.py); `smoothed` is the score of --target_smoothing.
+
 In-run values are summed over the run. Their target at each step is the whole clean validation set,
 which KNN-Shapley, TracIn, influence functions and the retraining methods look at too. TracIn and
 influence functions come from dattri (pip install -r requirements-experiments.txt). KNN-Shapley is
@@ -75,6 +78,8 @@ from experiments.common import (
     shown,
     side_by_side,
 )
+from shapley import hindsight
+from shapley.replay import Training
 from shapley.wrap import Examples, Net
 from system.errors import UserError
 from system.writer import Writer
@@ -90,8 +95,12 @@ IN_RUN = tuple(f"in-run {rule}" for rule in RULES)
 STOPPED = ", stopped"  # ends the name of a method that looks at the training that stops early
 RAW = "the values as they are"
 BY_LABEL = "their ranks among the images of the same label"
+SMOOTHED = "in-run adamw2, smoothed"
+HINDSIGHT = "hindsight"
 OF_A_TRAINING = (  # methods that look at a training, or at what it leaves
     *IN_RUN,
+    SMOOTHED,
+    HINDSIGHT,
     "KNN-Shapley, features",
     "TracIn, 10 checkpoints",
     "TracIn, last checkpoint",
@@ -143,6 +152,7 @@ class Config:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     smoothing: float = 0.1  # of labels, in training and target
+    target_smoothing: float = 0.9  # over steps, of the target's gradient
     retrainings: int = 200  # of each retraining method
     blocks: int = 20  # of a permutation of retraining Shapley
     workers: int = 1
@@ -277,9 +287,11 @@ def build_valuation(cfg, net, optimizer, val, rule, n, folder):
         target_batch=cfg.val,
         target_sampling="fixed",
         book_interval=10,
+        target_smoothing=cfg.target_smoothing,
     )
     target = Examples("validation", *val)
-    return Valuation(net, optimizer, compute_loss, [target], settings, Writer(folder, n))
+    writer = Writer(folder, n, smoothed=cfg.target_smoothing > 0)
+    return Valuation(net, optimizer, compute_loss, [target], settings, writer)
 
 
 def train(cfg, X, Y, val, seed, steps=0, rule="off", folder=None):
@@ -309,6 +321,34 @@ def train(cfg, X, Y, val, seed, steps=0, rule="off", folder=None):
             checkpoints.append({name: p.detach().clone() for name, p in weights.items()})
     valuation.commit()
     return net.model, checkpoints, time.process_time() - began
+
+
+def look_back(cfg, data, seed, steps):
+    """What each image's visits did for the validation loss at the end of the same training; those
+    of early steps do not count."""
+    model = build(cfg, data.X.shape[-1], seed)
+    criterion = partial(loss_function(cfg), reduction="none")
+
+    def losses(X, Y):
+        return criterion(model(torch.from_numpy(X)).double(), torch.from_numpy(Y))
+
+    def batch(step):
+        ids = global_batch(step, cfg.batch, len(data.X), seed)
+        return ids, data.X[ids], data.Y[ids]
+
+    optimizer = build_optimizer(cfg, model.parameters())
+    training = Training(model, optimizer, losses, batch, lambda step: cfg.learning_rate, cfg.batch)
+    past = [training.record(step) for step in range(steps)]
+    gradient = torch.autograd.grad(losses(*data.val).mean(), training.weights.params)
+    adjoint = hindsight.Adjoint.of_end(gradient, has_moments=True)
+    norms = np.zeros(steps)
+    values = np.zeros((steps, cfg.batch))
+    for step in reversed(past):
+        norms[step.number] = adjoint.norm()
+        values[step.number] = hindsight.back(training, step, adjoint)
+    values[hindsight.early(norms[:, None])[:, 0]] = 0
+    ids = np.concatenate([step.ids for step in past])
+    return np.bincount(ids, values.ravel(), len(data.X))
 
 
 def order_of(ids, steps, batch, rng):
@@ -631,6 +671,11 @@ def judge_by_training(cfg, data, seed, steps=0):
             **run.shares(),
         }
         rows += in_run_rows(cfg, data, rule, run.visits, variants)
+        if SMOOTHED.startswith(f"in-run {rule},"):
+            smoothed = summed(run.visits, n, run.visits["smoothed"][:, 0].astype(float))
+            methods[SMOOTHED] = {"values": smoothed, "seconds": run.seconds - seconds}
+    n_steps = len(run.visits) // cfg.batch
+    methods[HINDSIGHT] = timed(look_back, cfg, data, seed, n_steps)
     methods.update(look_at_training(cfg, data, model, checkpoints))
     # the training losses, and what follows, are the last rule's run's: its weights go the same way
     mean_loss = summed(run.visits, n, run.visits["loss"].astype(float))
@@ -641,7 +686,7 @@ def judge_by_training(cfg, data, seed, steps=0):
     about = {
         "all": float(right.mean()),
         "train_seconds": seconds,
-        "steps": len(run.visits) // cfg.batch,
+        "steps": n_steps,
         "moved": distance(model, run.model),
     }
     methods = {name: {**method, **about} for name, method in methods.items()}
