@@ -677,27 +677,35 @@ def drop_table(setting, jobs, fraction):
     return ["", title, "", *markdown(head, rows)]
 
 
+KINDS = {"value, adamw2": "value in its step", "hindsight": "value in hindsight"}
+
+
 def figure(cfg, found, path):
-    """Above, |dL/dw| by step of each seed; below, true rise against predicted."""
+    """True rise of the target's loss against the predicted one, a dot for each set: a row for each
+    setting, a column for each kind of value. And |dL/dw| by step."""
     settings = list(dict.fromkeys(job.setting for job in found))
+    fraction = float(cfg.fractions.split(":")[0])
     plt = pyplot()
-    fig, axes = plt.subplots(2, len(settings), figsize=(4 * len(settings), 7), squeeze=False)
-    for column, setting in zip(axes.T, settings):
-        for job in found:
-            if job.setting != setting:
-                continue
-            norms = job.of_kind("norm")["hindsight"]
-            column[0].semilogy(norms, label=f"seed {job.seed}")
-            fraction = next(iter(job.of_kind("sets")))
-            sets, rises = job.arrays[f"sets/{fraction}"], job.arrays[f"rises/{fraction}"]
-            predicted = sums_of_sets(job.arrays["score/hindsight"], sets)
-            column[1].plot(1e3 * predicted, 1e3 * rises[:, 0], ".")
-        column[0].set_title(setting)
-        column[0].set_xlabel("step")
-        column[1].set_xlabel("predicted rise, 1e-3 nats")
-    axes[0, 0].set_ylabel("|dL/dw|")
-    axes[1, 0].set_ylabel("true rise, 1e-3 nats")
-    axes[0, 0].legend()
+    shape = (len(settings), len(KINDS) + 1)
+    fig, axes = plt.subplots(*shape, figsize=(11, 3.2 * len(settings)), squeeze=False)
+    for row, setting in zip(axes, settings):
+        jobs = [job for job in found if job.setting == setting]
+        for ax, (score, kind) in zip(row, KINDS.items()):
+            correlations = []
+            for job in jobs:
+                sets, rises = job.arrays[f"sets/{fraction}"], job.arrays[f"rises/{fraction}"][:, 0]
+                predicted = sums_of_sets(job.arrays[f"score/{score}"], sets)
+                correlations.append(agreement(predicted, rises).pearson)
+                ax.plot(1e3 * predicted, 1e3 * rises, ".", label=f"seed {job.seed}", alpha=0.6)
+            ax.set_title(f"{setting}\n{kind}: correlation {np.mean(correlations):.2f}", fontsize=9)
+            ax.set_xlabel("sum of the values left out, 1e-3 nats")
+            ax.set_ylabel("true rise of the loss, 1e-3 nats")
+        for job in jobs:
+            row[-1].semilogy(job.of_kind("norm")["hindsight"])
+        row[-1].set_title("|dL/dw| after each step", fontsize=9)
+        row[-1].set_xlabel("step")
+    axes[0, 0].legend(fontsize=8)
+    fig.tight_layout()
     save_figure(fig, path)
 
 
