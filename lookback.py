@@ -411,7 +411,8 @@ def finish(rerun, partial, folder, info):
     visits = np.concatenate([part["visits"] for part in parts])
     books = np.concatenate([part["books"] for part in parts])
     norms = np.concatenate([part["norms"] for part in parts])
-    visits["early"] = np.repeat(hindsight.early(norms).any(1), rerun.options.batch)
+    is_early = hindsight.early(norms, info["horizon"]).any(1)
+    visits["early"] = np.repeat(is_early, rerun.options.batch)
     info["approximate"] = compared(rerun.original, visits)
     n_chunks = len(rerun.data.train.rows)
     about = {"data_hash": rerun.data.hash}

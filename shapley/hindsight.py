@@ -48,21 +48,23 @@ class Adjoint:
 # times the calm |dL/dw|. Trainings without visits of later steps were predicted with .93 to .96
 # where it is 1.5, with .25 to .73 where it is 10 (results/counterfactual)
 CALM = 1.5
+CALM_AHEAD = 10.0  # with a horizon: |dL/dw| jumps where the target's gradient is taken anew
 
 
-def early(norms):
+def early(norms, horizon=0):
     """Which steps come before the adjoint is calm. In the first steps of a training everything
     depends on everything: small changes grow, |dL/dw| is large, and the derivative holds for
     changes only that are smaller than a chunk.
 
     norms: |dL/dw| by step (n, K). Returns bool (n, K): every step up to the last one of the first
-    half whose norm is more than CALM times the median of the second half, or no finite number."""
+    half whose norm is more than CALM (CALM_AHEAD) times the median of the second half, or no finite
+    number."""
     half = (len(norms) + 1) // 2
     is_finite = np.isfinite(norms)
     later = np.where(is_finite, norms, np.nan)[half:]
     # of a single step there is no second half
     calm = np.nanmedian(later, axis=0) if len(later) else np.full(norms.shape[1], np.inf)
-    is_large = ~is_finite | (norms > CALM * calm)
+    is_large = ~is_finite | (norms > (CALM_AHEAD if horizon else CALM) * calm)
     is_large[half:] = False
     return np.flip(np.logical_or.accumulate(np.flip(is_large, 0), 0), 0)
 

@@ -203,8 +203,8 @@ def share(x):
 
 
 WHY_EARLY = (
-    "There |dL/dw| is more than 1.5 times what it is later: changes grow, and the derivative holds "
-    "for changes only that are smaller than a chunk."
+    "There |dL/dw| is far above what it is later: changes grow, and the derivative holds for "
+    "changes only that are smaller than a chunk."
 )
 CHECKED = (
     "how well the sum of a score over the visits left out predicts what that does to the target's "

@@ -140,6 +140,13 @@ def test_steps_up_to_the_last_large_adjoint_are_early(norms, n_early):
     assert not found[:, 1].any()
 
 
+def test_with_a_horizon_only_explosions_are_early():
+    """For the norm jumps where it looks ahead anew."""
+    norms = np.array([300, 3, 8, 2, 1, 1, 2, 1.0])[:, None]
+    assert hindsight.early(norms)[:, 0].tolist() == [True] * 4 + [False] * 4
+    assert hindsight.early(norms, horizon=3)[:, 0].tolist() == [True] + [False] * 7
+
+
 # --- float32 ------------------------------------------------------------------
 
 

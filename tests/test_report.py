@@ -1095,7 +1095,7 @@ def test_a_page_of_hindsight_has_no_books_and_no_audit(looked_back, tmp_path, vi
 def test_the_adjoint_is_drawn_with_its_early_part_shaded(looked_back, tmp_path, visit):
     tab = visit(page_of(looked_back, tmp_path / "a.html"))
     note = tab.locator("#adjoint-note").inner_text()
-    assert "Shaded: 30 early steps. There |dL/dw| is more than" in note
+    assert "Shaded: 30 early steps. There |dL/dw| is far above" in note
     shade = tab.locator("#adjoint rect.gap").bounding_box()
     curve = tab.locator("#adjoint path.curve").bounding_box()
     assert shade["x"] == pytest.approx(curve["x"], abs=6)
@@ -1104,7 +1104,7 @@ def test_the_adjoint_is_drawn_with_its_early_part_shaded(looked_back, tmp_path, 
     assert {"0.1", "1", "10", "100", "1,000", "10,000"} <= set(ticks)
     assert content_of(tab)["hindsight"]["norms"][1] == [5000] * 30 + [0.7] * 90
     warnings = " ".join(tab.locator("#warnings .warning").all_inner_texts())
-    assert "30 steps are marked early. There |dL/dw| is more than" in warnings
+    assert "30 steps are marked early. There |dL/dw| is far above" in warnings
 
 
 def test_where_the_adjoint_is_calm_nothing_is_shaded(looked_back, tmp_path, visit):
