@@ -16,7 +16,7 @@ A step is a game whose players are the chunks of the global batch. Chunk i's val
 times lr (shapley/directions.py). Positive: it lowered the target's loss. The first EARLY steps of
 Adam-aware rules are marked in the ledger, for there every rule is rough.
 
-With Settings(target_smoothing=.97) each target has a second direction, of its gradient's mean over
+With Settings(target_smoothing=.9) each target has a second direction, of its gradient's mean over
 the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
 
 Works on any nn.Module made of shapley/ghost.py's ops; shapley/wrap.py makes one.

@@ -72,7 +72,7 @@ class Run:
         """Raises UserError where there is no column `smoothed`."""
         if self.is_smoothed:
             return
-        cure = "train with --target_smoothing=.97"
+        cure = "train with --target_smoothing=.9"
         if self.info.get("method") == "walk":
             cure = "a walk has none"
         raise UserError(f"{self.path} has no smoothed scores: {cure}, or choose another --score")

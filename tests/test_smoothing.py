@@ -464,7 +464,7 @@ def test_a_report_lists_chunks_by_their_smoothed_score(whole, plain):
 
 @pytest.mark.parametrize("command", ["top", "bottom", "docs", "domains", "curate"])
 def test_a_run_without_smoothed_scores_says_what_to_type(plain, command):
-    answer = f"{plain} has no smoothed scores: train with --target_smoothing=.97, or choose another"
+    answer = f"{plain} has no smoothed scores: train with --target_smoothing=.9, or choose another"
     with pytest.raises(UserError, match=re.escape(answer)):
         if command == "curate":
             curate.curate(curate.Config(run=str(plain), score="smoothed"))
