@@ -208,15 +208,16 @@ def chunk(run, chunk: int):
     domain = run.domain_of(chunk)
     visits = []
     for visit in run.visits_of([chunk]):
-        visits.append(
-            {
-                "step": visit["step"].item(),
-                "loss": visit["loss"].item(),
-                "grad_norm": visit["grad_norm"].item(),
-                "early": visit["early"].item(),
-                "value": run.named(visit["value"]),
-            }
-        )
+        entry = {
+            "step": visit["step"].item(),
+            "loss": visit["loss"].item(),
+            "grad_norm": visit["grad_norm"].item(),
+            "early": visit["early"].item(),
+            "value": run.named(visit["value"]),
+        }
+        if run.is_smoothed:
+            entry["smoothed"] = run.named(visit["smoothed"])
+        visits.append(entry)
     return {
         "run": str(run.path),
         "chunk": chunk,

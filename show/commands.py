@@ -539,23 +539,30 @@ def show_chunk(r):
     yield ""
     if r["used"]:
         yield f"Every visit, values in {UNIT} ({sign(r['horizon'])})"
-        head = ["step", "loss", *column_names(targets), "gradient norm", "early"]
-        rows = []
-        for v in r["visits"]:
-            figures = [micro(v["value"][target]) for target in targets]
-            early = "early" if v["early"] else ""
-            rows.append(
-                [str(v["step"]), number(v["loss"]), *figures, number(v["grad_norm"]), early]
-            )
-        figures = [micro(r["value"][target]) for target in targets]
-        rows.append(["sum", "", *figures, "", ""])
-        yield from table(head, rows)
+        yield from table(*visits_of_chunk(r, targets))
     else:
         yield "never used: it has no value"
     yield from show_text(r["text"])
     if r["used"]:
         yield f"chunk {r['chunk']} {effects(r['value'], r['horizon'])}"
         yield Next(["values.py", "tokens", r["run"], f"--chunk={r['chunk']}"])
+
+
+def visits_of_chunk(r, targets):
+    """The head and the rows of a chunk's visits, and their sum."""
+    kinds = ["value", "smoothed"] if "smoothed" in r["visits"][0] else ["value"]
+    head = ["step", "loss", *column_names(targets)]
+    if "smoothed" in kinds:
+        head += [f"{name}, smoothed" for name in column_names(targets)]
+    rows = []
+    for v in r["visits"]:
+        figures = [micro(v[kind][target]) for kind in kinds for target in targets]
+        early = "early" if v["early"] else ""
+        rows.append([str(v["step"]), number(v["loss"]), *figures, number(v["grad_norm"]), early])
+    sums = [micro(r["value"][target]) for target in targets]
+    unsummed = [""] * (len(kinds) - 1) * len(targets)
+    rows.append(["sum", "", *sums, *unsummed, "", ""])
+    return [*head, "gradient norm", "early"], rows
 
 
 def show_doc(r):

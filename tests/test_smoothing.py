@@ -446,6 +446,19 @@ def test_an_export_has_a_smoothed_column_for_each_target(whole, plain, tmp_path)
     assert names == [name for name in table.column_names if "smoothed" not in name]
 
 
+def test_a_chunk_has_the_smoothed_score_of_every_visit(whole, plain, capsys, monkeypatch):
+    visits = store.read(whole)
+    chunk = int(visits["chunk"][0])
+    own = visits[visits["chunk"] == chunk]
+    shown = values.chunk(open_run(whole), chunk=chunk)["visits"]
+    assert [v["smoothed"]["Docstrings"] for v in shown] == own["smoothed"][:, 1].tolist()
+    printed = read_as_people_do(capsys, monkeypatch, "chunk", whole, str(chunk))
+    assert "Docstrings, smoothed" in printed
+    assert f"{1e6 * float(own['smoothed'][0, 1]):+,.1f}" in printed
+    assert "smoothed" not in values.chunk(open_run(plain), chunk=chunk)["visits"][0]
+    assert "smoothed" not in read_as_people_do(capsys, monkeypatch, "chunk", plain, str(chunk))
+
+
 def test_a_report_lists_chunks_by_their_smoothed_score(whole, plain):
     expected = relative_to_steps(whole, 1)
     opened = open_run(whole)
