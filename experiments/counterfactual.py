@@ -680,9 +680,24 @@ def drop_table(setting, jobs, fraction):
 KINDS = {"value, adamw2": "value in its step", "hindsight": "value in hindsight"}
 
 
+def draw_predictions(axes, jobs, fraction):
+    """True rise of the target's loss against the predicted one, a dot for each set, for each kind
+    of value."""
+    for ax, (score, kind) in zip(axes, KINDS.items()):
+        correlations = []
+        for job in jobs:
+            sets, rises = job.arrays[f"sets/{fraction}"], job.arrays[f"rises/{fraction}"][:, 0]
+            predicted = sums_of_sets(job.arrays[f"score/{score}"], sets)
+            correlations.append(agreement(predicted, rises).pearson)
+            ax.plot(1e3 * predicted, 1e3 * rises, ".", label=f"seed {job.seed}", alpha=0.6)
+        ax.set_title(f"{kind}: correlation {np.mean(correlations):.2f}", fontsize=10)
+        ax.set_xlabel("sum of the values left out, 1e-3 nats")
+    axes[0].set_ylabel("rise of the final loss without them")
+
+
 def figure(cfg, found, path):
-    """True rise of the target's loss against the predicted one, a dot for each set: a row for each
-    setting, a column for each kind of value. And |dL/dw| by step."""
+    """A row for each setting: how well either kind of value predicts, and |dL/dw| by step. And the
+    first two panels of the first row by themselves, two_kinds.png."""
     settings = list(dict.fromkeys(job.setting for job in found))
     fraction = float(cfg.fractions.split(":")[0])
     plt = pyplot()
@@ -690,23 +705,18 @@ def figure(cfg, found, path):
     fig, axes = plt.subplots(*shape, figsize=(11, 3.2 * len(settings)), squeeze=False)
     for row, setting in zip(axes, settings):
         jobs = [job for job in found if job.setting == setting]
-        for ax, (score, kind) in zip(row, KINDS.items()):
-            correlations = []
-            for job in jobs:
-                sets, rises = job.arrays[f"sets/{fraction}"], job.arrays[f"rises/{fraction}"][:, 0]
-                predicted = sums_of_sets(job.arrays[f"score/{score}"], sets)
-                correlations.append(agreement(predicted, rises).pearson)
-                ax.plot(1e3 * predicted, 1e3 * rises, ".", label=f"seed {job.seed}", alpha=0.6)
-            ax.set_title(f"{setting}\n{kind}: correlation {np.mean(correlations):.2f}", fontsize=9)
-            ax.set_xlabel("sum of the values left out, 1e-3 nats")
-            ax.set_ylabel("true rise of the loss, 1e-3 nats")
+        draw_predictions(row, jobs, fraction)
+        row[0].set_ylabel(f"{setting}\nrise of the final loss without them")
         for job in jobs:
             row[-1].semilogy(job.of_kind("norm")["hindsight"])
-        row[-1].set_title("|dL/dw| after each step", fontsize=9)
+        row[-1].set_title("|dL/dw| after each step", fontsize=10)
         row[-1].set_xlabel("step")
     axes[0, 0].legend(fontsize=8)
-    fig.tight_layout()
     save_figure(fig, path)
+    fig, axes = plt.subplots(1, len(KINDS), figsize=(8, 3.2), sharey=True)
+    draw_predictions(axes, [job for job in found if job.setting == settings[0]], fraction)
+    axes[0].legend(fontsize=8)
+    save_figure(fig, path.with_name("two_kinds.png"))
 
 
 def figure_of_why(cfg):
