@@ -483,7 +483,7 @@ def job(settings, setting, seed, init):
     seconds = {}
     if not init:
         scores, norms, seconds = scores_of(run)
-        arrays.update({f"score/{name}": values for name, values in scores.items()})
+        arrays.update({f"score/{name}": np.float32(values) for name, values in scores.items()})
         arrays.update({f"norm/{name}": values for name, values in norms.items()})
         ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
         arrays["is_junk"] = run.is_junk[ids]
@@ -497,7 +497,10 @@ def job(settings, setting, seed, init):
     for part in cfg.fractions.split(","):
         fraction, n_sets = part.split(":")
         sets, rises = truth.of_sets(float(fraction), int(n_sets))
-        arrays[f"sets/{float(fraction)}"], arrays[f"rises/{float(fraction)}"] = sets, rises
+        arrays[f"sets/{float(fraction)}"], arrays[f"rises/{float(fraction)}"] = (
+            np.int32(sets),
+            rises,
+        )
     if not init:
         for fraction in numbers(cfg.dropped):
             for name, rises in truth.of_dropping(scores, fraction).items():
@@ -640,12 +643,15 @@ def table(cfg, setting, jobs, twins, fraction):
     return lines
 
 
-def iterations(job, rise, k):
-    """How many times the steps a run with all visits takes to a loss of the target (k = 0), or of
-    held-out text (1). NaN: more than were tried, or less than 1."""
+def times_the_steps(job, rise):
+    """How many times the steps a run with all visits takes to the held-out loss, as text."""
     factors = [1.0, *job.arrays["factors"]]
-    reached = [0.0, *(job.arrays["longer"][:, k] - job.arrays["losses"][k])]
-    return np.interp(-rise, -np.array(reached), factors, left=np.nan, right=np.nan)
+    reached = [0.0, *(job.arrays["longer"][:, 1] - job.arrays["losses"][1])]
+    if rise > 0:
+        return "< 1"
+    if rise < min(reached):
+        return f"> {factors[-1]:g}"
+    return f"{np.interp(-rise, -np.array(reached), factors):.2f}"
 
 
 def drop_table(setting, jobs, fraction):
@@ -660,18 +666,15 @@ def drop_table(setting, jobs, fraction):
             row.append(shown([rise[k] for rise in rises[name]], 4))
         less = [own[1] - other[1] for own, other in zip(rises[name], rises["random"])]
         row.append("" if name == "random" else shown(less, 4))
-        gained = [iterations(job, rise[1], 1) for job, rise in zip(jobs, rises[name])]
-        gained = [factor for factor in gained if np.isfinite(factor)]
-        row.append(f"{len(gained)} of {len(jobs)}")
-        row.append(shown(gained, 2) if gained else "")
+        worth = [times_the_steps(job, rise[1]) for job, rise in zip(jobs, rises[name])]
+        row.append(", ".join(worth))
         rows.append(row)
     head = [
         "dropped by",
         "rise of the target's loss",
         "held out",
         "less than at random, held out",
-        "runs within those tried",
-        "as good as all visits in so many times the steps",
+        "held out, as good as all visits in so many times the steps",
     ]
     title = f"### {setting}, the {fraction:.0%} of least score dropped at once, seeds {seeds}"
     return ["", title, "", *markdown(head, rows)]
