@@ -656,6 +656,9 @@ def times_the_steps(job, rise):
 
 def drop_table(setting, jobs, fraction):
     """Lines of Markdown: what dropping the visits of least score does."""
+    jobs = [job for job in jobs if f"dropped/{fraction}/random" in job.arrays]
+    if not jobs:
+        return []
     names = [*DROP_BY, "random"]
     rises = {name: [job.arrays[f"dropped/{fraction}/{name}"] for job in jobs] for name in names}
     seeds = ", ".join(str(job.seed) for job in jobs)
