@@ -253,7 +253,7 @@ def arms(cfg, condition):
     chunks = {"by": "chunk", "score": "value", "drop": "negative"}
     every = {ALL: Arm()}
     for times in numbers(cfg.longer):
-        every[f"{ALL}, {times:g} x the steps"] = Arm(times=times)
+        every[f"{ALL} {times:g} x the steps"] = Arm(times=times)
     every["negative chunks"] = Arm(chunks, "as many chunks at random")
     every["as many chunks at random"] = Arm({**chunks, "random": True})
     for fraction in numbers(cfg.fractions):
@@ -492,6 +492,7 @@ def cost_table(rows, scores):
     for condition in dict.fromkeys(column(rows, "condition")):
         plain = {row["seed"]: row["seconds"] for row in select(rows, condition=condition, arm=ALL)}
         costs = select(scores, condition=condition, unit="run")
+        costs = [cost for cost in costs if cost["seed"] in plain]
         line = [condition]
         for kind in ("value", "hindsight"):
             line.append(shown([cost[kind] / plain[cost["seed"]] for cost in costs], 2))
