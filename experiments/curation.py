@@ -23,6 +23,9 @@ the same kind, held out, and different ones.
 Every arm trains for the same number of steps, with the schedule of the value run. That of all
 chunks is trained for more steps too, with schedules of their own: a test loss is then worth as many
 steps as all chunks need to reach it. What valuing costs is told in plain runs.
+
+Found with a narrow target (results/curation/narrow): a quarter of the documents by hindsight is .04
+nats below as many at random, what all chunks take 1.25 times the steps for.
 """
 
 import base64
@@ -114,7 +117,7 @@ class Config:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3  # at 3e-3 two orders of the same chunks end .05 nats apart
     rule: str = "adamw2"
     target_batch: int = 16
     target_smoothing: float = 0.9

@@ -472,7 +472,9 @@ def test_curate_says_what_is_known_of_hindsight(checked, tmp_path):
     results = (Path(config.__file__).parent / "results/counterfactual/README.md").read_text()
     assert "-0.082 \u00b1 0.006" in results
     assert "-0.021 \u00b1 0.003" in results
-    assert "results/curation" not in text
+    narrow = (Path(config.__file__).parent / "results/curation/narrow/README.md").read_text()
+    assert "-.0396 \u00b1 .0016" in narrow
+    assert "-.0346 \u00b1 .0064" in narrow
     assert AT_END in text
 
 
