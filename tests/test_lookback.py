@@ -366,7 +366,7 @@ def test_a_run_for_hindsight_keeps_its_checkpoints(python_data, tmp_path, capsys
 def test_values_are_the_sums_of_what_is_not_early(run, whole, monkeypatch):
     """As where the adjoint is large before step 7."""
     monkeypatch.setattr(
-        lookback.hindsight, "early", lambda norms: np.arange(len(norms))[:, None] < [7, 3]
+        lookback.hindsight, "early", lambda norms, horizon: np.arange(len(norms))[:, None] < [7, 3]
     )
     folder = revalued(run, hindsight=True, name="marked")
     rows = store.read(folder)
