@@ -5,6 +5,8 @@ Which score of a chunk's visit predicts what happens when one trains without it?
     python experiments/counterfactual.py --quick             tiny, on the text every Python
                                                              installation carries
     python experiments/counterfactual.py --part=report --out=...   tables and figure again
+    python experiments/counterfactual.py --part=draws --out=...    one-step values of more or fewer
+                                                                   target chunks, same truth
 
 A run; then, for random sets of its visits (a chunk's use in a step), the same run without them.
 Visits of the steps before which |dL/dw| explodes (shapley/hindsight.py) are never left out. True is
@@ -42,6 +44,7 @@ from experiments.common import (
     numbers,
     prepare,
     pyplot,
+    read_rows,
     save_figure,
     set_options,
     shown,
@@ -127,10 +130,12 @@ class Config:
     tuned_learning_rate: float = 3e-4
     target_chunks: int = 256  # and as many held out
     target_batch: int = 16  # of one-step values
+    target_batches: str = "1,4,16,64"  # of the part `draws`
     workers: int = 0  # jobs side by side; 0: a core each
     quick: bool = False
     # why: how far the correlation depends on where the sets begin and on their weight
-    part: Literal["all", "why", "report"] = "all"
+    # draws: how far one-step values depend on the number of target chunks; reads the truth in --out
+    part: Literal["all", "why", "draws", "report"] = "all"
 
     def __post_init__(self):
         if self.quick:
@@ -286,14 +291,15 @@ class Run:
 # --- scores of visits -------------------------------------------------------------------
 
 
-def one_step(run, rule, smoothing=0.0):
-    """The run with its values by a rule: records of its visits (n_visits,)."""
+def one_step(run, rule, smoothing=0.0, target_batch=0):
+    """The run with its values by a rule: records of its visits (n_visits,). target_batch: 0 for the
+    experiment's own."""
     fresh(run)
     cfg, training = run.cfg, run.training
     settings = Settings(
         rule=rule,
         batch=cfg.batch_size,
-        target_batch=cfg.target_batch,
+        target_batch=target_batch or cfg.target_batch,
         target_smoothing=smoothing,
         seed=run.seed,
         grad_clip=cfg.grad_clip,
@@ -529,6 +535,26 @@ def why(settings, setting, seed):
     return [dict(setting=setting, seed=seed, part="why")]
 
 
+def draws(settings, setting, seed):
+    """Rows: how well values of so many target chunks a step predict the truth that a job left."""
+    cfg = Config(**settings)
+    found = Found(setting, seed, dict(np.load(file_of(cfg, setting, seed))))
+    fraction = float(cfg.fractions.split(":")[0])
+    run = Run(cfg, setting, seed)
+    rows = []
+    for target_batch in numbers(cfg.target_batches, int):
+        began = time.process_time()
+        values = one_step(run, "adamw2", target_batch=target_batch)["value"][:, 0].astype(float)
+        seconds = time.process_time() - began
+        row = {"setting": setting, "seed": seed, "target_batch": target_batch, "seconds": seconds}
+        for name, score in (("value", values), ("share", share_of_step(run, values))):
+            found.arrays["score/drawn"] = score
+            row[name] = agreements(found, fraction)["drawn"][0].pearson
+            row[f"AUROC, {name}"] = auroc(found, "drawn") if found.has_junk() else None
+        rows.append(row)
+    return rows
+
+
 def file_of(cfg, setting, seed, init=0):
     twin = "-twin" if init else ""
     return Path(cfg.out, f"{setting}-{seed}{twin}.npz")
@@ -537,10 +563,11 @@ def file_of(cfg, setting, seed, init=0):
 def compute(cfg):
     text_of(cfg, cfg.settings.split(",")[0], 1)  # prepares the chunks once, refuses what is missing
     settings = {**vars(cfg), "quick": False}
-    if cfg.part == "why":
+    if cfg.part in ("why", "draws"):
         pairs = product(cfg.settings.split(","), numbers(cfg.seeds, int))
         jobs = [(settings, setting, seed) for setting, seed in pairs]
-        side_by_side(why, jobs, Path(cfg.out, "why.jsonl"), cfg.workers)
+        work = why if cfg.part == "why" else draws
+        side_by_side(work, jobs, Path(cfg.out, f"{cfg.part}.jsonl"), cfg.workers)
         return
     jobs = []
     for setting in cfg.settings.split(","):
@@ -564,6 +591,9 @@ class Found:
     def batch(self):
         """Visits of a step."""
         return len(self.arrays["is_junk"]) // len(self.arrays["norm/hindsight"])
+
+    def has_junk(self):
+        return bool(self.arrays["is_junk"].any())
 
     def of_kind(self, kind):
         """{name: array} of the arrays whose name begins with kind/."""
@@ -767,6 +797,26 @@ def figure_of_why(cfg):
     print(table)
 
 
+def table_of_draws(cfg):
+    rows = read_rows(Path(cfg.out, "draws.jsonl"))
+    columns = ("value", "share", "AUROC, value", "AUROC, share", "seconds")
+    lines = []
+    for setting, target_batch in dict.fromkeys(
+        (row["setting"], row["target_batch"]) for row in rows
+    ):
+        of_case = [r for r in rows if (r["setting"], r["target_batch"]) == (setting, target_batch)]
+        line = [setting, target_batch, len(of_case)]
+        for column in columns:
+            found = [row[column] for row in of_case if row[column] is not None]
+            line.append(shown(found, 2) if found else "")
+        lines.append(line)
+    head = ["setting", "target chunks a step", "seeds", "LDS of value", "LDS of share"]
+    head += ["AUROC of value", "AUROC of share", "processor seconds"]
+    table = "\n".join(markdown(head, lines))
+    Path(cfg.out, "draws.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
 def report(cfg):
     found, twins = read_found(cfg), read_found(cfg, is_twin=True)
     lines = [
@@ -788,6 +838,8 @@ def main(cfg):
         compute(cfg)
     if cfg.part == "why":
         figure_of_why(cfg)
+    elif cfg.part == "draws":
+        table_of_draws(cfg)
     else:
         report(cfg)
 

@@ -359,18 +359,18 @@ def sum_up(path, visits, info, n_chunks):
 
 def read_records(path, name, dtypes, files):
     """The records of <name>.npy that values.json counts, memmapped. dtypes: those it may have."""
-    repair = "type: " + terminal.command("python", "revalue.py", str(path), "--repair")
+    cure = repair(path)
     file = path / f"{name}.npy"
     counted = files[file.name]
-    store.check(path, {name: counted}, repair)
+    store.check(path, {name: counted}, cure)
     written = store.read(path, name).dtype
     if "momentum_by_domain" in (written.names or ()):
         what = f"{file} has momentum by domain, which this version does not read"
         raise UserError(f"{what}: go on with the version that made it, or train again")
-    records = load_array(file, repair, written if written in dtypes else dtypes[0])
+    records = load_array(file, cure, written if written in dtypes else dtypes[0])
     if len(records) < counted["rows"] or records.dtype.itemsize != counted["itemsize"]:
         what = f"{records.dtype} {records.shape} does not fit values.json"
-        raise UserError(f"{file} is damaged, {what}: {repair}")
+        raise UserError(f"{file} is damaged, {what}: {cure}")
     return records[: counted["rows"]]
 
 
@@ -386,7 +386,25 @@ def checked_blocks(path, visits, batch, n_chunks):
         yield block
 
 
+def is_revaluation(path):
+    """Whether a folder is one that revalue.py made, below its run."""
+    return Path(path).parent.name == "revalued"
+
+
 def again(path):
-    """What to type where a file of a run is damaged."""
+    """What to type where a file of a run, or of a revaluation, is damaged."""
+    path = Path(path)
+    if is_revaluation(path):
+        options = [f"--name={path.name}", "--overwrite"]
+        revalue = terminal.command("python", "revalue.py", str(path.parent.parent), *options)
+        return f"type: {revalue}, with the --targets and the method that it was made with"
     resume = terminal.command("python", "train.py", f"{path}/config.json", "--init_from=resume")
     return f"type: {resume}, which writes it again or says what is lost"
+
+
+def repair(path):
+    """What to type where records are damaged: a run's can be repaired, a revaluation is made
+    again."""
+    if is_revaluation(path):
+        return again(path)
+    return "type: " + terminal.command("python", "revalue.py", str(path), "--repair")

@@ -606,6 +606,9 @@ def test_a_damaged_adjoint_is_refused(copied, small_data, refused):
     (copied / "adjoint.npy").write_bytes(raw)
     answer = refused("summary", copied, f"--data_dir={small_data}")
     assert "adjoint.npy is missing or damaged" in answer
+    run, name = str(copied.parent.parent), f"--name={copied.name}"
+    assert f"revalue.py {run} {name} --overwrite" in answer
+    assert "train.py" not in answer
 
 
 def test_a_check_with_a_score_that_nobody_knows_yet_is_shown(copied, small_data, typed):
