@@ -72,7 +72,7 @@ class Config:
     rule: Literal["off", "sgd", "sgd2", "adamw_linear", "adamw", "adamw2"] = "adamw"
     targets: str = "val"  # comma-separated: val | val:<domain> | <name>=<file>
     # chunks of each target that speak for it in a step: more of them, less noise, more time
-    target_batch: int = 1
+    target_batch: int = 4
     # the same target chunks all along, or new ones at every step
     target_sampling: Literal["fixed", "redraw"] = "redraw"
     # beta of a mean of the targets' gradients over the steps: a second score of every chunk, the

@@ -543,10 +543,8 @@ def draws(settings, setting, seed):
     run = Run(cfg, setting, seed)
     rows = []
     for target_batch in numbers(cfg.target_batches, int):
-        began = time.process_time()
         values = one_step(run, "adamw2", target_batch=target_batch)["value"][:, 0].astype(float)
-        seconds = time.process_time() - began
-        row = {"setting": setting, "seed": seed, "target_batch": target_batch, "seconds": seconds}
+        row = {"setting": setting, "seed": seed, "target_batch": target_batch}
         for name, score in (("value", values), ("share", share_of_step(run, values))):
             found.arrays["score/drawn"] = score
             row[name] = agreements(found, fraction)["drawn"][0].pearson
@@ -799,19 +797,17 @@ def figure_of_why(cfg):
 
 def table_of_draws(cfg):
     rows = read_rows(Path(cfg.out, "draws.jsonl"))
-    columns = ("value", "share", "AUROC, value", "AUROC, share", "seconds")
+    columns = ("value", "share", "AUROC, value", "AUROC, share")
     lines = []
-    for setting, target_batch in dict.fromkeys(
-        (row["setting"], row["target_batch"]) for row in rows
-    ):
-        of_case = [r for r in rows if (r["setting"], r["target_batch"]) == (setting, target_batch)]
-        line = [setting, target_batch, len(of_case)]
+    for case in dict.fromkeys((row["setting"], row["target_batch"]) for row in rows):
+        of_case = [row for row in rows if (row["setting"], row["target_batch"]) == case]
+        line = [*case, len(of_case)]
         for column in columns:
             found = [row[column] for row in of_case if row[column] is not None]
             line.append(shown(found, 2) if found else "")
         lines.append(line)
     head = ["setting", "target chunks a step", "seeds", "LDS of value", "LDS of share"]
-    head += ["AUROC of value", "AUROC of share", "processor seconds"]
+    head += ["AUROC of value", "AUROC of share"]
     table = "\n".join(markdown(head, lines))
     Path(cfg.out, "draws.md").write_text(table + "\n", encoding="utf-8")
     print(table)
