@@ -189,8 +189,8 @@ CONTROL = "What a control drops is worth as much as what it keeps, but for chanc
 IN_HINDSIGHT = (
     "Known from small models (results/counterfactual): without the tenth of the visits that "
     "hindsight put last, the same training ended .082 +- .006 nats lower for a narrow target, by "
-    "share .021 +- .003. Without a quarter of the documents (results/curation/narrow) it was .0396 "
-    "+- .0016 below as many at random, by share .0346 +- .0064 (three seeds)."
+    "share .021 +- .003. Without a quarter of the documents (results/curation/narrow) it was .0355 "
+    "+- .0027 below as many at random, by share .0273 +- .0058 (five seeds)."
 )
 
 
