@@ -45,7 +45,7 @@ import config
 import lookback
 import train
 from data import open_dataset, parse_targets
-from shapley import ghost
+from shapley import ghost, labels
 from show import findings, hindsight, tables
 from show.run import open_run
 from system import files, parallel, store, terminal
@@ -506,11 +506,12 @@ class Frozen:
         """The step's chunks, as if the run had been at these weights then."""
         X, Y = self.data.train.batch(ids, self.options.block_size)
         self.valuation.begin_step(step, float(book["lr"]), tokens=(X, Y))
-        micro_steps = self.options.gradient_accumulation_steps
+        n_labels = labels.count(Y)
         for rows in train.micro_batches(len(ids), self.options.batch_size):
             x, y = self.to_device(X[rows], Y[rows])
-            loss = self.loss(x, y, self.valuation.new_ledger(ids[rows], x, y))
-            (loss / micro_steps).backward()
+            share = n_labels[rows].sum() / n_labels.sum()
+            loss = self.loss(x, y, self.valuation.new_ledger(ids[rows], x, y, share))
+            (loss * share).backward()
         clip_coef = float(book["kappa"])
         for p in self.model.parameters():
             p.grad.mul_(clip_coef)  # as the run clipped it
