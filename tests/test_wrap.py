@@ -327,6 +327,7 @@ def test_the_audit_replays_the_dropout_masks_of_the_step(name, loss):
     X, Y = MODELS[name][1](B, 50), labels(B, 60, loss)
     valuation.begin_step(0, 1e-2)
     net(X, Y, valuation.new_ledger(np.arange(B), X, Y))[1].backward()
+    valuation.before_update()
     parts = [valuation.audit.gradient_of(valuation.step, np.arange(B) == i) for i in range(B)]
     assert max(relative(sum(part), p.grad) for part, p in zip(zip(*parts), net.parameters())) < 1e-7
 
