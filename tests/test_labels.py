@@ -208,14 +208,14 @@ def test_a_step_of_fewer_chunks_is_a_step_of_its_own_size(tmp_path, rule):
 @pytest.mark.parametrize("micro_steps", [1, 3])
 def test_the_audit_plays_the_game_of_the_labels(tmp_path, micro_steps):
     """Its truth is that of the gradients of exact.py, and adamw2's values add up to the utility."""
-    run = Run(tmp_path, "adamw2", batch=8, audit_interval=4, grad_clip=0.05)
+    run = Run(tmp_path, "adamw2", batch=8, audit_interval=4, grad_clip=0.5)
     twin = Run(tmp_path / "twin", "adamw2", batch=8)
     for step in range(3):
         run.step(step, lr=1e-3)
         twin.step(step, lr=1e-3)
-    values, _ = run.step(3, 0.05, micro_steps, lr=1e-3)
+    values, _ = run.step(3, 0.5, micro_steps, lr=1e-3)
     found = run.valuation.pending[-1].truth
-    game = exact.Step(twin.model, twin.optimizer, run.players, target_losses(twin), 0.05)
+    game = exact.Step(twin.model, twin.optimizer, run.players, target_losses(twin), 0.5)
     truth = exact.shapley(game, B)
     assert relative(torch.from_numpy(found.values), torch.from_numpy(truth)) < 1e-9
     assert abs(found.values[3, 0]) < 1e-15
