@@ -323,8 +323,9 @@ def get_lr(cfg, it):
 def evaluation_batches(data, cfg):
     """The validation chunks that an evaluation uses, the same every time: [(domain, ids)]."""
     batches = []
-    for domain in np.unique(data.val.domain):
-        ids = np.flatnonzero(data.val.domain == domain)
+    has_label = data.val.n_labels(cfg.block_size) > 0
+    for domain in np.unique(data.val.domain[has_label]):
+        ids = np.flatnonzero((data.val.domain == domain) & has_label)
         # spread over the domain, for the first ones would be of one document
         ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]
         for some in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size)):
@@ -337,7 +338,8 @@ def evaluation_batches(data, cfg):
 def estimate_loss(model, compute_loss, data, cfg, check):
     """Losses of the same validation chunks every time, in nats -> the mean over the domains,
     weighted by their size, and {domain: mean loss}. check: called before each batch."""
-    n_chunks = np.bincount(data.val.domain, minlength=len(data.domains))
+    has_label = data.val.n_labels(cfg.block_size) > 0
+    n_chunks = np.bincount(data.val.domain[has_label], minlength=len(data.domains))
     batches = evaluation_batches(data, cfg)
     losses = torch.zeros(len(batches))
     sizes = torch.zeros(len(batches), dtype=torch.float64)  # labels, in chunks full of them
@@ -536,9 +538,11 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
         board = dashboard.Board(cfg, state.wandb_id, data, targets, decode, visits)
         state.wandb_id = board.wandb_id
 
+    can_evaluate = len(evaluation_batches(data, cfg)) > 0
+
     def is_evaluated(iter_num):
         """Whether the validation loss is due after so many steps, and was not found before."""
-        if not cfg.eval_interval or not len(data.val.rows):
+        if not cfg.eval_interval or not can_evaluate:
             return False
         is_due = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters
         return is_due and iter_num not in [e["step"] for e in state.evaluations]
@@ -722,7 +726,8 @@ def describe_start(cfg, model, data, device):
 def describe_evaluation(cfg, data):
     """What the first evaluation is about to do, for it may take a while."""
     n_chunks = sum(len(ids) for _, ids in evaluation_batches(data, cfg))
-    chunks = f"{n_chunks:,} validation chunks of {len(np.unique(data.val.domain))} domains"
+    n_domains = len({domain for domain, _ in evaluation_batches(data, cfg)})
+    chunks = f"{n_chunks:,} validation chunks of {n_domains} domains"
     return f"evaluating {chunks}; every domain's loss goes to {cfg.out_dir}/evaluations.jsonl"
 
 
