@@ -199,6 +199,8 @@ def curate(cfg):
     if cfg.list:
         check_list(cfg.list)
     run = open_run(cfg.run, cfg.data_dir)
+    if cfg.export:
+        check_export(cfg.export, run)
     out = Path(cfg.out or cfg.run)
     k = run.target(cfg.target)
     if not cfg.score:

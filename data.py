@@ -2,8 +2,9 @@
 
 A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk
 (train_domain.npy, val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and
-meta.json; prepare_pile.py writes it. Row i of train.npy is chunk i everywhere else: in the ledger,
-in values.npy, in a report.
+meta.json; prepare_pile.py writes it. Of pairs of prompt and answer it also holds where in its row
+each answer lies (train_answer.npy, val_answer.npy), for only that has labels. Row i of train.npy is
+chunk i everywhere else: in the ledger, in values.npy, in a report.
 """
 
 import hashlib
@@ -24,8 +25,10 @@ from system.errors import UserError, explain
 from system.files import check_entries, crc32, footer_crc32, load_array, read_json
 
 SCHEMA = 3  # of meta.json
+PAIRS = 4  # the same of a data set of pairs, which earlier versions would learn the prompts of
 CHECKED = 128 << 20  # bytes that are compared with their sha256 at every start: a blink
 ARRAYS = ("train.npy", "val.npy", "train_domain.npy", "val_domain.npy")
+ANSWERS = ("train_answer.npy", "val_answer.npy")  # of a data set of pairs
 DATA_FILES = [*ARRAYS, "train_docs.parquet", "val_docs.parquet", "meta.json"]
 ENTRIES = {"schema": int, "tokenizer": str, "vocab_size": int, "eot": int, "block_size": int}
 ENTRIES |= {"domains": list, "chunks": dict, "sha256": dict, "config": dict, "tokens": dict}
@@ -39,15 +42,40 @@ class Split:
     rows: np.ndarray  # uint16 (n_chunks, block_size + 1), memmapped
     domain: np.ndarray  # uint16 (n_chunks,), index into Dataset.domains
     file: object  # the open file of rows
+    # of pairs, uint32 (n_chunks, 2), memmapped: a row's tokens from the first to before the second
+    # are the answer and its <eot>
+    answer: np.ndarray | None = None
 
     def batch(self, ids, block_size):
         """ids (b,) -> X, Y int64 (b, block_size): the first block_size tokens of each chunk, and
-        the tokens after them. Raises UserError where the file was cut short meanwhile: reading
-        behind its end would kill the process."""
+        the tokens after them; of a pair -1 for those that are not of the answer. Raises UserError
+        where the file was cut short meanwhile: reading behind its end would kill the process."""
         if os.fstat(self.file.fileno()).st_size < self.rows.offset + self.rows.nbytes:
             raise UserError(f"{self.file.name} was cut short while it was read: prepare it again")
         rows = self.rows[ids, : block_size + 1].astype(np.int64)
-        return rows[:, :-1], rows[:, 1:]
+        answer = None if self.answer is None else self.answer[ids]
+        return rows[:, :-1], labels_of(rows, answer)
+
+    def n_labels(self, block_size, ids=slice(None)):
+        """How many labels the chunks ids (all of them) have in batch(): int64 (n,)."""
+        if self.answer is None:
+            return np.full(len(self.domain[ids]), block_size)
+        first, end = self.answer[ids].astype(np.int64).T
+        return (np.minimum(end, block_size + 1) - first).clip(min=0)
+
+    def text(self, chunk):
+        """Which tokens of a chunk's row are text, a slice: of a pair not what stands around it."""
+        return slice(0, None) if self.answer is None else slice(1, int(self.answer[chunk, 1]) - 1)
+
+
+def labels_of(rows, answer):
+    """rows int64 (b, T + 1) -> what they predict, Y (b, T): all tokens but the first, or, where
+    answer (b, 2) says where the answers lie, only theirs, and -1 for the others."""
+    if answer is None:
+        return rows[:, 1:]
+    place = np.arange(1, rows.shape[1])
+    first, end = answer[:, :1], answer[:, 1:]
+    return np.where((first <= place) & (place < end), rows[:, 1:], -1)
 
 
 @dataclass
@@ -64,13 +92,18 @@ class Dataset:
         return self.meta["domains"]
 
     @property
+    def is_pairs(self):
+        """Whether its chunks are pairs of prompt and answer."""
+        return self.meta["schema"] == PAIRS
+
+    @property
     def tokenizer(self):
         return tokenizer(self.meta["tokenizer"])
 
     @property
     def hash(self):
         """One sha256 for the arrays: what a run's values belong to."""
-        sums = {name: self.meta["sha256"][name] for name in sorted(ARRAYS)}
+        sums = {name: self.meta["sha256"][name] for name in sorted(arrays(self.meta))}
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def ids(self, step, batch, seed):
@@ -118,12 +151,12 @@ def open_dataset(data_dir, keep=""):
     if not (path / "meta.json").is_file():
         raise UserError(f"no prepared data in {path}: type: {again}")
     meta = read_json(path / "meta.json", f"type: {again} --overwrite", {"schema": int})
-    if meta["schema"] != SCHEMA:
-        what = f"{path}/meta.json has schema {meta['schema']}, this code reads {SCHEMA}"
+    if meta["schema"] not in (SCHEMA, PAIRS):
+        what = f"{path}/meta.json has schema {meta['schema']}, this code reads {SCHEMA} and {PAIRS}"
         raise UserError(f"{what}: type: {again} --overwrite")
     check_meta(meta, path, f"type: {again} --overwrite")
     dataset = Dataset(path, meta, open_split(path, meta, "train"), open_split(path, meta, "val"))
-    checked = small_arrays(path)
+    checked = small_arrays(path, meta)
     dataset.verify(checked)
     for split, name in ((dataset.train, "train_domain.npy"), (dataset.val, "val_domain.npy")):
         if name in checked and (split.domain >= len(meta["domains"])).any():
@@ -134,12 +167,17 @@ def open_dataset(data_dir, keep=""):
     return dataset
 
 
-def small_arrays(path):
+def arrays(meta):
+    """The names of a data folder's arrays."""
+    return (*ARRAYS, *ANSWERS) if meta["schema"] == PAIRS else ARRAYS
+
+
+def small_arrays(path, meta):
     """The arrays that are compared with their sha256 whenever a data folder is opened: the smallest
     ones, CHECKED bytes in all."""
-    sizes = {name: (path / name).stat().st_size for name in ARRAYS}
+    sizes = {name: (path / name).stat().st_size for name in arrays(meta)}
     found, total = [], 0
-    for name in sorted(ARRAYS, key=sizes.get):
+    for name in sorted(sizes, key=sizes.get):
         total += sizes[name]
         if total <= CHECKED:
             found.append(name)
@@ -151,7 +189,8 @@ def check_meta(meta, path, cure):
     check_entries(meta, ENTRIES, path / "meta.json", cure)
     for key in ("chunks", "tokens"):
         check_entries(meta[key], {"train": int, "val": int}, path / "meta.json", cure)
-    check_entries(meta["sha256"], dict.fromkeys(DATA_FILES[:-1], str), path / "meta.json", cure)
+    names = [*arrays(meta), *DATA_FILES[len(ARRAYS) : -1]]
+    check_entries(meta["sha256"], dict.fromkeys(names, str), path / "meta.json", cure)
     if not all(isinstance(name, str) for name in meta["domains"]):
         raise UserError(f"{path}/meta.json is damaged (a domain is no text): {cure}")
     if meta["tokenizer"] not in TOKENIZERS:
@@ -167,13 +206,21 @@ def open_split(path, meta, name):
     # else the system reads ahead of every row, on some machines 8 MB for 2 KB
     rows.base.madvise(mmap.MADV_RANDOM)
     domain = load_array(path / f"{name}_domain.npy", cure, np.uint16, (n,))
-    return Split(rows, domain, open(path / f"{name}.npy", "rb"))
+    answer = None
+    if meta["schema"] == PAIRS:
+        answer = load_array(path / f"{name}_answer.npy", cure, np.uint32, (n, 2))
+        is_within = (answer[:, 0] >= 1) & (answer[:, 0] < answer[:, 1]) & (answer[:, 1] <= shape[1])
+        if not is_within.all():
+            what = f"{path}/{name}_answer.npy is damaged, an answer is not within its row"
+            raise UserError(f"{what}: {cure}")
+    return Split(rows, domain, open(path / f"{name}.npy", "rb"), answer)
 
 
 # the options of prepare_pile.py that decide what is written, with their defaults
 PREPARED_BY = {"source": "", "dataset": "monology/pile-uncopyrighted", "text_key": "text"}
 PREPARED_BY |= {"domain_key": "meta.pile_set_name", "domains": "", "tokenizer": "gpt2"}
 PREPARED_BY |= {"block_size": 1024, "val_fraction": 0.01, "limit_tokens": 0}
+PREPARED_BY |= {"prompt_key": "", "answer_key": ""}
 PREPARED_BY |= {"follow_links": False, "max_document_mb": 64}
 
 
@@ -280,17 +327,23 @@ class Target:
     rows: np.ndarray  # (n, block_size + 1) integers; -1: no token (a short text's padding)
     ids: np.ndarray | None  # (n,) chunk ids in val.npy, None for a text of the user's own
     notes: tuple = ()  # lines that a reader of its values should know, mostly none
+    answer: np.ndarray | None = None  # of pairs, where in each of rows the answer lies: see Split
 
     def batch(self, picks):
         """picks (b,) of its rows -> X, Y int64 (b, block_size); Y is -1 where nothing is to be
         predicted."""
-        rows = self.rows[picks if self.ids is None else self.ids[picks]].astype(np.int64)
-        return rows[:, :-1].clip(min=0), rows[:, 1:]
+        places = picks if self.ids is None else self.ids[picks]
+        rows = self.rows[places].astype(np.int64)
+        answer = None if self.answer is None else self.answer[places]
+        return rows[:, :-1].clip(min=0), labels_of(rows, answer)
 
     def checksum(self):
         """CRC-32 of a text, whose file may change; None of chunks of val.npy, which the data's hash
         covers."""
-        return zlib.crc32(self.rows.tobytes()) if self.ids is None else None
+        if self.ids is not None:
+            return None
+        answers = b"" if self.answer is None else self.answer.tobytes()
+        return zlib.crc32(self.rows.tobytes() + answers)
 
     def __len__(self):
         return len(self.rows if self.ids is None else self.ids)
@@ -328,9 +381,9 @@ def parse_targets(spec, dataset, block_size):
 
 
 def parse_target(part, dataset, block_size):
-    rows = dataset.val.rows[:, : block_size + 1]
     if part == "val":
-        return Target("val", rows, np.arange(len(rows)), validation_notes(dataset))
+        ids = np.arange(len(dataset.val.rows))
+        return validation_target("val", ids, dataset, block_size, validation_notes(dataset))
     if part.startswith("val:"):
         domain = part.removeprefix("val:")
         if domain not in dataset.domains:
@@ -338,7 +391,7 @@ def parse_target(part, dataset, block_size):
             have = f"{dataset.path}; it has {there} (a comma within a name is written \\,)"
             raise UserError(f"--targets: no domain {domain!r} in {have}")
         ids = np.flatnonzero(dataset.val.domain == dataset.domains.index(domain))
-        return Target(domain, rows, ids)
+        return validation_target(domain, ids, dataset, block_size)
     name, equals, file = part.partition("=")
     if not name or not equals:
         ways = (
@@ -346,6 +399,17 @@ def parse_target(part, dataset, block_size):
         )
         raise UserError(f"--targets: {part!r} is no target: {ways}")
     return file_target(name, file, dataset, block_size)
+
+
+def validation_target(name, ids, dataset, block_size, notes=()):
+    """The target of some chunks of val.npy: of those that have a label."""
+    val = dataset.val
+    has_label = val.n_labels(block_size, ids) > 0
+    if not has_label.all():
+        n = np.count_nonzero(~has_label)
+        what = f"{name}: {n} of {len(ids)} chunks have no label within --block_size={block_size}"
+        notes = (*notes, f"{what}: they are left out")
+    return Target(name, val.rows[:, : block_size + 1], ids[has_label], notes, val.answer)
 
 
 def validation_notes(dataset):
@@ -396,23 +460,31 @@ FEW_TOKENS = 100  # the loss of so short a text is mostly noise
 def file_target(name, file, dataset, block_size):
     """The target called name, of a file: "notes.txt", "val.jsonl", or "val.jsonl:content" where the
     texts stand under another key than in the data. Raises UserError."""
-    tok = dataset.tokenizer
     path, key = cut_at_key(file)
     skipped = ""
+    answer = None
     try:
         if holds_records(path):
-            stream, skipped = record_stream(name, path, key, dataset)
+            documents, skipped = record_documents(name, path, key, dataset, block_size)
+            if dataset.is_pairs:
+                rows, answer = rows_of_pairs(documents, block_size, dataset.tokenizer)
+            else:
+                tokens = np.concatenate([tokens for tokens, _ in documents])
+                rows = rows_of_stream(behind_eot(tokens, dataset.tokenizer), block_size)
         else:
-            stream = text_stream(path, tok)
+            rows = rows_of_stream(text_stream(path, dataset.tokenizer), block_size)
     except OSError as e:
         raise UserError(f"--targets: {explain(e)}") from e
     notes = []
     if skipped:
         notes.append(f"{name}: skipped in {path}: {skipped}")
-    if len(stream) - 1 < FEW_TOKENS:
-        tokens = "1 token" if len(stream) == 2 else f"{len(stream) - 1} tokens"
+    target = Target(name, rows, None, answer=answer)
+    n_labels = np.count_nonzero(target.batch(np.arange(len(rows)))[1] >= 0)
+    if n_labels < FEW_TOKENS:
+        tokens = "1 token" if n_labels == 1 else f"{n_labels} tokens"
         notes.append(f"{name}: {tokens}: values for so short a text are mostly noise")
-    return Target(name, rows_of_stream(stream, block_size), None, tuple(notes))
+    target.notes = tuple(notes)
+    return target
 
 
 def holds_records(path):
@@ -428,9 +500,9 @@ def cut_at_key(file):
     return file, ""
 
 
-def record_stream(name, path, key, dataset):
-    """A file of records -> int32 (n,): its documents as prepare_pile.py makes tokens of them, each
-    between two <eot>; and what was skipped, in words. Raises UserError and OSError."""
+def record_documents(name, path, key, dataset, block_size):
+    """A file of records -> [(tokens, answer)] of its documents, as pile.texts.file_tokens() makes
+    them, and what was skipped, in words. Raises UserError and OSError."""
     # not above: pyarrow takes its time, and most runs have no such target
     from pile.parquet import MissingColumn
     from pile.texts import Reading, file_tokens
@@ -440,14 +512,21 @@ def record_stream(name, path, key, dataset):
         domain_key=prepared_with(dataset.meta, "domain_key"),
         max_document_mb=prepared_with(dataset.meta, "max_document_mb"),
     )
+    if dataset.is_pairs:
+        if key:
+            what = f"--targets: {path}:{key} names one key, and {dataset.path} is of pairs"
+            raise UserError(f"{what}: leave :{key} out; the keys are those of the data")
+        reading.prompt_key = prepared_with(dataset.meta, "prompt_key")
+        reading.answer_key = prepared_with(dataset.meta, "answer_key")
+        reading.block_size = block_size
     try:
-        tokens, skipped = file_tokens(path, reading, dataset.tokenizer)
+        documents, skipped = file_tokens(path, reading, dataset.tokenizer)
     except MissingColumn:
-        tokens, skipped = (), {}
+        documents, skipped = [], {}
     reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
-    if not len(tokens):
+    if not documents:
         refuse_textless(name, path, reading, reasons)
-    return behind_eot(tokens, dataset.tokenizer), reasons
+    return documents, reasons
 
 
 def refuse_textless(name, path, reading, reasons):
@@ -457,6 +536,9 @@ def refuse_textless(name, path, reading, reasons):
     keys = look([path], reading)
     parts = [f"skipped: {reasons}" if reasons else "", keys.named()]
     known = "; ".join(part for part in parts if part) or "it is empty"
+    if reading.answer_key:
+        pair = f"{reading.prompt_key!r} and {reading.answer_key!r}"
+        raise UserError(f"--targets: {path} has no pair under {pair} ({known}): name another file")
     cure = "name another file"
     key = keys.longest_text()
     if key and not keys.with_text:
@@ -489,6 +571,17 @@ def rows_of_stream(stream, block_size):
     stream = np.concatenate([stream, padding])
     windows = np.lib.stride_tricks.sliding_window_view(stream, block_size + 1)
     return windows[::block_size].copy()
+
+
+def rows_of_pairs(documents, block_size, tok):
+    """Pairs [(tokens, answer)] -> int32 (n, block_size + 1), each a row filled up with <eot>, and
+    where the answers lie, int64 (n, 2): see Split."""
+    rows = np.full((len(documents), block_size + 1), tok.eot, np.int32)
+    answers = np.empty((len(documents), 2), np.int64)
+    for i, (tokens, answer) in enumerate(documents):
+        rows[i, : len(tokens)] = tokens
+        answers[i] = answer, len(tokens)
+    return rows, answers
 
 
 def read_text(path, key):

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from shapley import hindsight
+from shapley import hindsight, labels
 from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_without
 from shapley.replay import Training, state_of
 from shapley.targets import Targets
@@ -111,6 +111,7 @@ class Rerun:
             options.grad_clip,
             options.batch_size,
             precise_losses=self.chunk_losses,
+            shares=lambda Y: labels.shares(labels.count(Y)),
         )
         self.n_targets = len(targets)
         settings = Settings(micro_batch=max(options.batch_size, TOKENS // options.block_size))
@@ -126,12 +127,15 @@ class Rerun:
         return [torch.as_tensor(a, device=self.options.device) for a in arrays]
 
     def chunk_losses(self, X, Y, is_low=False):
-        """Each chunk's mean token loss (b,), float64: in float32 the mean would be rounded."""
+        """Each chunk's mean token loss (b,), float64: in float32 the mean would be rounded. 0 of a
+        chunk without a label."""
         x, y = self.to_device(X, Y)
         with torch.amp.autocast(self.device_type, torch.bfloat16, enabled=is_low):
             logits = self.model.lm_head(self.model.features(x))
-            of_token = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        return of_token.view(y.shape).double().mean(1)
+            of_token = F.cross_entropy(
+                logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none"
+            )
+        return of_token.view(y.shape).double().sum(1) / labels.count(y).clamp(min=1)
 
     def loss(self, X, Y):
         return self.model(*self.to_device(X, Y))[1]
@@ -354,7 +358,7 @@ def take_back(rerun, segment, sweep, end, horizon, bar):
             bar.update(2)
         losses = parallel.gather(step.losses).cpu().numpy()
         visits.append(visit_records(step, losses, np.stack(values, 1)))
-        books.append(book_record(step, losses, rerun.n_targets))
+        books.append(book_record(step, step.shares @ losses, rerun.n_targets))
         after = step.weights
     if parallel.rank() == 0:
         with files.atomic(rerun.folder / f"segment-{segment.first}.npz") as file:
@@ -392,13 +396,13 @@ def visit_records(step, losses, values):
     return visits
 
 
-def book_record(step, losses, n_targets):
-    """A step's record for books.npy (1,)."""
+def book_record(step, loss, n_targets):
+    """A step's record for books.npy (1,). loss: of the batch."""
     entries = {
         "step": step.number,
         "lr": step.lr,
         "kappa": step.clip_coef,
-        "loss": losses.mean(),
+        "loss": loss,
     }
     return store.record(store.book_dtype(n_targets), entries)
 

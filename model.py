@@ -154,7 +154,8 @@ class GPT(nn.Module):
         for pn, p in self.named_parameters():
             if pn.endswith("c_proj.weight"):
                 torch.nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.chunk_loss = None  # (B,) nats: set by a forward with a ledger
+        # set by a forward with a ledger: see shapley/ghost.py
+        self.chunk_loss = self.chunk_weight = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
@@ -212,9 +213,9 @@ class GPT(nn.Module):
         """idx (B, T) int64; targets (B, T) int64, -1 where nothing is to be predicted; ledger
         (B, K) zeros that require grad, or None.
 
-        Returns logits (B, T, vocab_size), and the mean token loss in nats. Without targets the
-        logits are (B, 1, vocab_size). Where the head works chunk by chunk (shapley/head.py) they
-        are None.
+        Returns logits (B, T, vocab_size), and the mean loss of the tokens that are to be predicted,
+        in nats; 0 where there is none. Without targets the logits are (B, 1, vocab_size). Where the
+        head works chunk by chunk (shapley/head.py) they are None.
         """
         # forward the GPT model itself
         x = self.features(idx, ledger)
@@ -223,6 +224,9 @@ class GPT(nn.Module):
             # inference-time mini-optimization: only forward the lm_head on the very last position
             logits = self.lm_head(x[:, [-1], :])  # note: using list [-1] to preserve the time dim
             return logits, None
+        n_labels = (targets >= 0).sum(1)
+        if ledger is not None:
+            self.chunk_weight = n_labels
         if head.is_chunked(x, self.lm_head.weight, ledger):
             # the logits, the largest tensor of the step, never exist whole
             loss, self.chunk_loss = head.loss(x, self.lm_head.weight, targets, ledger)
@@ -232,11 +236,12 @@ class GPT(nn.Module):
         flat_targets = targets.reshape(-1)
         if ledger is None:
             # if we are given some desired targets also calculate the loss
-            loss = F.cross_entropy(flat_logits, flat_targets, ignore_index=-1)
-            return logits, loss
-        token_loss = F.cross_entropy(flat_logits, flat_targets, reduction="none").view(idx.shape)
-        self.chunk_loss = token_loss.detach().mean(1)
-        return logits, token_loss.mean()
+            loss = F.cross_entropy(flat_logits, flat_targets, ignore_index=-1, reduction="sum")
+            return logits, loss / n_labels.sum().clamp(min=1)
+        token_loss = F.cross_entropy(flat_logits, flat_targets, ignore_index=-1, reduction="none")
+        token_loss = token_loss.view(idx.shape)
+        self.chunk_loss = token_loss.detach().sum(1) / n_labels.clamp(min=1)
+        return logits, token_loss.sum() / n_labels.sum().clamp(min=1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         # start with all of the candidate parameters

@@ -8,6 +8,8 @@
                                                             file from the third on
     python prepare_pile.py --source=pile --merge            after them: what a run without --shard
                                                             would have made, to the byte
+    python prepare_pile.py --source=pairs.jsonl --prompt_key=prompt --answer_key=answer
+                                                            a pair a chunk: only answers are learned
     python prepare_pile.py --verify                         is every array as it was written?
 
 Sources: .parquet; .jsonl, .ndjson and .json with a record a line; .txt. All but .parquet may be
@@ -40,9 +42,16 @@ that has a token in a chunk: doc (its number in reading order), domain, source (
 A domain is a text, a number or a date. It may also stand in a text of JSON, under a flat key with
 dots, or in a map. A record without one, or with one of over 200 characters, takes its file's name
 as its domain, and is counted. Records that cannot be used are skipped and counted: not_utf8,
-not_json, no_text (no string under text_key), empty (or only white space), lone_surrogate (half a
-character), too_long (for max_document_mb; of a parquet file also all rows of a group with a much
-larger page), not_tokenized.
+not_json, no_text (no string under text_key, or under both keys of a pair), empty (or only white
+space), lone_surrogate (half a character), too_long (for max_document_mb; of a parquet file also all
+rows of a group with a much larger page), not_tokenized.
+
+Pairs (--prompt_key, --answer_key; .jsonl and its like): each has a chunk of its own, <eot> prompt
+answer <eot>, filled up with <eot>, and only the answer and the <eot> behind it are labels.
+train_answer.npy and val_answer.npy, uint32 (n_chunks, 2), hold where in its row an answer begins,
+and the token after its <eot>. Prompt and answer are tokenized apart and joined as they are: what is
+to stand between them has to stand in one of them. Also skipped and counted are no_answer (an answer
+of white space) and too_many_tokens (more than a chunk holds): no pair is cut.
 """
 
 import hashlib
@@ -86,6 +95,7 @@ SKIPPED = (  # why a record becomes no document, in the order in which meta.json
     "too_long",
     "not_tokenized",
 )
+PAIR_SKIPPED = ("no_answer", "too_many_tokens")  # and why a pair does not
 
 # --- options ----------------------------------------------------------------------
 
@@ -111,6 +121,8 @@ class Config:
     source: str = ""  # python | a file, a folder or a glob; empty: the hub
     dataset: str = "monology/pile-uncopyrighted"  # on the hub, or a folder for `datasets`
     text_key: str = "text"  # where a record has its text; a dot goes one level down
+    prompt_key: str = ""  # with answer_key: of pairs, each in a chunk of its own
+    answer_key: str = ""  # only what stands here is learned
     domain_key: str = "meta.pile_set_name"  # where it has its domain; else its file's name
     domains: str = ""  # comma-separated: only these; empty: all. A comma within a name: \,
     follow_links: bool = False  # also read what symbolic links in a folder lead to
@@ -135,10 +147,21 @@ class Config:
         for key in NEVER_EMPTY:
             if not getattr(self, key):
                 raise UserError(f"--{key}=: write --{key}=<a name>")
+        if bool(self.prompt_key) != bool(self.answer_key):
+            raise UserError(
+                "--prompt_key and --answer_key name the two parts of a pair: write both"
+            )
+        if self.is_pairs and self.source in ("", "python"):
+            what = "--prompt_key and --answer_key are of records of your own"
+            raise UserError(f"{what}: name a .jsonl file with --source=...")
         self.shard_numbers()
         if self.shard and (self.merge or self.limit_tokens or self.source == "python"):
             others = "neither --merge nor --limit_tokens nor --source=python"
             raise UserError(f"--shard={self.shard} goes with {others}: write one or the other")
+
+    @property
+    def is_pairs(self):
+        return bool(self.answer_key)
 
     def shard_numbers(self):
         """Returns i, n of --shard=i/n, or 1, 1 without --shard. Raises UserError."""
@@ -174,7 +197,7 @@ def prepare(cfg):
     """Writes cfg.data_dir, or the parts of one shard.
 
     Raises UserError and OSError. data_dir then stays as it was, and finished parts are kept."""
-    folders = Folders(cfg.data_dir, data.DATA_FILES)
+    folders = Folders(cfg.data_dir, [*data.DATA_FILES, *data.ANSWERS])
     folders.recover()
     if cfg.verify:
         data.open_dataset(cfg.data_dir).verify()
@@ -290,7 +313,9 @@ def warn_of_keys(cfg, source):
     if keys.records < RECORDS:  # a short source: what is wrong with it is said in a moment
         return
     first = f"caution: none of the first {keys.records} records has a"
-    if not keys.with_text:
+    if not keys.with_text and cfg.is_pairs:
+        say(f"{first} pair under {cfg.prompt_key!r} and {cfg.answer_key!r}; {keys.named()}")
+    elif not keys.with_text:
         cure = command(f"--text_key={keys.longest_text() or '<one of them>'}")
         say(f"{first} text under {cfg.text_key!r}; {keys.named()}: type {cure}")
     elif not keys.with_domain:
@@ -355,7 +380,7 @@ def write_data_set(cfg, counts, source, files, folders, partial):
     except UserError:
         folders.clear()  # other options will need other parts
         raise
-    pack(counts, partial, meta)
+    pack(counts, partial, meta, cfg.is_pairs)
     write_json(partial / "meta.json", meta)
     folders.publish(partial, cfg.overwrite)
     folders.clear()
@@ -366,8 +391,9 @@ def describe(cfg, counts, source, files):
     """The content of meta.json, except what pack() adds. counts: the sum over all parts.
 
     Raises UserError where a split or a domain that was asked for has no document."""
-    skipped = {reason: counts["skipped", reason] for reason in SKIPPED}
-    by_domain = count_domains(counts, cfg.block_size + 1)
+    reasons = [*SKIPPED, *(PAIR_SKIPPED if cfg.is_pairs else ())]
+    skipped = {reason: counts["skipped", reason] for reason in reasons}
+    by_domain = count_domains(counts, cfg.block_size + 1, cfg.is_pairs)
     check_domains(cfg, counts, by_domain)
     if not by_domain:
         refuse_nothing(cfg, skipped, source)
@@ -375,10 +401,10 @@ def describe(cfg, counts, source, files):
     tokens = {}
     for split in SPLITS:
         chunks[split] = sum(splits[split]["chunks"] for splits in by_domain.values())
-        tokens[split] = chunks[split] * (cfg.block_size + 1)
+        tokens[split] = sum(splits[split]["tokens"] for splits in by_domain.values())
     check_splits(cfg, counts["tokens"], chunks)
     return {
-        "schema": data.SCHEMA,
+        "schema": data.PAIRS if cfg.is_pairs else data.SCHEMA,
         "tokenizer": cfg.tokenizer,
         "vocab_size": TOKENIZERS[cfg.tokenizer].n_vocab,
         "eot": TOKENIZERS[cfg.tokenizer].eot,
@@ -392,7 +418,7 @@ def describe(cfg, counts, source, files):
         "left_out": source.left_out,  # files of a folder
         "documents": sum(n for key, n in counts.items() if key[0] == "documents"),
         "dropped_tokens": counts["tokens"] - sum(tokens.values()),
-        "tokens": tokens,  # in the arrays, with <eot>
+        "tokens": tokens,  # in the arrays, with <eot>; of pairs without what fills rows up
         "source": cfg.source or cfg.dataset,
         "files": inventory(cfg.source, files),
         "config": cfg.makes(),
@@ -401,19 +427,23 @@ def describe(cfg, counts, source, files):
     }
 
 
-def count_domains(counts, width):
+def count_domains(counts, width, is_pairs=False):
     """Counts of the parts -> {domain: {split: its documents, tokens and chunks}}.
 
-    The domains are in the order in which they were met. width: tokens of a chunk."""
+    The domains are in the order in which they were met. width: tokens of a chunk. is_pairs: each
+    document has a chunk."""
     by_domain = {}
     for key in counts:
         if key[0] == "documents":
             by_domain[key[2]] = {}
     for domain, splits in by_domain.items():
         for split in SPLITS:
-            chunks = counts["tokens", split, domain] // width
-            documents = counts["documents", split, domain]
-            splits[split] = {"documents": documents, "tokens": chunks * width, "chunks": chunks}
+            tokens = counts["tokens", split, domain]
+            chunks = documents = counts["documents", split, domain]
+            if not is_pairs:
+                chunks = tokens // width
+                tokens = chunks * width
+            splits[split] = {"documents": documents, "tokens": tokens, "chunks": chunks}
     return by_domain
 
 
@@ -433,15 +463,17 @@ def refuse_nothing(cfg, skipped, source):
     """Raises the UserError of a source without a single document."""
     numbers = [f"{n} {reason}" for reason, n in skipped.items() if n]
     reasons = [", ".join(numbers) or "nothing", *explain_left_out(source.left_out)]
-    cure = "see --source and --text_key"
+    cure = f"see --source and {'--prompt_key, --answer_key' if cfg.is_pairs else '--text_key'}"
     if skipped["no_text"]:
         keys = look(source.names, cfg, source.opener)
         if keys.texts:
             reasons.append(keys.named())
-        if keys.longest_text() and not keys.with_text:
+        if keys.longest_text() and not keys.with_text and not cfg.is_pairs:
             cure = f"type {command(f'--text_key={keys.longest_text()}')}"
     if skipped["too_long"]:
         cure = f"{cure}, or raise --max_document_mb={cfg.max_document_mb}"
+    if skipped.get("too_many_tokens"):
+        cure = f"{cure}, or raise --block_size={cfg.block_size}"
     what = f"no document in {cfg.source or cfg.dataset} (skipped: {'; '.join(reasons)})"
     raise UserError(f"{what}: {cure}")
 

@@ -45,7 +45,7 @@ import config
 import lookback
 import train
 from data import open_dataset, parse_targets
-from shapley import ghost
+from shapley import ghost, labels
 from show import findings, hindsight, tables
 from show.run import open_run
 from system import files, parallel, store, terminal
@@ -506,11 +506,12 @@ class Frozen:
         """The step's chunks, as if the run had been at these weights then."""
         X, Y = self.data.train.batch(ids, self.options.block_size)
         self.valuation.begin_step(step, float(book["lr"]), tokens=(X, Y))
-        micro_steps = self.options.gradient_accumulation_steps
+        n_labels = labels.count(Y)
         for rows in train.micro_batches(len(ids), self.options.batch_size):
             x, y = self.to_device(X[rows], Y[rows])
-            loss = self.loss(x, y, self.valuation.new_ledger(ids[rows], x, y))
-            (loss / micro_steps).backward()
+            share = n_labels[rows].sum() / n_labels.sum()
+            loss = self.loss(x, y, self.valuation.new_ledger(ids[rows], x, y, share))
+            (loss * share).backward()
         clip_coef = float(book["kappa"])
         for p in self.model.parameters():
             p.grad.mul_(clip_coef)  # as the run clipped it
@@ -587,7 +588,8 @@ def tokens(run, chunks):
     checkpoint: its step, and float64 (n, T, K) nats.
 
     Position t has read token t and predicts the next. A chunk's sum is its value in a step there,
-    <x_i, h>, before what `adamw` corrects for by the batch. Two-pass rules need a batch: the
+    <x_i, h>, before what `adamw` corrects for by the batch; of pairs, in a step of chunks that have
+    as many labels as all have on average. Two-pass rules need a batch: the
     one-pass rule of their optimizer stands for them.
     """
     cfg = Config(run=str(run.original), targets=run.cfg["targets"], data_dir=str(run.data.path))
@@ -600,12 +602,17 @@ def tokens(run, chunks):
     frozen.restore(original.checkpoints[step], book)
     frozen.model.eval()
     scale = float(book["lr"] * book["kappa"])
+    # what a label counts in a step of chunks that have as many labels as all have on average
+    mean_labels = run.data.train.n_labels(options.block_size).mean()
+    label_share = 1 / (options.batch * mean_labels)
     of_chunk = []
     for chunk in progress(chunks, "tokens", unit="chunk", leave=False, delay=2):
         tape = ghost.Tape()
-        frozen.loss(*run.data.train.batch([chunk], options.block_size), tape).backward()
+        X, Y = run.data.train.batch([chunk], options.block_size)
+        frozen.loss(X, Y, tape).backward()
         values = tape.values(each_token=True).double().cpu().numpy()
-        of_chunk.append(values * scale / options.batch)
+        share = labels.count(Y).sum() * label_share
+        of_chunk.append(values * (scale * share))
         frozen.optimizer.zero_grad(set_to_none=True)
     return step, np.stack(of_chunk)
 

@@ -31,6 +31,7 @@ import torch
 import config
 from data import open_dataset, own_targets, parse_targets
 from model import GPT, GPTConfig
+from shapley import labels
 from show import dashboard, findings, tables
 from show.progress import Progress, evaluation_lines
 from system import files, machine, needs, parallel, store, terminal
@@ -293,6 +294,15 @@ def micro_batches(n_chunks, batch_size):
     return [slice(start, start + size) for start in range(0, n_chunks, size)]
 
 
+def count_labels(Y, iter_num):
+    """The labels of each chunk of a step, int64 (B,). Raises UserError where there is none."""
+    n_labels = labels.count(Y)
+    if not n_labels.any():
+        what = f"step {iter_num}: none of its {len(Y)} chunks has a label within --block_size"
+        raise UserError(f"{what}: raise --block_size or --batch_size")
+    return n_labels
+
+
 # learning rate decay scheduler (cosine with warmup)
 def get_lr(cfg, it):
     if not cfg.decay_lr:
@@ -313,8 +323,9 @@ def get_lr(cfg, it):
 def evaluation_batches(data, cfg):
     """The validation chunks that an evaluation uses, the same every time: [(domain, ids)]."""
     batches = []
-    for domain in np.unique(data.val.domain):
-        ids = np.flatnonzero(data.val.domain == domain)
+    has_label = data.val.n_labels(cfg.block_size) > 0
+    for domain in np.unique(data.val.domain[has_label]):
+        ids = np.flatnonzero((data.val.domain == domain) & has_label)
         # spread over the domain, for the first ones would be of one document
         ids = ids[:: max(1, len(ids) // cfg.eval_chunks)][: cfg.eval_chunks]
         for some in np.split(ids, range(cfg.batch_size, len(ids), cfg.batch_size)):
@@ -327,9 +338,11 @@ def evaluation_batches(data, cfg):
 def estimate_loss(model, compute_loss, data, cfg, check):
     """Losses of the same validation chunks every time, in nats -> the mean over the domains,
     weighted by their size, and {domain: mean loss}. check: called before each batch."""
-    n_chunks = np.bincount(data.val.domain, minlength=len(data.domains))
+    has_label = data.val.n_labels(cfg.block_size) > 0
+    n_chunks = np.bincount(data.val.domain[has_label], minlength=len(data.domains))
     batches = evaluation_batches(data, cfg)
     losses = torch.zeros(len(batches))
+    sizes = torch.zeros(len(batches), dtype=torch.float64)  # labels, in chunks full of them
     n_padded = len(batches) + -len(batches) % parallel.size()  # as many for every rank
     model.eval()
     for i in range(parallel.rank(), n_padded, parallel.size()):
@@ -339,13 +352,14 @@ def estimate_loss(model, compute_loss, data, cfg, check):
         loss = float(compute_loss(X, Y))
         if i < len(batches):
             losses[i] = loss
+            sizes[i] = labels.count(Y).sum() / cfg.block_size
     model.train()
-    (losses,) = parallel.add([losses])
+    losses, sizes = parallel.add([losses, sizes])
     total = np.zeros(len(n_chunks))
     count = np.zeros(len(n_chunks))
-    for (domain, ids), loss in zip(batches, losses.tolist()):
-        total[domain] += loss * len(ids)
-        count[domain] += len(ids)
+    for (domain, _), loss, size in zip(batches, losses.tolist(), sizes.tolist()):
+        total[domain] += loss * size
+        count[domain] += size
     domains = np.flatnonzero(n_chunks)
     by_domain = total[domains] / count[domains]
     mean = np.average(by_domain, weights=n_chunks[domains])
@@ -367,7 +381,7 @@ def estimate_target_losses(model, compute_loss, targets, cfg, check):
         for some in np.split(picks, range(cfg.batch_size, len(picks), cfg.batch_size)):
             check()
             X, Y = target.batch(some)
-            n_labels = int((Y >= 0).sum())
+            n_labels = int(labels.count(Y).sum())
             total += float(compute_loss(X, Y)) * n_labels
             n_tokens += n_labels
         losses[target.name] = total / n_tokens
@@ -524,9 +538,11 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
         board = dashboard.Board(cfg, state.wandb_id, data, targets, decode, visits)
         state.wandb_id = board.wandb_id
 
+    can_evaluate = len(evaluation_batches(data, cfg)) > 0
+
     def is_evaluated(iter_num):
         """Whether the validation loss is due after so many steps, and was not found before."""
-        if not cfg.eval_interval or not len(data.val.rows):
+        if not cfg.eval_interval or not can_evaluate:
             return False
         is_due = iter_num % cfg.eval_interval == 0 or iter_num == cfg.max_iters
         return is_due and iter_num not in [e["step"] for e in state.evaluations]
@@ -616,21 +632,25 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
 
             # forward backward update, with gradient accumulation to simulate larger batch size
             ids, X, Y = get_batch(iter_num)
+            n_labels = count_labels(Y, iter_num)
             # one-pass rules: the targets' gradients become directions
             valuation.begin_step(iter_num, lr, tokens=(X, Y))
-            ids, X, Y = ids[my_rows], X[my_rows], Y[my_rows]
+            ids, X, Y, my_labels = ids[my_rows], X[my_rows], Y[my_rows], n_labels[my_rows]
             for micro_step in range(micro_steps):
                 interrupted.check()
                 rows = micro_rows[micro_step]
                 x, y = to_device(X[rows], Y[rows])
+                # the step's loss is the mean over all its labels: what this mean counts in it
+                share = my_labels[rows].sum() / n_labels.sum()
                 # zeros (b, K); its gradient: the values
-                ledger = valuation.new_ledger(ids[rows], x, y)
+                ledger = valuation.new_ledger(ids[rows], x, y, share)
                 # in DDP training we only need to sync gradients at the last micro step.
                 model.require_backward_grad_sync = micro_step == micro_steps - 1
                 loss = compute_loss(x, y, ledger, model)
-                # scale the loss to account for gradient accumulation
-                (loss / micro_steps).backward()
-                progress.losses.append(loss.detach())
+                # scale the loss to account for gradient accumulation; gradients are the ranks' mean
+                scale = share * ddp_world_size
+                (loss * scale).backward()
+                progress.losses.append(loss.detach() * (scale * micro_steps))
             # clip the gradient
             clip_coef = clip_gradients(raw_model, cfg.grad_clip)
             # two-pass rules: now the batch's gradient is known
@@ -706,7 +726,8 @@ def describe_start(cfg, model, data, device):
 def describe_evaluation(cfg, data):
     """What the first evaluation is about to do, for it may take a while."""
     n_chunks = sum(len(ids) for _, ids in evaluation_batches(data, cfg))
-    chunks = f"{n_chunks:,} validation chunks of {len(np.unique(data.val.domain))} domains"
+    n_domains = len({domain for domain, _ in evaluation_batches(data, cfg)})
+    chunks = f"{n_chunks:,} validation chunks of {n_domains} domains"
     return f"evaluating {chunks}; every domain's loss goes to {cfg.out_dir}/evaluations.jsonl"
 
 

@@ -11,15 +11,17 @@
         valuation.end_step()
     valuation.commit()
 
-A step is a game whose players are the chunks of the global batch. Chunk i's value for target k is
-<x_i, h_k> nats: x_i is the gradient of its share of the training loss, h_k the rule's direction
-times lr (shapley/directions.py). Positive: it lowered the target's loss. The first EARLY steps of
-Adam-aware rules are marked in the ledger, for there every rule is rough.
+A step is a game whose players are the chunks of the global batch. Its loss is a weighted mean of
+theirs (shapley/labels.py). Chunk i's value for target k is <x_i, h_k> nats: x_i is the gradient of
+its part of the step's loss, h_k the rule's direction times lr (shapley/directions.py). Positive: it
+lowered the target's loss. The first EARLY steps of Adam-aware rules are marked in the ledger, for
+there every rule is rough.
 
 With Settings(target_smoothing=.9) each target has a second direction, of its gradient's mean over
 the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
 
-Works on any nn.Module made of shapley/ghost.py's ops; shapley/wrap.py makes one.
+Works on any nn.Module made of shapley/ghost.py's ops; shapley/wrap.py makes one. A step may have
+fewer than B chunks, as the last one of an epoch: what is left of its rows in the ledger is empty.
 B chunks of the global batch, b of a micro-batch, K targets.
 """
 
@@ -50,7 +52,7 @@ EARLY = 3  # AdamW's first updates, whose moments are too young for any rule
 @dataclass
 class Settings:
     rule: str = "adamw"  # one of shapley.directions.RULES
-    batch: int = 1  # B: chunks of a step, of all processes
+    batch: int = 1  # B: chunks of a step, of all processes; the most, where steps differ
     target_batch: int = 1  # chunks of each target that speak for it in a step
     target_sampling: str = "redraw"  # or "fixed": the same target chunks all along
     # beta of the mean of a target's gradients over the steps, a second direction; 0: none
@@ -157,8 +159,13 @@ class Valuation:
             self.set_directions()
         self.books.before(self.step)
 
-    def new_ledger(self, ids, X, Y):
+    def new_ledger(self, ids, X, Y, share=None):
         """A micro-batch's ids (b,) and tensors X, Y -> what its forward takes as ledger.
+
+        share: what the step's loss multiplies the micro-batch's mean loss by, as the backward does,
+        counted over all ranks: shares of 1/4 on each of two ranks are losses / 2 under DDP, whose
+        gradients are the ranks' mean. Without it b over the step's chunks. It has to be given where
+        the losses are weighted otherwise, as by labels.
 
         Of a one-pass rule zeros (b, K), whose gradient will be the values; (b, 2K) with smoothed
         directions. Of a two-pass rule a Tape where the micro-batch is the whole batch, else None:
@@ -171,8 +178,11 @@ class Valuation:
             ledger = None
         else:
             ledger = self.new_tape(X, Y)
+        if share is not None and not 0 <= share < np.inf:
+            what = f"share={share} of the step's loss"
+            raise UserError(f"{what}: give what the micro-batch's mean loss is multiplied by")
         rng = rng_state() if self.has_dropout else None
-        self.step.micro_batches.append(MicroBatch(ids, X, Y, ledger, rng))
+        self.step.micro_batches.append(MicroBatch(ids, X, Y, ledger, rng, share))
         return ledger
 
     @timed
@@ -182,6 +192,7 @@ class Valuation:
         clip_coef: what the gradients were multiplied by, a number or a tensor."""
         self.collect()
         self.check_batch()
+        self.set_shares()
         self.step.clip_coef = clip_coef
         self.rule.add_exact_rows(self.step)
         if self.two_pass:
@@ -204,6 +215,7 @@ class Valuation:
         if self.smoothing:
             step.smoothed = values[:, len(self.targets) :]
         step.losses = torch.cat([micro_batch.losses for micro_batch in micro_batches])
+        step.weights = torch.cat([micro_batch.weights() for micro_batch in micro_batches])
         if self.rule.exact_gradients:
             step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
             step.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
@@ -266,20 +278,37 @@ class Valuation:
         micro_batch = self.step.micro_batches[-1]
         if micro_batch.ledger is None or micro_batch.losses is not None:
             return
-        micro_batch.losses = self.model.chunk_loss
+        self.take_losses(micro_batch)
         for p in self.rule.exact_gradients:
             whole = self.weights.whole[p]
             micro_batch.per_chunk[p] = whole.per_chunk.grad
             whole.per_chunk = whole.exact_rows = None
 
+    def take_losses(self, micro_batch):
+        """What a forward with a ledger left on the model."""
+        micro_batch.losses = self.model.chunk_loss
+        counts = getattr(self.model, "chunk_weight", None)
+        micro_batch.counts = torch.ones_like(micro_batch.losses) if counts is None else counts
+
     def check_batch(self):
-        """Raises UserError where the step's micro-batches are not the batch: a row too few would be
-        written as several, with as many times its value."""
-        n_examples = sum(len(micro_batch.ids) for micro_batch in self.step.micro_batches)
-        if n_examples * parallel.size() != self.settings.batch:
-            examples = "1 example" if n_examples == 1 else f"{n_examples} examples"
-            cure = "leave a rest out, or give Valuation the batch of this step"
-            raise UserError(f"a step of {examples}, but batch={self.settings.batch}: {cure}")
+        """Raises UserError where the step has no chunk, or more than the ledger has rows for."""
+        n_chunks, batch = self.step.n_chunks(), self.settings.batch
+        if 0 < n_chunks * parallel.size() <= batch:
+            return
+        cure = "call new_ledger for each micro-batch, and let Settings(batch=...) be the largest"
+        raise UserError(f"a step of {n_chunks} examples a process, but batch={batch}: {cure}")
+
+    def set_shares(self):
+        """The shares that were not given, where the step's micro-batches are all known."""
+        micro_batches = self.step.micro_batches
+        given = [micro_batch.share is not None for micro_batch in micro_batches]
+        if any(given) != all(given):
+            what = f"step {self.step.number}: share=... was given for some micro-batches"
+            raise UserError(f"{what}: give it for all of them, or for none")
+        for micro_batch in micro_batches:
+            if micro_batch.share is None:
+                n_chunks = self.step.n_chunks() * parallel.size()
+                micro_batch.share = len(micro_batch.ids) / n_chunks
 
     def second_pass(self):
         """The chunks' values under directions that their own backward did not know: from the tape,
@@ -289,12 +318,11 @@ class Valuation:
                 micro_batch.values = micro_batch.ledger.values() / parallel.size()
                 continue
             ledger = self.weights.zeros(len(micro_batch.ids), self.n_directions)
-            share = len(micro_batch.ids) / self.settings.batch
             self.check()
             with self.weights.frozen(), replaying(micro_batch.rng):
-                loss = self.loss(micro_batch.X, micro_batch.Y, ledger) * share
+                loss = self.loss(micro_batch.X, micro_batch.Y, ledger) * micro_batch.share
                 (micro_batch.values,) = torch.autograd.grad(loss, ledger)
-            micro_batch.losses = self.model.chunk_loss
+            self.take_losses(micro_batch)
 
     def values_of(self, micro_batch):
         """(b, K or 2K) <x_i, h_k>, on the device."""
@@ -310,27 +338,31 @@ class Valuation:
         steps, self.pending = self.pending, []
         if not steps:
             return Flushed()
-        ids = gathered([torch.from_numpy(step.ids) for step in steps])
-        losses = gathered([step.losses for step in steps])
-        values = gathered([step.values for step in steps])
+        ids = self.gathered([torch.from_numpy(step.ids) for step in steps], store.NO_CHUNK)
+        losses = self.gathered([step.losses for step in steps])
+        values = self.gathered([step.values for step in steps])
+        weights = self.gathered([step.weights for step in steps])
         smoothed = products = squares = [None] * len(steps)
         if self.smoothing:
-            smoothed = gathered([step.smoothed for step in steps])
+            smoothed = self.gathered([step.smoothed for step in steps])
         if steps[0].products is not None:
-            products = gathered([step.products for step in steps])
-            squares = gathered([step.squares for step in steps])
+            products = self.gathered([step.products for step in steps])
+            squares = self.gathered([step.squares for step in steps])
         visits, books, audits = [], [], []
         for i, step in enumerate(steps):
             clip_coef = float(step.clip_coef)
+            if not weights[i].any():
+                what = f"step {step.number}: no example has a label"
+                raise UserError(f"{what}, so nothing was learned: leave such batches out")
             of_step = self.finished(step, values[i], products[i])
-            records = self.visit_records(step, ids[i], losses[i], of_step, squares[i])
+            records = self.visit_records(step, ids[i], losses[i], of_step, weights[i], squares[i])
             if self.smoothing:
                 records["smoothed"] = self.finished(step, smoothed[i], products[i])
             check_finite(records)
             visits.append(records)
-            books.append(self.book_record(step, clip_coef, visits[-1]))
+            books.append(self.book_record(step, clip_coef, visits[-1], weights[i]))
             if step.truth:
-                audits.append(self.audit_record(step, of_step))
+                audits.append(self.audit_record(step, of_step[ids[i] != store.NO_CHUNK]))
         flushed = Flushed(np.concatenate(visits), np.concatenate(books))
         if audits:
             flushed.audit = np.concatenate(audits)
@@ -343,7 +375,18 @@ class Valuation:
         clip_coef = float(step.clip_coef)
         return self.rule.correct(values * (step.lr * clip_coef), clip_coef, products)
 
-    def visit_records(self, step, ids, losses, values, squares):
+    def gathered(self, tensors, filler=0):
+        """One tensor a step, of this rank's chunks (n, ...) -> an array (steps, B, ...) of all
+        ranks' chunks: float64, or int64 of integers. filler: stands in rows without a chunk."""
+        n_rows = self.settings.batch // parallel.size()
+        filled = []
+        for tensor in tensors:
+            rest = tensor.new_full((n_rows - len(tensor), *tensor.shape[1:]), filler)
+            filled.append(torch.cat([tensor, rest]) if len(rest) else tensor)
+        tensors = parallel.gather(torch.stack(filled), 1)
+        return host(tensors) if tensors.is_floating_point() else tensors.cpu().numpy()
+
+    def visit_records(self, step, ids, losses, values, weights, squares):
         """A step's records for ledger.npy (B,)."""
         dtype = store.visit_dtype(len(self.targets), smoothed=bool(self.smoothing))
         visits = np.zeros(self.settings.batch, dtype)
@@ -352,16 +395,16 @@ class Valuation:
         visits["loss"] = losses
         visits["value"] = values
         visits["early"] = self.settings.rule.startswith("adamw") and step.t <= EARLY
-        # the loss of a chunk is B times its share of the batch's
-        norms = np.nan if squares is None else self.settings.batch * squares**0.5
-        visits["grad_norm"] = norms
+        visits["grad_norm"] = np.nan
+        if squares is not None:  # of the chunk's loss, not of its part of the step's
+            np.divide(squares**0.5, weights, out=visits["grad_norm"], where=weights > 0)
         return visits
 
-    def book_record(self, step, clip_coef, visits):
+    def book_record(self, step, clip_coef, visits, weights):
         """A step's record for books.npy (1,)."""
         entries = {name: host(x) for name, x in step.book.items()}
         entries["data"] = visits["value"].sum(0, dtype=np.float64)
-        entries["loss"] = visits["loss"].mean(dtype=np.float64)
+        entries["loss"] = weights @ visits["loss"].astype(np.float64)
         entries["step"] = step.number
         entries["lr"] = step.lr
         entries["kappa"] = clip_coef
@@ -418,7 +461,7 @@ class NoValuation:
     def begin_step(self, step, lr, tokens=None):
         pass
 
-    def new_ledger(self, ids, X, Y):
+    def new_ledger(self, ids, X, Y, share=None):
         return None
 
     def before_update(self, clip_coef=1.0):
@@ -457,10 +500,3 @@ def check_finite(visits):
 def host(x):
     """A tensor, or numbers, as a float64 array in the host's memory."""
     return torch.as_tensor(x).double().cpu().numpy()
-
-
-def gathered(tensors):
-    """One tensor a step, of this rank's chunks (n, ...) -> an array (steps, B, ...) of all ranks'
-    chunks: float64, or int64 of integers."""
-    tensors = parallel.gather(torch.stack(tensors), 1)
-    return host(tensors) if tensors.is_floating_point() else tensors.cpu().numpy()

@@ -24,7 +24,7 @@ import numpy as np
 import config
 from data import read_text
 from show import commands, findings, hindsight, tables
-from show.documents import Documents, text_of
+from show.documents import Documents, text_of, trained_tokens
 from show.exports import compare, export
 from show.losses import common_steps, side_by_side
 from show.run import open_run
@@ -255,14 +255,6 @@ def doc(run, doc: int):
         "whole": int(pieces.tokens.sum()) == row["n_tokens"] + 1,  # with its <eot>
         "text": text_of(run, pieces, range(len(chunks))),
     }
-
-
-def trained_tokens(run, pieces):
-    """How many tokens of each of a document's Pieces were trained on, and their shares of those of
-    the chunk: (m,) each."""
-    trained = run.width + 1  # tokens of a chunk that were read or predicted
-    tokens = np.minimum(pieces.end, trained) - np.minimum(pieces.begin, trained)
-    return tokens, tokens / trained
 
 
 def value_of_document(run, pieces):

@@ -73,6 +73,9 @@ def file_documents(name, cfg, default="", opener=open):
     default: the domain of documents without one; empty: the file's name. opener: open(), or its
     like for the hub. Raises UserError where the file is damaged, or is not what its name says."""
     kind, packed = suffixes(name)
+    if cfg.answer_key and kind in (".parquet", ".txt"):
+        what = f"{name}: pairs are read from .jsonl, .ndjson and .json files, packed or not"
+        raise UserError(f"{what}: write it as one, or leave out --prompt_key and --answer_key")
     size = os.path.getsize(name) if os.path.isfile(name) else None
     label = Path(name).name
     # leave: below a bar over many files it vanishes at the file's end

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from pile.domains import Wanted, domain_of, printable
-from pile.records import Skipped, opened
+from pile.records import Pair, Skipped, is_text, opened
 from pile.tokenizers import tokenizer
 
 
@@ -28,7 +28,8 @@ class Encoder:
     def __call__(self, job):
         """Documents -> rows and notes.
 
-        rows: [(split, domain, source, record, tokens as bytes, with <eot>)].
+        rows: [(split, domain, source, record, tokens as bytes, with <eot>, answer)]. answer: the
+        token with which the answer of a pair begins; 0 of a text.
         notes: [(number of rows before it, what is counted, how many)]. They count records that
         became no row, and rows that have their file's name as their domain."""
         rows = []
@@ -56,22 +57,33 @@ class Encoder:
             raise Skip("skipped", "not_utf8") from e
         if not self.wanted.has(domain):
             raise Skip("left out", domain)
-        if not isinstance(text, str):
+        if not is_text(text):
             raise Skip("skipped", "no_text")
-        if not text or text.isspace():
-            raise Skip("skipped", "empty")
+        is_pair = isinstance(text, Pair)
+        learned = text.answer if is_pair else text
+        if not learned or learned.isspace():
+            raise Skip("skipped", "no_answer" if is_pair else "empty")
         try:
-            split = self.split(text)
+            split = self.split(text.prompt + text.answer if is_pair else text)
             domain.encode()
         except UnicodeEncodeError as e:
             raise Skip("skipped", "lone_surrogate") from e
         try:
-            tokens = self.tokenizer.encode(text)
+            tokens, answer = self.pair(text) if is_pair else (self.tokenizer.encode(text), 0)
         except ValueError as e:
             raise Skip("skipped", "not_tokenized") from e
-        tokens = np.append(tokens, np.uint16(self.tokenizer.eot)).tobytes()
-        row = (split, domain, printable(document.source), document.record, tokens)
-        return row, default_reason
+        tokens = np.append(tokens, np.uint16(self.tokenizer.eot))
+        if is_pair and len(tokens) > self.cfg.block_size + 1:
+            raise Skip("skipped", "too_many_tokens")
+        source = printable(document.source)
+        return (split, domain, source, document.record, tokens.tobytes(), answer), default_reason
+
+    def pair(self, text):
+        """A Pair -> its tokens behind an <eot>, and the number of that with which its answer
+        begins. Raises ValueError where it cannot be tokenized."""
+        prompt = self.tokenizer.encode(text.prompt)
+        tokens = [np.uint16([self.tokenizer.eot]), prompt, self.tokenizer.encode(text.answer)]
+        return np.concatenate(tokens), 1 + len(prompt)
 
     def split(self, text):
         """ "train" or "val", by the hash of a text. Raises UnicodeEncodeError."""

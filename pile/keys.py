@@ -13,7 +13,7 @@ import pyarrow.parquet
 from pile.documents import MB, whole_lines
 from pile.files import suffixes
 from pile.parquet import TEXT_TYPES, is_any, locate, values_of
-from pile.records import BOM, lookup, parse
+from pile.records import BOM, is_text, lookup, parse, text_of
 from pile.unpack import unpacked
 from system.errors import UserError
 from system.terminal import listed
@@ -31,7 +31,7 @@ class Keys:
     """What the first records have."""
 
     records: int = 0  # looked at
-    with_text: int = 0  # records with a text under the key for texts
+    with_text: int = 0  # records with a text under the key for texts, or under both for pairs
     with_domain: int = 0  # records with anything under the key for domains
     texts: dict = field(default_factory=dict)  # {key: characters of text under it}
 
@@ -50,7 +50,7 @@ class Keys:
     def take_record(self, record, cfg):
         """Counts a record of JSON."""
         self.records += 1
-        self.with_text += isinstance(lookup(record, cfg.text_key), str)
+        self.with_text += is_text(text_of(record, cfg))
         self.with_domain += lookup(record, cfg.domain_key) is not None
         for key, value in entries(record):
             if key in self.texts or len(self.texts) < MOST_KEYS:
@@ -73,7 +73,8 @@ class Keys:
 def look(names, cfg, opener=open):
     """The Keys of the first records of files.
 
-    cfg: has text_key and domain_key. opener: open(), or its like for the hub."""
+    cfg: has text_key, prompt_key, answer_key and domain_key. opener: open(), or its like for the
+    hub."""
     keys = Keys()
     for name in names[:FILES]:
         kind, packed = suffixes(name)

@@ -40,6 +40,7 @@ COLUMNS = pa.schema(  # of a part; tokens: uint16 as bytes, which may be over 2^
         "source": pa.string(),
         "record": pa.int64(),
         "tokens": pa.large_binary(),
+        "answer": pa.int64(),  # the token with which the answer of a pair begins; 0 of a text
     }
 )
 
@@ -75,13 +76,13 @@ def write_part(path, encoded, limit):
 
 def rows_within(rows, limit):
     """The first rows, up to and with the one in which their tokens reach the limit."""
-    lengths = [len(tokens) // 2 for _, _, _, _, tokens in rows]
+    lengths = [len(tokens) // 2 for _, _, _, _, tokens, _ in rows]
     return rows[: np.searchsorted(np.cumsum(lengths), limit) + 1]
 
 
 def count_rows(counts, rows):
     """Adds the rows' documents and tokens to the counts of a part."""
-    for split, domain, _, _, tokens in rows:
+    for split, domain, _, _, tokens, _ in rows:
         n = len(tokens) // 2
         counts["tokens"] += n
         counts["tokens", split, domain] += n
@@ -123,12 +124,12 @@ def read_held(path):
 
 
 class Array:
-    """A uint16 .npy file written from front to back. sha256: of what is written so far."""
+    """A .npy file written from front to back. sha256: of what is written so far."""
 
-    def __init__(self, path, shape):
+    def __init__(self, path, shape, dtype="<u2"):
         self.file = open(path, "wb", MB)
         self.sha256 = hashlib.sha256()
-        header = {"descr": "<u2", "fortran_order": False, "shape": shape}
+        header = {"descr": dtype, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self, header)
 
     def write(self, data):
@@ -146,9 +147,9 @@ class Beginning:
 
 
 class Split:
-    """Packs one split's documents into rows, and writes the split's three files."""
+    """Packs one split's documents into rows, and writes the split's files."""
 
-    def __init__(self, folder, name, meta):
+    def __init__(self, folder, name, meta, is_pairs):
         n_chunks = meta["chunks"][name]
         self.width = meta["block_size"] + 1
         self.path = folder / f"{name}_docs.parquet"
@@ -156,6 +157,10 @@ class Split:
         self.table = pa.parquet.ParquetWriter(self.table_file, DOCUMENTS, write_page_checksum=True)
         self.rows = Array(folder / f"{name}.npy", (n_chunks, self.width))
         self.domain = Array(folder / f"{name}_domain.npy", (n_chunks,))
+        self.answer = None
+        if is_pairs:
+            self.answer = Array(folder / f"{name}_answer.npy", (n_chunks, 2), "<u4")
+        self.eot = meta["eot"]
         self.numbers = {domain: i for i, domain in enumerate(meta["domains"])}
         self.n = 0  # rows written
         self.entries = []  # of the table, not written yet
@@ -171,6 +176,19 @@ class Split:
         if len(stream) >= self.width:
             stream, beginnings = self.write_rows(domain, stream, beginnings)
         self.waiting[domain] = stream, beginnings
+        if len(self.entries) >= TABLE_ROWS:
+            self.write_table()
+
+    def add_pair(self, document, tokens, answer):
+        """A row of its own, filled up with <eot>. tokens: uint16 (n,), between two <eot>. answer:
+        the first token of the answer, which ends with the second <eot>."""
+        row = np.full(self.width, self.eot, "<u2")
+        row[: len(tokens)] = tokens
+        self.rows.write(row)
+        self.answer.write(np.array([answer, len(tokens)], "<u4"))
+        self.domain.write(np.full(1, self.numbers[document[1]], "<u2"))
+        self.entries.append((*document, self.n, 1, len(tokens) - 2))
+        self.n += 1
         if len(self.entries) >= TABLE_ROWS:
             self.write_table()
 
@@ -204,19 +222,28 @@ class Split:
         self.table_file.close()
         self.rows.file.close()
         self.domain.file.close()
+        if self.answer:
+            self.answer.file.close()
 
 
-def pack(parts, folder, meta):
+def pack(parts, folder, meta, is_pairs=False):
     """Writes both splits' files into a folder, from the documents of the parts in their order.
+
+    is_pairs: they are pairs, and each has a row of its own.
 
     parts: paths. Adds to meta the files' checksums and dropped_documents, those with no token in
     a chunk."""
-    splits = {name: Split(folder, name, meta) for name in SPLITS}
+    splits = {name: Split(folder, name, meta, is_pairs) for name in SPLITS}
     doc = 0
     for path in progress(parts, "pack", unit="part", delay=1):
         with open_arrow(path, "rb") as file:
-            for split, domain, source, record, tokens in part_rows(file, path):
-                splits[split].add((doc, domain, source, record), np.frombuffer(tokens, "<u2"))
+            for split, domain, source, record, tokens, answer in part_rows(file, path):
+                document = (doc, domain, source, record)
+                tokens = np.frombuffer(tokens, "<u2")
+                if is_pairs:
+                    splits[split].add_pair(document, tokens, answer)
+                else:
+                    splits[split].add(document, tokens)
                 doc += 1
     meta["dropped_documents"] = 0
     for name, split in splits.items():
@@ -225,6 +252,8 @@ def pack(parts, folder, meta):
             meta["dropped_documents"] += len(beginnings)
         meta["sha256"][f"{name}.npy"] = split.rows.sha256.hexdigest()
         meta["sha256"][f"{name}_domain.npy"] = split.domain.sha256.hexdigest()
+        if is_pairs:
+            meta["sha256"][f"{name}_answer.npy"] = split.answer.sha256.hexdigest()
         with open(split.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         meta["sha256"][split.path.name] = digest.hexdigest()

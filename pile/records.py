@@ -16,8 +16,15 @@ class Document(NamedTuple):
     source: str  # its file's name
     record: int  # its line or row in the file, from 0
     domain: object  # str, UTF-8 bytes, a number, Within or Skipped; None: it has none
-    text: object  # str, UTF-8 bytes, Within, Lines or Skipped; anything else is not a text
+    text: object  # str, UTF-8 bytes, Pair, Within, Lines or Skipped; anything else is not a text
     default: str = ""  # its domain where it has none itself; empty: its file's name
+
+
+class Pair(NamedTuple):
+    """The text of a document of which only the answer is to be learned."""
+
+    prompt: object  # a str; anything else is not a text
+    answer: object
 
 
 class Lines(NamedTuple):
@@ -72,8 +79,20 @@ def open_lines(document, cfg):
             text = Skipped("not_json")
         else:
             domain = lookup(record, cfg.domain_key)
-            text = lookup(record, cfg.text_key)
+            text = text_of(record, cfg)
         yield Document(document.source, number, domain, text, document.default)
+
+
+def text_of(record, cfg):
+    """What a record has under the key for texts, or under those for pairs, where there are some."""
+    if cfg.answer_key:
+        return Pair(lookup(record, cfg.prompt_key), lookup(record, cfg.answer_key))
+    return lookup(record, cfg.text_key)
+
+
+def is_text(text):
+    """Whether text_of() has found what it looked for."""
+    return all(isinstance(part, str) for part in (text if isinstance(text, Pair) else [text]))
 
 
 def parse(text):

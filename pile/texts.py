@@ -19,21 +19,25 @@ class Reading:
     source: str = ""  # a file
     domains: str = ""  # all
     val_fraction: float = 0.0
+    prompt_key: str = ""  # with answer_key: the records are pairs, of block_size tokens at most
+    answer_key: str = ""
+    block_size: int = 0
 
 
 def file_tokens(name, reading, tokenizer):
-    """A file -> its documents' tokens, uint16 (n,), with <eot> after each document, and a Counter
-    {reason: records that were skipped}.
+    """A file -> [(its tokens, uint16 (n,), with <eot> at their end, and where in them the answer of
+    a pair begins)] of its documents, and a Counter {reason: records that were skipped}.
 
     Raises UserError where the file is damaged or not what its name says, and OSError."""
     encoder = Encoder(reading, tokenizer)
-    tokens = []
+    documents = []
     skipped = Counter()
     for job in jobs(file_documents(name, reading)):
         rows, notes = encoder(job)
         for row in rows:
-            tokens.append(np.frombuffer(row[-1], np.uint16))
+            _, _, _, _, tokens, answer = row
+            documents.append((np.frombuffer(tokens, np.uint16), answer))
         for _, key, number in notes:
             if key[0] == "skipped":
                 skipped[key[1]] += number
-    return np.concatenate([*tokens, np.empty(0, np.uint16)]), skipped
+    return documents, skipped

@@ -39,7 +39,7 @@ class Audit:
 
     def solve(self, step):
         """The truth of a step, by the optimizer's own update in float64, before it is made."""
-        batch = self.settings.batch
+        batch = step.n_chunks() * parallel.size()
         device = self.weights.params[0].device
         x = [self.gradient_of(step, np.arange(batch) == i) for i in range(batch)]
         losses = []
@@ -68,20 +68,20 @@ class Audit:
 
     def gradient_of(self, step, chosen):
         """The sum of x_i over the chosen chunks of the batch, as in the step's own backward: one
-        tensor a parameter. chosen: bool (B,)."""
+        tensor a parameter. chosen: bool (n,), of all ranks."""
         self.check()
         total = [torch.zeros_like(p) for p in self.weights.params]
-        start = parallel.mine(self.settings.batch).start
+        start = parallel.mine(len(chosen)).start
         for micro_batch in step.micro_batches:
             end = start + len(micro_batch.ids)
             mask = torch.from_numpy(chosen[start:end])
             start = end
-            if not mask.any():
-                continue
             mask = mask.to(micro_batch.Y.device)
+            share = micro_batch.weights()[mask].sum()
+            if not share:  # none of them is here, or has a label
+                continue
             with replaying(micro_batch.rng):
                 loss = self.loss(*self.only(micro_batch, mask))
-                share = mask.sum() / self.settings.batch
                 gradient = torch.autograd.grad(loss * share, self.weights.params)
             torch._foreach_add_(total, gradient)
         return parallel.add(total)

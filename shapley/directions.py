@@ -326,7 +326,8 @@ class AdamAware(Rule):
             self.exact_rows[p] = torch.arange(len(p), device=p.device)
         if tokens is None or not self.token_weights:
             return
-        rows = torch.from_numpy(np.unique(tokens))
+        tokens = np.unique(tokens)
+        rows = torch.from_numpy(tokens[tokens >= 0])  # a label of -1 is none
         device = self.weights.params[0].device
         if device.type == "cuda":  # pinned, so that the copy does not wait
             rows = rows.pin_memory().to(device, non_blocking=True)

@@ -50,19 +50,32 @@ def gradient(model, loss):
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)]
 
 
-def example_gradients(model, losses):
-    """x_i = grad losses[i](model) / B for each of the B players of a step: a list of B lists of
-    float64 tensors."""
+def example_gradients(model, losses, weights=None):
+    """x_i = weights[i] grad losses[i](model) for each of the B players of a step: a list of B lists
+    of float64 tensors. weights: what each loss counts in the step's; without them 1 / B. A weight
+    of 0 is a gradient of 0, whatever the loss is."""
     twin = copy.deepcopy(model).double().eval()
     x = []
-    for loss in losses:
-        x.append([g / len(losses) for g in gradient(twin, loss)])
+    for i, loss in enumerate(losses):
+        weight = 1 / len(losses) if weights is None else float(weights[i])
+        if weight == 0:
+            x.append([torch.zeros_like(p) for p in twin.parameters()])
+        else:
+            x.append([g * weight for g in gradient(twin, loss)])
     return x
 
 
-def chunk_gradients(model, X, Y):
+def chunk_gradients(model, X, Y, weights=None):
     """example_gradients of a language model's chunks X, Y (B, T)."""
-    return example_gradients(model, [batch_loss(X[i : i + 1], Y[i : i + 1]) for i in range(len(X))])
+    losses = [batch_loss(X[i : i + 1], Y[i : i + 1]) for i in range(len(X))]
+    return example_gradients(model, losses, weights)
+
+
+def label_weights(Y):
+    """What each chunk's mean loss counts in the mean over all labels of Y (B, T), of which -1 is
+    none: (B,) float64."""
+    n_labels = (Y >= 0).sum(1).double()
+    return n_labels / n_labels.sum()
 
 
 def dot(a, b):
@@ -214,11 +227,11 @@ def solve(utility, n, permutations=200, tolerance=0.0, seed=0, progress=iter):
 
 
 def chunk_losses(model, X, Y):
-    """Each chunk's mean token loss (b,), in nats, of X, Y (b, T): of any model whose call
-    model(X, Y) returns (logits (b, T, V), anything)."""
+    """Each chunk's mean token loss (b,), in nats, of X, Y (b, T), where -1 is no label: of any
+    model whose call model(X, Y) returns (logits (b, T, V), anything)."""
     logits, _ = model(X, Y)
-    losses = F.cross_entropy(logits.flatten(0, 1), Y.flatten(), reduction="none")
-    return losses.view(Y.shape).mean(1)
+    losses = F.cross_entropy(logits.flatten(0, 1), Y.flatten(), ignore_index=-1, reduction="none")
+    return losses.view(Y.shape).sum(1) / (Y >= 0).sum(1).clamp(min=1)
 
 
 def hindsight(model, optimizer, steps, losses, grad_clip=0.0, micro_batch=0):
@@ -227,8 +240,9 @@ def hindsight(model, optimizer, steps, losses, grad_clip=0.0, micro_batch=0):
 
     The run is written out and differentiated as a whole, so memory grows with it. model, optimizer:
     where it begins; AdamW or SGD without momentum, of no step yet. Neither is changed. steps: N of
-    (X, Y (B, T), lr). losses: K functions of a model, which is then in evaluation. micro_batch:
-    chunks of one forward; 0: all. Dropout draws the random numbers that the real run would.
+    (X, Y (B, T), lr); the loss of each is the mean over its labels. losses: K functions of a model,
+    which is then in evaluation. micro_batch: chunks of one forward; 0: all. Dropout draws the
+    random numbers that the real run would.
     """
     twin = copy.deepcopy(model).double()
     weights = {name: p.detach().requires_grad_() for name, p in twin.named_parameters()}
@@ -246,8 +260,10 @@ def hindsight(model, optimizer, steps, losses, grad_clip=0.0, micro_batch=0):
     with sdpa_kernel(SDPBackend.MATH):  # the one that has second derivatives
         for t, (X, Y, lr) in enumerate(steps):
             loss = 0
+            of_labels = label_weights(Y)
             for rows in torch.arange(n_chunks).split(micro_batch or n_chunks):
-                loss = loss + s[t, rows] @ chunk_losses(with_weights, X[rows], Y[rows]) / n_chunks
+                of_chunk = chunk_losses(with_weights, X[rows], Y[rows])
+                loss = loss + (s[t, rows] * of_labels[rows]) @ of_chunk
             g = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             g = clipped(g, grad_clip)
             for i, (name, w) in enumerate(weights.items()):

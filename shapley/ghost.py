@@ -24,7 +24,11 @@ What the ops and the rest of the method leave on tensors for each other:
     a weight w             .exact_rows  (R,) int64, sorted
     a weight w             .tokens      True where its rows are tokens (model.py)
     a sharded parameter p  .whole       the whole parameter, as the layers see it (parallel.py)
-    the model              .chunk_loss  (B,) nats: each chunk's loss, after a forward with a ledger
+    the model              .chunk_loss  (B,) nats: each chunk's loss, the mean over its own labels,
+                                        after a forward with a ledger; 0 without labels
+    the model              .chunk_weight  (B,) what each chunk's loss counts in the mean loss, but
+                                        for a common factor: its labels (GPT), or 1 and 0 (Net).
+                                        Without this attribute they count the same
     an activation          .of_batch    True where it is computed from the batch (wrap.py)
 
 Shape suffixes: B chunks, T tokens of a chunk, I in-features, O out-features, C channels, K targets,

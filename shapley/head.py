@@ -21,8 +21,8 @@ FORM = "auto"
 
 
 def logit_grads(x_BTI, w_OI, y_BT, dtype):
-    """Yields for each chunk its mean loss, the gradient of the sum of its token losses with respect
-    to its logits (T, O), in the same memory each time, and its x (T, I)."""
+    """Yields for each chunk the sum of its token losses, its gradient with respect to the logits
+    (T, O), in the same memory each time, and the chunk's x (T, I)."""
     T = y_BT.shape[1]
     token = torch.arange(T, device=x_BTI.device)
     logits = x_BTI.new_empty(T, len(w_OI))
@@ -30,24 +30,26 @@ def logit_grads(x_BTI, w_OI, y_BT, dtype):
         torch.mm(x_TI, w_OI.t(), out=logits)
         p = logits.to(dtype)
         torch.log_softmax(p, 1, out=p)
-        loss = F.nll_loss(p, y_T)  # it also refuses a y that is no word
+        # it also refuses a y that is no word
+        loss = F.nll_loss(p, y_T, ignore_index=-1, reduction="sum")
         p.exp_()[token, y_T] -= 1
+        p[y_T < 0] = 0
         yield loss, p.to(x_BTI.dtype), x_TI
 
 
 def head_grad(
     x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, exact_rows: Tensor | None
 ) -> list[Tensor]:
-    """Each chunk's mean loss (B,), and what the backward of the sum of all token losses will be: of
-    x, of W, of the ledger (B, K), and of each chunk alone the exact rows of W's (B, R, I), empty
-    without exact rows."""
+    """The sum of each chunk's token losses (B,), and what the backward of the sum of them all will
+    be: of x, of W, of the ledger (B, K), and of each chunk alone the exact rows of W's (B, R, I),
+    empty without exact rows."""
     w_low = w_OI.to(x_BTI.dtype)
     results = empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows)
-    loss_B, gx_BTI, gw_OI, after_BK, per_chunk = results
+    sum_B, gx_BTI, gw_OI, after_BK, per_chunk = results
     after_BK.zero_()
     chunks = logit_grads(x_BTI, w_low, y_BT, h_KOI.dtype)
     for b, (loss, gy_TO, x_TI) in enumerate(chunks):
-        loss_B[b] = loss
+        sum_B[b] = loss
         torch.mm(gy_TO, w_low, out=gx_BTI[b])
         if exact_rows is not None:
             per_chunk[b] = gy_TO[:, exact_rows].t() @ x_TI
@@ -56,7 +58,7 @@ def head_grad(
             for k, product in enumerate(products):
                 after_BK[b, k] += product
     values_BK = torch.diff(after_BK, dim=0, prepend=torch.zeros_like(after_BK[:1]))
-    return [loss_B, gx_BTI, gw_OI, values_BK, per_chunk]
+    return [sum_B, gx_BTI, gw_OI, values_BK, per_chunk]
 
 
 def empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows):
@@ -79,17 +81,19 @@ head = opaque(head_grad, empty_head_grad)
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, y, h, ledger, per_chunk, exact_rows):
-        chunk_loss, *grads = head(x, w, y, h, exact_rows)
+        chunk_sum, *grads = head(x, w, y, h, exact_rows)
         ctx.save_for_backward(*grads)
-        ctx.n_tokens = y.numel()
+        n_labels = (y >= 0).sum(1)
+        ctx.n_labels = n_labels.sum().clamp(min=1)
+        chunk_loss = chunk_sum / n_labels.clamp(min=1)
         ctx.mark_non_differentiable(chunk_loss)
-        return chunk_loss.mean(), chunk_loss
+        return chunk_sum.sum() / ctx.n_labels, chunk_loss
 
     @staticmethod
     def backward(ctx, g, _):
         gx, gw, values, per_chunk = ctx.saved_tensors
         grads = (gx, gw, None, None, values, per_chunk, None)
-        scale = g / ctx.n_tokens
+        scale = g / ctx.n_labels
         scaled = [
             grad * scale if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)
         ]
@@ -106,8 +110,9 @@ def is_chunked(x, weight, ledger):
 
 
 def loss(x, weight, y, ledger):
-    """F.cross_entropy(F.linear(x, weight), y) of x (B, T, I), y (B, T) in [0, O), and each chunk's
-    mean loss (B,), of which no gradient is taken; with the values as in ghost.linear."""
+    """F.cross_entropy(F.linear(x, weight), y) of x (B, T, I), y (B, T) in [0, O), or -1 where
+    nothing is to be predicted, and each chunk's mean loss (B,), of which no gradient is taken; both
+    are 0 where there is no label. With the values as in ghost.linear."""
     x = autocast(x)
     if isinstance(ledger, Tape):
         no_direction = weight.new_empty(0, *weight.shape)
@@ -117,7 +122,7 @@ def loss(x, weight, y, ledger):
             of_chunk = []
             for _, gy, x_TI in logit_grads(x, weight.to(x.dtype), y, weight.dtype):
                 of_chunk.append(linear_values(gy[None], x_TI[None], weight.h, None))
-            return torch.cat(of_chunk) * (g / y.numel())
+            return torch.cat(of_chunk) * (g / (y >= 0).sum().clamp(min=1))
 
         return ledger.watch(loss, values, x, y), chunk_loss
     per_chunk = getattr(weight, "per_chunk", None)

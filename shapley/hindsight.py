@@ -161,4 +161,5 @@ def differences(training, past, h, epsilon):
     torch._foreach_sub_(curvature, gradient_behind)
     torch._foreach_div_(curvature, 2 * e)
     drops = losses_behind.double() - losses_ahead.double()
-    return drops / (2 * e * training.n_chunks), curvature
+    shares = torch.as_tensor(past.shares[training.mine], device=drops.device)
+    return drops * shares / (2 * e), curvature

@@ -29,6 +29,7 @@ class Past:
     clip_coef: float  # kappa: what the batch's gradient was multiplied by
     ids: np.ndarray  # (B,) the batch's chunks
     losses: torch.Tensor  # (b,) nats, of this process's chunks
+    shares: np.ndarray  # (B,) what each chunk's loss counts in the step's
     weights: list  # before the step
     gradients: list  # what the optimizer took, kappa g
     moments: list  # (m, v) of AdamW after the step; empty for SGD
@@ -49,17 +50,20 @@ class Training:
         grad_clip=0.0,
         micro_batch=0,
         precise_losses=None,
+        shares=None,
     ):
         """optimizer: torch's AdamW, or its SGD without momentum. chunk_losses(X, Y) -> each chunk's
         mean token loss (b,), with its graph; float64 is best, for hindsight looks at differences.
         batch(step) -> ids (B,), X, Y (B, ...), a function of the step alone; lr(step) -> its
         learning rate. n_chunks: B. micro_batch: chunks of one forward and backward; 0: all of this
         process. precise_losses: chunk_losses for differences, where those of the steps are of
-        lower precision."""
+        lower precision. shares(Y) -> what each chunk's loss counts in the step's (B,), of the whole
+        batch's labels; without it 1 / B."""
         self.weights = Weights(model, optimizer)
         self.optimizer, self.chunk_losses = optimizer, chunk_losses
         self.precise_losses = precise_losses or chunk_losses
         self.batch, self.lr, self.n_chunks, self.grad_clip = batch, lr, n_chunks, grad_clip
+        self.shares = shares or equal_shares
         self.mine = parallel.mine(n_chunks)
         self.micro_batch = micro_batch or self.mine.stop - self.mine.start
 
@@ -67,16 +71,16 @@ class Training:
 
     def take(self, number, left_out=(), weight=0.0):
         """Takes a step, without some slots of its batch: a chunk left out adds nothing to the
-        gradient (or `weight` times what it did), which is still divided by B. Returns the batch's
-        ids (B,), the losses of this process's chunks (b,) before the step, kappa, and the gradients
-        that the optimizer took."""
+        gradient (or `weight` times what it did), and the others count what they did. Returns the
+        batch's ids (B,), the losses of this process's chunks (b,) before the step, kappa, and the
+        gradients that the optimizer took."""
         lr = self.lr(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         ids, X, Y = self.batch(number)
-        share = np.ones(self.n_chunks)
-        share[list(left_out)] = weight
-        losses = self.backward(self.chunk_losses, X, Y, share)
+        shares = self.shares(Y)
+        shares[list(left_out)] *= weight
+        losses = self.backward(self.chunk_losses, X, Y, shares)
         self.weights.set_gradients(parallel.add(self.weights.take_gradients()))
         clip_coef = 1.0
         if self.grad_clip:
@@ -85,16 +89,15 @@ class Training:
         self.optimizer.step()
         return ids, losses, clip_coef, self.weights.take_gradients()
 
-    def backward(self, chunk_losses, X, Y, share=None):
-        """Adds the gradient of the batch's mean loss to the parameters' .grad: this process's part
-        of it. X, Y, share: of the whole batch. Returns this process's losses (b,), no graph."""
-        share = np.ones(self.n_chunks) if share is None else share
+    def backward(self, chunk_losses, X, Y, shares):
+        """Adds the gradient of the batch's loss to the parameters' .grad: this process's part of
+        it. X, Y, shares: of the whole batch. Returns this process's losses (b,), no graph."""
         of_chunk = []
         for start in range(self.mine.start, self.mine.stop, self.micro_batch):
             rows = slice(start, min(start + self.micro_batch, self.mine.stop))
             losses = chunk_losses(X[rows], Y[rows])
-            weight = torch.as_tensor(share[rows], dtype=losses.dtype, device=losses.device)
-            ((losses * weight).sum() / self.n_chunks).backward()
+            share = torch.as_tensor(shares[rows], dtype=losses.dtype, device=losses.device)
+            (losses * share).sum().backward()
             of_chunk.append(losses.detach())
         return torch.cat(of_chunk)
 
@@ -108,17 +111,33 @@ class Training:
             state = self.optimizer.state.get(p, {})
             if "exp_avg" in state:
                 moments.append((state["exp_avg"].clone(), state["exp_avg_sq"].clone()))
-        t, lr = self.weights.updates_done(), self.lr(number)
-        return Past(number, t, lr, clip_coef, ids, losses, before, gradients, moments, rng)
+        return Past(
+            number=number,
+            t=self.weights.updates_done(),
+            lr=self.lr(number),
+            clip_coef=clip_coef,
+            ids=ids,
+            losses=losses,
+            shares=self.shares(self.batch(number)[2]),
+            weights=before,
+            gradients=gradients,
+            moments=moments,
+            rng=rng,
+        )
 
     def gradient_at(self, places, past):
         """The batch's gradient at other weights, one tensor a parameter, and the losses of this
         process's chunks there (b,), with the random numbers of the step as it was."""
         _, X, Y = self.batch(past.number)
         with self.weights.at(places), replaying(past.rng):
-            losses = self.backward(self.precise_losses, X, Y)
+            losses = self.backward(self.precise_losses, X, Y, past.shares)
             gradients = parallel.add(self.weights.take_gradients())
         return gradients, losses
+
+
+def equal_shares(Y):
+    """Each chunk's share of a step whose loss is the mean of the chunks'."""
+    return np.full(len(Y), 1 / len(Y))
 
 
 def copied(tensors):

@@ -295,7 +295,7 @@ def known_rows(model, X, Y):
     """Per parameter the rows whose gradient a run keeps chunk by chunk, bool: of weights whose rows
     are tokens (attribute `tokens`) those of the tokens in X or Y, of one-dimensional weights
     (LayerNorm's) all; None for the others."""
-    tokens = torch.cat([X.flatten(), Y.flatten()])
+    tokens = torch.cat([X.flatten(), Y[Y >= 0]])
     rows = []
     for name, p in model.named_parameters():
         if hasattr(p, "tokens"):

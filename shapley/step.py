@@ -16,13 +16,21 @@ class MicroBatch:
     # zeros (b, K), with smoothed directions (b, 2K); a Tape; None where the forward is repeated
     ledger: object
     rng: object  # the random numbers' state before its forward; None without dropout
+    share: float | None = None  # what its mean loss counts in the step's, of all ranks
     losses: Tensor | None = None  # (b,) nats
+    # (b,) what each chunk's loss counts in the micro-batch's mean loss, but for a common factor
+    counts: Tensor | None = None
     values: Tensor | None = None  # (b, K or 2K), where a second pass found them: see Step.values
     # the rows that `adamw` values exactly (directions.py)
     per_chunk: dict = field(default_factory=dict)  # {p: each chunk's gradient (b, R, ...)}
     exact_values: Tensor | float = 0.0  # (b, K or 2K), what they add to the values
     products: Tensor | float = 0.0  # (b,) <x_i, g>
     squares: Tensor | float = 0.0  # (b,) |x_i|^2
+
+    def weights(self):
+        """What each chunk's loss counts in the step's, of all ranks: (b,) float64."""
+        counts = self.counts.double()
+        return counts * (self.share / counts.sum().clamp(min=1e-300))
 
 
 @dataclass
@@ -41,5 +49,10 @@ class Step:
     values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and the rule's correction
     smoothed: Tensor | None = None  # the same of the smoothed directions; None where there are none
     losses: Tensor | None = None  # (n,) nats
+    weights: Tensor | None = None  # (n,) what each chunk's loss counts in the step's
     products: Tensor | None = None  # (n,), None where no rows are exact
     squares: Tensor | None = None  # (n,)
+
+    def n_chunks(self):
+        """Chunks of this rank."""
+        return sum(len(micro_batch.ids) for micro_batch in self.micro_batches)

@@ -11,7 +11,9 @@ import contextlib
 import numpy as np
 import torch
 
+from shapley import labels
 from system import parallel
+from system.errors import UserError
 from system.parallel import local
 
 
@@ -49,8 +51,12 @@ class Targets:
         chunk left repeats one with share 0.
         """
         X, Y = self.batch(k, step)
-        has_label = Y >= 0 if Y.dtype.kind in "iu" else ~np.isnan(Y)
-        n_labels = has_label.reshape(len(Y), -1).sum(1)
+        n_labels = labels.count(np.asarray(Y))
+        if not n_labels.any():
+            what = (
+                f"target {self.targets[k].name!r}: none of its examples in step {step} has a label"
+            )
+            raise UserError(f"{what}: leave such examples out of it")
         padded = len(X) + -len(X) % parallel.size()
         mine = parallel.mine(padded)
         size = self.settings.micro_batch or len(X)

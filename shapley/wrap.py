@@ -28,9 +28,10 @@ class Net(nn.Module):
     """A model and its loss.
 
     loss: F.cross_entropy, F.mse_loss or anything that is called like them, with reduction="none".
-    An example's loss is the mean over its labels, the batch's the mean over its examples. A label
-    of -1, or NaN where labels are floats, is none. X and Y are tensors or arrays; floats are taken
-    in the model's precision. The names in state_dict() are the model's own behind `model.`.
+    An example's loss is the mean over its labels (0 without one), the batch's the mean over its
+    examples that have one. A label of -1, or NaN where labels are floats, is none. X and Y are
+    tensors or arrays; floats are taken in the model's precision. The names in state_dict() are the
+    model's own behind `model.`.
 
     Where examples have unequal numbers of labels, let a target be one slice (micro_batch=0, one
     process).
@@ -39,7 +40,8 @@ class Net(nn.Module):
     def __init__(self, model, loss):
         super().__init__()
         self.model, self.loss = model, loss
-        self.chunk_loss = None  # (B,): set by a forward with a ledger
+        # set by a forward with a ledger: see ghost.py
+        self.chunk_loss = self.chunk_weight = None
 
     def forward(self, X, Y, ledger=None):
         X, Y = self.as_input(X), self.as_input(Y)
@@ -56,9 +58,10 @@ class Net(nn.Module):
         n_labels = has_label.reshape(len(Y), -1).sum(1)
         summed = torch.where(has_label, losses, 0).reshape(len(Y), -1).sum(1)
         of_example = summed / n_labels.clamp(min=1)
+        counts = n_labels > 0
         if ledger is not None:
-            self.chunk_loss = of_example.detach()
-        return outputs, of_example.sum() / (n_labels > 0).sum()
+            self.chunk_loss, self.chunk_weight = of_example.detach(), counts
+        return outputs, of_example.sum() / counts.sum().clamp(min=1)
 
     def as_input(self, data):
         like = next(self.parameters())

@@ -253,6 +253,14 @@ class Documents:
         return np.stack([rows[index], chunk, begin.clip(0), end.clip(max=width)])
 
 
+def trained_tokens(run, pieces):
+    """How many tokens of each of some Pieces were trained on, and their shares of those of the
+    chunk, (m,) each. A pair is all that its chunk holds, whatever fills up the row."""
+    trained = run.width + 1  # tokens of a chunk that were read or predicted
+    tokens = np.minimum(pieces.end, trained) - np.minimum(pieces.begin, trained)
+    return tokens, np.ones(len(tokens)) if run.data.is_pairs else tokens / trained
+
+
 # --- texts for other trainers ---------------------------------------------------
 
 
@@ -308,8 +316,11 @@ def text_of(run, pieces, entries):
     return whole_characters(utf8)
 
 
-def check_export(path):
-    """Raises UserError where write_texts cannot write."""
+def check_export(path, run=None):
+    """Raises UserError where write_texts cannot write, or a run's data is none that it could."""
+    if run and run.data.is_pairs:
+        what = f"--export={path}: {run.data.path} is of pairs, which are not written as texts"
+        raise UserError(f"{what}: train with --keep=, or take the records that --list names")
     path = Path(path)
     if not path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")) or not path.parent.is_dir():
         cure = "write the name of a .jsonl.zst, .jsonl or .parquet file, in a folder that exists"

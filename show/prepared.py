@@ -64,6 +64,9 @@ def set_aside(meta):
         records = tables.counted(meta["skipped"]["too_long"], "record")
         limit = f"--max_document_mb={settings['max_document_mb']}"
         lines.append(f"{records} longer than {limit}: a larger one reads more, and needs memory")
+    if meta["skipped"].get("too_many_tokens"):
+        pairs = tables.counted(meta["skipped"]["too_many_tokens"], "pair")
+        lines.append(f"{pairs} longer than --block_size={meta['block_size']}: dropped, not cut")
     reasons = [f"{n} {why}" for why, n in meta["skipped"].items() if n]
     skipped = ", ".join(reasons) or "nothing"
     return [*lines, f"{meta['documents']:,} documents; skipped: {skipped}"]

@@ -142,15 +142,19 @@ class Run:
 
     def pieces(self, chunk):
         """What stands in a chunk, token by token: width + 1 strings. Where a character is cut up by
-        tokens, the last of them has it, and the others have nothing."""
-        tokens = self.data.train.rows[chunk, : self.width + 1].tolist()
+        tokens, the last of them has it, and the others have nothing, nor has what fills up a pair's
+        row."""
+        train = self.data.train
+        tokens = train.rows[chunk, : self.width + 1].tolist()
+        text_end = train.text(chunk).stop
+        n_shown = len(tokens) if text_end is None else min(text_end + 1, len(tokens))
         pieces = []
-        while len(pieces) < len(tokens):
-            following = tokens[len(pieces) : len(pieces) + LONGEST_CHARACTER]
+        while len(pieces) < n_shown:
+            following = tokens[len(pieces) : min(len(pieces) + LONGEST_CHARACTER, n_shown)]
             n, text = self.first_piece(following)
             pieces += [""] * (n - 1)
             pieces.append(text)
-        return pieces
+        return pieces + [""] * (len(tokens) - n_shown)
 
     def first_piece(self, tokens):
         """-> how many of the tokens make the first whole characters, and those characters."""
@@ -168,7 +172,8 @@ class Run:
     def text(self, chunk, limit=None):
         """A chunk's text, cut to limit characters. Between documents stands <|endoftext|>, on a
         line of its own."""
-        tokens = self.data.train.rows[chunk, : self.width + 1]
+        train = self.data.train
+        tokens = train.rows[chunk, : self.width + 1][train.text(chunk)]
         eot = self.data.meta["eot"]
         documents = np.split(tokens, np.flatnonzero(tokens == eot))
         texts = [self.tokenizer.decode(document[document != eot]) for document in documents]

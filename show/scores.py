@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from show.documents import Documents, Pieces
+from show.documents import Documents, Pieces, trained_tokens
 
 TINY = np.finfo("f4").tiny
 
@@ -53,14 +53,12 @@ def chunk_scores(run, k, score):
 def document_scores(run, chunks):
     """Units of a run's documents, of those of its chunks: what a visit of a chunk brings a document
     is in proportion to the chunk's tokens that are the document's."""
-    trained = run.width + 1  # tokens of a chunk that were read or predicted
     number_of = {name: d for d, name in enumerate(run.domains)}
     numbers, domains, moments, places = [], [], [], []
     rows_before = 0
     for columns, pieces in Documents(run).pieces():
         n = len(columns["doc"])
-        tokens = np.minimum(pieces.end, trained) - np.minimum(pieces.begin, trained)
-        share = tokens / trained
+        tokens, share = trained_tokens(run, pieces)
         visits = np.bincount(pieces.document, chunks.visits[pieces.chunk] * (tokens > 0), n)
         total = np.bincount(pieces.document, chunks.total[pieces.chunk] * share, n)
         squares = np.bincount(pieces.document, chunks.squares[pieces.chunk] * share**2, n)

@@ -1,7 +1,8 @@
 """What a run leaves on disk: the one place that knows the formats.
 
     ledger.npy   one record a visit: step, chunk, loss (nats), value (nats, one per target),
-                 grad_norm, early; row = step * B + slot. With train.py --target_smoothing also
+                 grad_norm, early; row = step * B + slot. A step of fewer than B chunks leaves rows
+                 empty: chunk -1, loss and value 0. With train.py --target_smoothing also
                  smoothed (nats, one per target), beside the value
     books.npy    one record a step: lr, kappa, loss, and per target what its loss did and why (NaN:
                  not computed)
@@ -40,6 +41,7 @@ from system.files import atomic, check_entries, crc32, load_array, named
 
 SCHEMA = 2  # of values.json
 BLOCK = 1 << 16  # records that have one checksum
+NO_CHUNK = -1  # in the ledger's rows that a step of fewer chunks leaves empty
 
 
 # --- what the records hold ----------------------------------------------------
@@ -214,8 +216,15 @@ def add_sums(sums, size, new, block):
 def add_visits(visits, total, used):
     """Adds visits to total float64 (n_chunks, K) and marks their chunks in used, in place: row
     after row, so that a sum picked up half-way ends in the same bits."""
+    visits = filled(visits)
     np.add.at(total, visits["chunk"], visits["value"].astype(np.float64))
     used[visits["chunk"]] = True
+
+
+def filled(visits):
+    """The visits without the rows that a step of fewer than B chunks leaves empty."""
+    is_empty = visits["chunk"] == NO_CHUNK
+    return visits[~is_empty] if is_empty.any() else visits
 
 
 def late(visits):

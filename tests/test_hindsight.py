@@ -71,7 +71,7 @@ def test_the_written_out_training_is_the_optimizers_own():
 
         def weighted(*arguments, weight=weight, run=run, backward=backward):
             if run.training.weights.updates_done() == step:
-                arguments[-1][slot] = weight
+                arguments[-1][slot] *= weight
             return backward(*arguments)
 
         run.training.backward = weighted
