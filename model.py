@@ -1,7 +1,8 @@
 """
 Full definition of a GPT Language Model, all of it in this single file: nanoGPT's model, whose
 Linear, Embedding and LayerNorm also take a ledger, whose gradient is each chunk's value
-(shapley/ghost.py). Without a ledger it computes what nanoGPT's computes, to the bit.
+(shapley/ghost.py). Without a ledger it computes what nanoGPT's computes, to the bit. By GPTConfig
+it is a Pythia too: rotary positions, and attention and MLP side by side.
 References:
 1) the official GPT-2 TensorFlow implementation released by OpenAI:
 https://github.com/openai/gpt-2/blob/master/src/model.py
@@ -59,6 +60,8 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.dropout = config.dropout
+        # of each head so many numbers are turned by their position
+        self.n_rotary = int(config.n_embd // config.n_head * config.rotary_pct)
 
     def forward(self, x, ledger=None):
         B, T, C = x.size()  # batch size, sequence length, embedding dimensionality (n_embd)
@@ -68,6 +71,8 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if self.n_rotary:
+            q, k = rotate(q, self.n_rotary), rotate(k, self.n_rotary)
 
         # causal self-attention; Self-attend: (B, nh, T, hs) x (B, nh, hs, T) -> (B, nh, T, T)
         dropout_p = self.dropout if self.training else 0
@@ -80,11 +85,27 @@ class CausalSelfAttention(nn.Module):
         return y
 
 
+def rotate(x, n_rotary):
+    """Rotary position embedding of the first n_rotary numbers of each head, as GPT-NeoX has it.
+
+    x (B, nh, T, hs). The pairs (i, i + n_rotary / 2) turn by position * 10000^(-2 i / n_rotary).
+    Source: Su et al., arXiv 2104.09864, section 3.4."""
+    turned, rest = x[..., :n_rotary], x[..., n_rotary:]
+    halves = torch.arange(0, n_rotary, 2, device=x.device, dtype=torch.float32)
+    frequency = 1.0 / 10000 ** (halves / n_rotary)
+    position = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)
+    angle = torch.outer(position, frequency)  # (T, n_rotary / 2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = turned.chunk(2, -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return torch.cat((turned, rest), -1)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
+        self.gelu = nn.GELU(approximate=config.gelu)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -103,8 +124,12 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.parallel_residual = config.parallel_residual
 
     def forward(self, x, ledger=None):
+        if self.parallel_residual:
+            attended = self.attn(self.ln_1(x, ledger), ledger)
+            return x + attended + self.mlp(self.ln_2(x, ledger), ledger)
         x = x + self.attn(self.ln_1(x, ledger), ledger)
         x = x + self.mlp(self.ln_2(x, ledger), ledger)
         return x
@@ -122,6 +147,10 @@ class GPTConfig:
     # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
     bias: bool = True
     tie_weights: bool = True  # wte and lm_head share one matrix, like GPT-2
+    gelu: str = "none"  # or "tanh": the approximation that GPT-2's weights were trained with
+    # the part of each head that is turned by its position, instead of wpe; 0: none
+    rotary_pct: float = 0.0
+    parallel_residual: bool = False  # attention and MLP read the same x
 
 
 class GPT(nn.Module):
@@ -140,6 +169,8 @@ class GPT(nn.Module):
                 ln_f=LayerNorm(config.n_embd, bias=config.bias),
             )
         )
+        if config.rotary_pct:
+            del self.transformer["wpe"]  # the attention knows the positions
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             # https://paperswithcode.com/method/weight-tying
@@ -179,7 +210,7 @@ class GPT(nn.Module):
         params are actually used as weights in the final layer, so we include them.
         """
         n_params = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        if non_embedding:
+        if non_embedding and "wpe" in self.transformer:
             n_params -= self.transformer.wpe.weight.numel()
         return n_params
 
@@ -203,8 +234,11 @@ class GPT(nn.Module):
             pos = pos.expand(b, t)  # a chunk's use of wpe is its own
 
         tok_emb = self.transformer.wte(idx, ledger)  # token embeddings of shape (b, t, n_embd)
-        pos_emb = self.transformer.wpe(pos, ledger)  # position embeddings of shape (t, n_embd)
-        x = self.transformer.drop(tok_emb + pos_emb)
+        if self.config.rotary_pct:
+            x = self.transformer.drop(tok_emb)
+        else:
+            pos_emb = self.transformer.wpe(pos, ledger)  # position embeddings of shape (t, n_embd)
+            x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
             x = block(x, ledger)
         return self.transformer.ln_f(x, ledger)

@@ -232,7 +232,9 @@ def open_data(original):
         what = "does not name the chunks"
         raise UserError(f"{options.keep} {what} that {original.path} was trained on")
     options.block_size = options.block_size or data.meta["block_size"]
-    if newest["model_args"] != train.get_model_args(options, data):
+    defaults = vars(train.GPTConfig())  # of what was added since
+    wanted = defaults | train.get_model_args(options, data)
+    if defaults | newest["model_args"] != wanted:
         what = f"{original.path}/config.json is of another model than its newest checkpoint"
         raise UserError(f"{what}: take the run's own")
     return data
@@ -469,7 +471,7 @@ class Frozen:
         """target_batch: chunks that speak for a target. writer: where the values go, or None.
         exact_rows: see valuation.Settings."""
         self.options, self.data = options, data
-        self.model = train.build_model(options, data, options.device)
+        self.model = train.build_model(options, data, options.device, is_first=False)
         self.optimizer = train.build_optimizer(options, self.model)
         settings = Settings(
             rule=ONE_PASS[options.rule],

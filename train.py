@@ -34,7 +34,7 @@ from model import GPT, GPTConfig
 from shapley import labels
 from show import dashboard, findings, tables
 from show.progress import Progress, evaluation_lines
-from system import files, machine, needs, parallel, store, terminal
+from system import files, machine, needs, parallel, pretrained, store, terminal
 from system.checkpoints import (
     STARTS,
     Checkpoints,
@@ -62,8 +62,9 @@ class Config:
     data_dir: str = "data/pile"  # what prepare_pile.py wrote
     keep: str = ""  # keep.npy of curate.py: train on these chunks only
     out_dir: str = ""  # where the run goes; default out/<name of the config file>
-    # resume: go on from out_dir's checkpoint; auto: if there is one
-    init_from: Literal["scratch", "resume", "auto"] = "scratch"
+    # scratch; resume: go on from out_dir's checkpoint; auto: if there is one; published weights to
+    # begin with: hf:<folder>, or gpt2, gpt2-medium, ..., pythia-410m, ... from the hub
+    init_from: str = "scratch"
     # start over in an out_dir that holds a run; that one goes with the first new checkpoint
     overwrite: bool = False
     verify: bool = False  # only check the files in out_dir against their checksums
@@ -109,6 +110,12 @@ class Config:
     dropout: float = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
     bias: bool = False  # do we use bias inside LayerNorm and Linear layers?
     tie_weights: bool = True  # wte and lm_head are one matrix
+    gelu: Literal["none", "tanh"] = "none"  # its approximation; GPT-2's weights want tanh
+    rotary_pct: float = 0.0  # part of each head that rotary positions turn, instead of wpe; 0: none
+    parallel_residual: bool = False  # attention and MLP side by side, as in Pythia
+    vocab_size: int = 0  # 0: the data's, rounded up to a multiple of 64
+    pretrained: str = ""  # the folder of the first weights, as --init_from found it
+    pretrained_sha256: str = ""  # of these weights; written by the run
     # --- optimizer
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 6e-4  # max learning rate
@@ -137,6 +144,8 @@ class Config:
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
+        if self.init_from not in ("scratch", "resume", "auto"):
+            self.begin_pretrained()
         config.check(self, at_least=AT_LEAST, above={"learning_rate": 0}, below=BELOW)
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
@@ -153,6 +162,26 @@ class Config:
         if self.audit_interval and self.batch < 2:
             what = f"--audit_interval={self.audit_interval} correlates the chunks of a step"
             raise UserError(f"{what}, and there is one: raise --batch_size")
+
+    def begin_pretrained(self):
+        """--init_from names published weights: the sizes of the model are theirs."""
+        name = self.init_from
+        if not name.startswith(pretrained.PREFIX) and name not in pretrained.HUB:
+            known = ", ".join(["scratch", "resume", "auto", "hf:<folder>", *pretrained.HUB])
+            raise UserError(f"--init_from={name}: choose one of {known}")
+        folder = pretrained.locate(name)
+        args = dict(pretrained.read(folder).model_args)
+        longest = args.pop("block_size")
+        if self.block_size > longest:
+            what = f"--block_size={self.block_size}, but {folder} knows {longest} positions"
+            raise UserError(f"{what}: write --block_size={longest}")
+        for key, value in args.items():
+            default = type(self).__dataclass_fields__[key].default
+            if getattr(self, key) not in (default, value):
+                what = f"--{key}={getattr(self, key)}, but {folder} has {key}={value}"
+                raise UserError(f"{what}: leave it out")
+            setattr(self, key, value)
+        self.init_from, self.pretrained = "scratch", str(folder.resolve())
 
     @classmethod
     def of_run(cls, path):
@@ -178,6 +207,8 @@ AT_LEAST = {
     "n_layer": 1,
     "n_head": 1,
     "n_embd": 1,
+    "rotary_pct": 0,
+    "vocab_size": 0,
     "dropout": 0,
     "max_iters": 1,
     "weight_decay": 0,
@@ -228,15 +259,44 @@ def get_model_args(cfg, data):
         "bias": cfg.bias,
         "dropout": cfg.dropout,
         "tie_weights": cfg.tie_weights,
-        "vocab_size": -(-data.meta["vocab_size"] // 64) * 64,  # rounded up for efficiency
+        "gelu": cfg.gelu,
+        "rotary_pct": cfg.rotary_pct,
+        "parallel_residual": cfg.parallel_residual,
+        # rounded up for efficiency
+        "vocab_size": cfg.vocab_size or -(-data.meta["vocab_size"] // 64) * 64,
     }
 
 
-def build_model(cfg, data, device):
-    """Its first weights are a function of the seed."""
+def build_model(cfg, data, device, is_first=True):
+    """Its first weights are a function of the seed, or published ones. is_first: whether these are
+    wanted, and not a checkpoint's in their place."""
     torch.manual_seed(cfg.seed)
-    model = GPT(GPTConfig(**get_model_args(cfg, data))).to(device)
+    model = GPT(GPTConfig(**get_model_args(cfg, data)))
+    if cfg.pretrained and is_first:
+        found = pretrained.read(cfg.pretrained)
+        check_pretrained(cfg, found, data)
+        pretrained.put_weights(model, found)
+    model.to(device)
     return model.double() if cfg.dtype == "float64" else model
+
+
+def check_pretrained(cfg, found, data):
+    """Raises UserError where published weights are not those that the run began with, or do not
+    know the data's tokens or places."""
+    folder = found.folder
+    sha256 = found.sha256()
+    if cfg.pretrained_sha256 not in ("", sha256):
+        what = f"the weights in {folder} are not those that the run began with (their sha256)"
+        raise UserError(f"{what}: put those back")
+    cfg.pretrained_sha256 = sha256
+    n_tokens, known = data.meta["vocab_size"], found.model_args["vocab_size"]
+    if n_tokens > known:
+        what = f"{data.path} has {n_tokens} tokens, the weights in {folder} know {known}"
+        raise UserError(f"{what}: prepare the text with their tokenizer")
+    longest = found.model_args["block_size"]
+    if cfg.block_size > longest:
+        what = f"{data.path} has chunks of {cfg.block_size} tokens, {folder} knows {longest}"
+        raise UserError(f"{what} positions: write --block_size={longest}")
 
 
 def build_optimizer(cfg, model):
@@ -463,7 +523,7 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
     state = State()
     checkpoint = None
     ckpt_path = parallel.on_rank_0(lambda: find_checkpoint(cfg, data, targets))
-    raw_model = build_model(cfg, data, device)
+    raw_model = build_model(cfg, data, device, is_first=not ckpt_path)
     if ckpt_path:
         # resume training from a checkpoint.
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)

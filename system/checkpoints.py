@@ -212,6 +212,7 @@ class Checkpoints:
 MAY_CHANGE = (
     "out_dir",
     "data_dir",
+    "pretrained",
     "keep",
     "max_iters",
     "eval_interval",

@@ -117,7 +117,15 @@ REMOVED = {
 }
 
 # settings that change what a run writes, and what earlier versions did, which had none
-ADDED = {"target_smoothing": 0.0}
+ADDED = {
+    "target_smoothing": 0.0,
+    "gelu": "none",
+    "rotary_pct": 0.0,
+    "parallel_residual": False,
+    "vocab_size": 0,
+    "pretrained": "",
+    "pretrained_sha256": "",
+}
 
 
 def without_removed(settings, path):

@@ -1,0 +1,290 @@
+"""system/pretrained.py and --init_from=hf:<folder>: models of transformers, read without it."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from runs import run
+
+import config
+import export
+import revalue
+import train
+from model import GPT, GPTConfig
+from shapley import exact, ghost
+from system import pretrained, store
+from system.errors import UserError
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+
+VOCAB, LONGEST = 263, 40
+
+
+def gpt2(**options):
+    sizes = dict(vocab_size=VOCAB, n_positions=LONGEST, n_layer=2, n_head=2, n_embd=16)
+    ends = dict(bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ends, **options))
+
+
+def pythia(**options):
+    sizes = dict(
+        vocab_size=VOCAB,
+        max_position_embeddings=LONGEST,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_size=16,
+        intermediate_size=64,
+    )
+    config = transformers.GPTNeoXConfig(
+        **sizes, **{"rotary_pct": 0.5, "bos_token_id": 0, "eos_token_id": 0, **options}
+    )
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+MODELS = {
+    "gpt2": lambda: gpt2(),
+    "gpt2 untied": lambda: gpt2(tie_word_embeddings=False),
+    "gpt2 exact gelu": lambda: gpt2(activation_function="gelu"),
+    "pythia": lambda: pythia(),
+    "pythia tied, in sequence": lambda: pythia(
+        tie_word_embeddings=True, use_parallel_residual=False, rotary_pct=0.25
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def theirs(request, tmp_path):
+    """A model of theirs with large weights, so that the kind of GELU shows, and its folder."""
+    torch.manual_seed(0)
+    model = MODELS[request.param]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "theirs")
+    return model, tmp_path / "theirs"
+
+
+def loaded(folder, **more):
+    found = pretrained.read(folder)
+    model = GPT(GPTConfig(**{**found.model_args, **more})).eval()
+    pretrained.put_weights(model, found)
+    return model
+
+
+def logits(model, idx):
+    """Of model.GPT, all of them."""
+    return model(idx, idx)[0]
+
+
+def tokens(n_chunks, length):
+    return torch.randint(VOCAB, (n_chunks, length), generator=torch.Generator().manual_seed(1))
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+# --- the same numbers -------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(theirs):
+    model, folder = theirs
+    idx = tokens(3, LONGEST)
+    assert relative(logits(loaded(folder), idx), model(idx).logits) < 1e-5
+    shorter = loaded(folder, block_size=7)
+    assert relative(logits(shorter, idx[:, :7]), model(idx[:, :7]).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_the_kind_of_gelu_shows(tmp_path):
+    """Else the test above could not tell it."""
+    torch.manual_seed(0)
+    model = gpt2()
+    for p in model.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(tmp_path)
+    idx = tokens(3, LONGEST)
+    assert relative(logits(loaded(tmp_path, gelu="none"), idx), model.eval()(idx).logits) > 1e-5
+
+
+def test_values_are_those_of_autograd(theirs):
+    model = loaded(theirs[1]).double()
+    X, Y = tokens(3, 12), tokens(6, 12)[3:]
+    players = exact.chunk_gradients(model, X, Y)
+    torch.manual_seed(2)
+    for p in model.parameters():
+        p.h = torch.randn(2, *p.shape).double()
+    ledger = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    model(X, Y, ledger)[1].backward()
+    expected = torch.zeros(3, 2, dtype=torch.float64)
+    for i, x in enumerate(players):
+        for k in range(2):
+            expected[i, k] = sum((g * p.h[k]).sum() for g, p in zip(x, model.parameters()))
+    assert relative(ledger.grad, expected) < 1e-12
+    tape = ghost.Tape()
+    model(X, Y, tape)[1].backward()
+    assert relative(tape.values(), expected) < 1e-12
+
+
+# --- training ---------------------------------------------------------------------
+
+
+def test_a_run_begins_there_and_comes_back(theirs, python_data, tmp_path):
+    """From the folder through training and a resumption to a folder that transformers loads."""
+    _, folder = theirs
+    short = [f"--init_from=hf:{folder}", *SHORT]
+    whole = tmp_path / "whole"
+    train.train(config.load(train.Config, [*options(python_data, whole), *short]))
+    settings = json.loads((whole / "config.json").read_text())["config"]
+    assert len(settings["pretrained_sha256"]) == 64
+    # stopped on the way, the folder gone: it ends in the same bytes
+    parts = tmp_path / "parts"
+    train.train(config.load(train.Config, [*options(python_data, parts), *short, "--max_iters=2"]))
+    moved = folder.rename(tmp_path / "moved")
+    resume = [str(parts / "config.json"), "--init_from=resume", "--max_iters=4"]
+    train.train(config.load(train.Config, resume))
+    assert (parts / "values.npy").read_bytes() == (whole / "values.npy").read_bytes()
+    moved.rename(folder)
+
+    exported = export.export(export.Config(run=str(whole)))
+    again = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    trained = GPT.from_checkpoint(torch.load(whole / "ckpt.pt", weights_only=True)).eval()
+    idx = tokens(2, 32)
+    with torch.no_grad():
+        assert relative(logits(trained, idx), again(idx).logits) < 1e-5
+        assert relative(logits(loaded(exported), idx), logits(trained, idx)) < 1e-6
+
+
+SHORT = ["--max_iters=4", "--lr_decay_iters=4", "--checkpoint_interval=2"]
+
+
+def options(data_dir, out, *more):
+    return [
+        f"--data_dir={data_dir}",
+        f"--out_dir={out}",
+        "--batch_size=2",
+        "--warmup_iters=1",
+        "--learning_rate=1e-3",
+        "--eval_interval=0",
+        "--targets=val:Python code",
+        "--device=cpu",
+        "--dtype=float32",
+        *more,
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    gpt2().save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def test_it_is_taken_again_for_a_replay_and_hindsight(folder, python_data, tmp_path):
+    out = tmp_path / "run"
+    argv = [*options(python_data, out), *SHORT, f"--init_from=hf:{folder}"]
+    train.train(config.load(train.Config, argv))
+    replayed = revalue.revalue(revalue.Config(run=str(out), replay=True, name="again"))
+    ours = store.read(out)["value"]
+    np.testing.assert_array_equal(store.read(replayed)["value"], ours)
+    looked = revalue.revalue(revalue.Config(run=str(out), hindsight=True))
+    assert np.isfinite(store.read(looked)["value"]).all()
+    other = gpt2()
+    other.save_pretrained(folder)
+    with pytest.raises(UserError, match="are not those that the run began with"):
+        revalue.revalue(revalue.Config(run=str(out), hindsight=True, overwrite=True))
+
+
+def test_a_padded_vocabulary_would_raise_the_loss(folder):
+    """Why it is as in the checkpoint: rows of zeros take part in the softmax."""
+    model = loaded(folder)
+    weights = pretrained.read_weights(pretrained.read(folder))
+    padded = GPT(GPTConfig(**{**pretrained.read(folder).model_args, "vocab_size": 320})).eval()
+    own = padded.state_dict()
+    for name, x in weights.items():
+        own[name].zero_()
+        own[name][: len(x)] = x
+    idx = tokens(2, 20)
+    with torch.no_grad():
+        assert float(padded(idx, idx)[1] - model(idx, idx)[1]) > 0.05
+
+
+# --- what is refused --------------------------------------------------------------
+
+
+def change(folder, **entries):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, **entries}))
+
+
+WRONG = {
+    "no such model": (lambda f: change(f, model_type="llama"), "type 'llama'"),
+    "another activation": (lambda f: change(f, activation_function="relu"), "none of gelu"),
+    "another option": (lambda f: change(f, scale_attn_by_inverse_layer_idx=True), "something else"),
+    "another epsilon": (lambda f: change(f, layer_norm_epsilon=1e-6), "something else"),
+    "a missing layer": (lambda f: change(f, n_layer=3), "no weight transformer.h.2"),
+    "one too many": (lambda f: change(f, n_layer=1), "does not have: transformer.h.1"),
+    "another width": (lambda f: change(f, vocab_size=300), "is (263, 16), not (300, 16)"),
+    "no size": (lambda f: change(f, n_embd="16"), "n_embd is no size"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "it needs model.safetensors"),
+    "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
+    "no config": (lambda f: (f / "config.json").unlink(), "name a folder that save_pretrained"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_folder_that_is_not_understood_is_refused(case, folder, python_data, tmp_path):
+    spoil, answer = WRONG[case]
+    spoil(folder)
+    argv = [*options(python_data, tmp_path / "run"), *SHORT, f"--init_from=hf:{folder}"]
+    with pytest.raises(UserError) as error:
+        train.train(config.load(train.Config, argv))
+    assert answer in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_options_that_are_not_the_models_are_refused(folder, python_data, tmp_path):
+    argv = [*options(python_data, tmp_path / "run"), f"--init_from=hf:{folder}"]
+    with pytest.raises(UserError, match=r"--n_layer=5, but .* has n_layer=2: leave it out"):
+        config.load(train.Config, [*argv, "--n_layer=5"])
+    with pytest.raises(UserError, match="knows 40 positions: write --block_size=40"):
+        config.load(train.Config, [*argv, "--block_size=41"])
+    with pytest.raises(UserError, match="choose one of scratch, resume, auto, hf:<folder>, gpt2"):
+        config.load(train.Config, ["--init_from=gpt3"])
+
+
+def test_a_name_of_the_hub_without_a_network_says_what_to_type():
+    with pytest.raises(
+        UserError, match=r"cannot be fetched .* write --init_from=hf:<their folder>"
+    ):
+        config.load(train.Config, ["--init_from=pythia-70m"])
+
+
+def test_more_tokens_than_the_weights_know_are_refused(python_data, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=100, n_positions=40, n_layer=1, n_head=1, n_embd=8)
+    small = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    )
+    small.save_pretrained(tmp_path / "small")
+    argv = [*options(python_data, tmp_path / "run"), f"--init_from=hf:{tmp_path / 'small'}"]
+    with pytest.raises(UserError, match=r"256 tokens, .* know 100"):
+        train.train(config.load(train.Config, argv))
+
+
+def test_an_export_is_never_written_over(python_data, tmp_path):
+    run(python_data, tmp_path / "run", "--max_iters=1", "--rule=off", "--eval_interval=0")
+    folder = export.export(export.Config(run=str(tmp_path / "run")))
+    with pytest.raises(UserError, match="is not empty"):
+        export.export(export.Config(run=str(tmp_path / "run")))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()  # without biases
+    trained = GPT.from_checkpoint(torch.load(tmp_path / "run/ckpt.pt", weights_only=True)).eval()
+    idx = tokens(2, 20) % 256
+    with torch.no_grad():
+        assert relative(logits(trained, idx), model(idx).logits) < 1e-5
