@@ -25,6 +25,7 @@ ARROWS = {  # what may import what
     "model": ("shapley.ghost", "shapley.head"),
     "valuation": ("shapley", "system"),
     "sample": ("config", "data", "model", "system"),
+    "export": ("config", "system"),
     "prepare_pile": ("config", "data", "pile", "show.prepared", "system"),
     "train": ("config", "data", "model", "valuation", "shapley.labels", "show", "system"),
     "lookback": ("data", "train", "valuation", "shapley", "system"),
