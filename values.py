@@ -29,6 +29,7 @@ from show.exports import compare, export
 from show.losses import common_steps, side_by_side
 from show.run import open_run
 from show.scores import chunk_scores, document_scores, score_and_error
+from system import store
 from system.errors import UserError
 
 Score = Literal["share", "value", "smoothed"]
@@ -64,7 +65,7 @@ def summary(run):
         "batch": batch,
         "chunks": len(run.values),
         "chunks_used": len(run.used),
-        "visits": len(run.visits),
+        "visits": int(np.count_nonzero(run.visits["chunk"] != store.NO_CHUNK)),
         "approximate": run.info.get("approximate"),
         "early_steps": int(np.count_nonzero(run.visits["early"][::batch])),
         "horizon": run.horizon,

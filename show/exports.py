@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from show.documents import Documents
+from system import store
 from system.errors import UserError
 from system.files import atomic
 
@@ -60,7 +61,7 @@ def count_visits(run):
     count = np.zeros(n, np.int32)
     first_step = np.full(n, np.iinfo("i4").max, np.int32)
     loss = np.zeros(n)
-    for visits in run.blocks():
+    for visits in map(store.filled, run.blocks()):
         np.add.at(count, visits["chunk"], 1)
         np.minimum.at(first_step, visits["chunk"], visits["step"])
         np.add.at(loss, visits["chunk"], visits["loss"].astype(float))

@@ -14,6 +14,7 @@ import numpy as np
 
 from show import findings, hindsight, tables
 from show.losses import common_steps
+from system import store
 from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import command
 
@@ -246,15 +247,16 @@ class Sums:
         self.cumulative.add(steps, slot, values)
         self.drops.add(steps, slot, values)
         self.bars.add(steps, slot, shares)
+        n_visits = store.visits_of_steps(visits, batch)
         for score, share in zip(self.score, shares.T):
-            np.add.at(score, chunk, batch * share)
+            np.add.at(score, chunk, np.repeat(n_visits, batch) * share)
         if self.run.is_smoothed:
             smoothed = visits["smoothed"].astype(float)
-            size = np.abs(smoothed).reshape(-1, batch, self.K).mean(1)
+            size = np.abs(smoothed).reshape(-1, batch, self.K).sum(1) / n_visits[:, None]
             smoothed /= np.repeat(np.maximum(size, findings.TINY), batch, axis=0)
             for score, of_target in zip(self.smoothed, smoothed.T):
                 np.add.at(score, chunk, of_target)
-        np.add.at(self.count, chunk, 1)
+        np.add.at(self.count, store.filled(visits)["chunk"], 1)
         early = visits["early"] > 0
         self.early.update(np.unique(np.repeat(steps, batch)[early]).tolist())
         self.early_size += abs(values[early]).sum(0)
@@ -645,7 +647,7 @@ def points(run, slots):
     """A sample of the visits, evenly over the run: domain (n,), training loss (n,) and values
     (K, n)."""
     n = min(len(run.visits), POINTS, 5 * POINTS // len(run.names))
-    visits = run.visits[np.linspace(0, len(run.visits) - 1, n).astype(int)]
+    visits = store.filled(run.visits[np.linspace(0, len(run.visits) - 1, n).astype(int)])
     return {
         "domain": slots[visits["chunk"]].tolist(),
         "loss": num(visits["loss"]),

@@ -122,7 +122,8 @@ class Run:
         return dict(zip(self.names, map(float, values)))
 
     def blocks(self):
-        """Yields the visits, some whole steps at a time."""
+        """Yields the visits, some whole steps at a time, with the rows that a step of fewer chunks
+        leaves empty (store.filled() leaves those out): they have chunk -1 and value 0."""
         return checked_blocks(self.path, self.visits, self.info["batch"], len(self.values))
 
     def counted(self):
@@ -380,14 +381,18 @@ def read_records(path, name, dtypes, files):
 
 
 def checked_blocks(path, visits, batch, n_chunks):
-    """Yields the visits, some whole steps at a time. Raises UserError where a stranger wrote some
-    of chunks that are not there."""
+    """Yields the visits, some whole steps at a time, with the rows that a step of fewer chunks
+    leaves empty. Raises UserError where a stranger wrote some of chunks that are not there, or a
+    value into an empty row."""
     size = -(-(2**20) // batch) * batch
     for start in range(0, len(visits), size):
         block = visits[start : start + size]
-        chunks = block["chunk"]
-        if not 0 <= chunks.min() <= chunks.max() < n_chunks:
+        chunks = store.filled(block)["chunk"]
+        if len(chunks) and not 0 <= chunks.min() <= chunks.max() < n_chunks:
             raise UserError(f"{path}/ledger.npy speaks of chunks that are not there: {again(path)}")
+        empty = block[block["chunk"] == store.NO_CHUNK]
+        if empty["value"].any() or ("smoothed" in empty.dtype.names and empty["smoothed"].any()):
+            raise UserError(f"{path}/ledger.npy has values of no chunk: {again(path)}")
         yield block
 
 

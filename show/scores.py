@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from show.documents import Documents, Pieces, trained_tokens
+from system import store
 
 TINY = np.finfo("f4").tiny
 
@@ -41,11 +42,14 @@ def chunk_scores(run, k, score):
             gains = visits[column][:, k].astype(float)
         if score in ("share", "smoothed"):
             steps = gains.reshape(-1, run.info["batch"])
-            size = np.abs(steps).mean(1, keepdims=True)
+            n_visits = store.visits_of_steps(visits, run.info["batch"])[:, None]
+            size = np.abs(steps).sum(1, keepdims=True) / n_visits
             gains = (steps / np.maximum(size, TINY)).ravel()
-        np.add.at(count, visits["chunk"], 1)
-        np.add.at(total, visits["chunk"], gains)
-        np.add.at(squares, visits["chunk"], gains**2)
+        gains = gains[visits["chunk"] != store.NO_CHUNK]
+        chunk = store.filled(visits)["chunk"]
+        np.add.at(count, chunk, 1)
+        np.add.at(total, chunk, gains)
+        np.add.at(squares, chunk, gains**2)
     domains = np.asarray(run.data.train.domain)
     return Units(np.arange(n_chunks), domains, count, total, squares)
 

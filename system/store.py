@@ -235,6 +235,11 @@ def filled(visits):
     return visits[~is_empty] if is_empty.any() else visits
 
 
+def visits_of_steps(visits, batch):
+    """How many visits each of some whole steps has, int64 (steps,). batch: the rows of a step."""
+    return (visits["chunk"] != NO_CHUNK).reshape(-1, batch).sum(1)
+
+
 def late(visits):
     """The visits that are not marked early: in hindsight only these count (shapley/hindsight.py).
     Steps are early as a whole."""

@@ -1,9 +1,12 @@
 """A step's loss is the mean over its labels: chunks have different numbers of them, or none, and
 steps different numbers of chunks. Values are held against autograd, chunk by chunk, in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from runs import run as train_run
 from test_valuation import RULES, relative, target_losses, text
 from test_valuation import Run as FullRun
 from torch import nn
@@ -14,6 +17,11 @@ from model import GPT, GPTConfig
 from shapley import contract, exact, head, labels, rules
 from shapley.ghost import Tape
 from shapley.wrap import Examples, Net
+from show.exports import count_visits
+from show.findings import over_steps
+from show.page import Sums
+from show.run import open_run
+from show.scores import chunk_scores
 from system import store
 from system.errors import UserError
 from system.writer import Writer
@@ -254,6 +262,37 @@ def test_grad_norm_is_of_the_chunks_own_loss(tmp_path):
     run.step(0, micro_steps=3)
     found = run.valuation.flush().visits["grad_norm"]
     np.testing.assert_allclose(found, norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["value", "share", "loss"])
+def test_readers_leave_out_the_rows_that_a_step_leaves_empty(python_data, tmp_path, score):
+    """A run that had a step of 3 chunks less is scored as the one whose rows those are."""
+    train_run(python_data, tmp_path, "--rule=sgd", "--optimizer=sgd", "--max_iters=3")
+    opened = open_run(tmp_path)
+    visits = np.array(opened.visits)  # of three steps of 4
+    visits[5:8]["chunk"] = store.NO_CHUNK
+    visits[5:8]["value"] = visits[5:8]["loss"] = 0
+    fewer = replace(opened, visits=visits)
+    counts, _, losses = count_visits(fewer)
+    assert counts.sum() == 9
+    assert abs(losses.sum() - visits["loss"].sum()) < 1e-4
+    found = chunk_scores(fewer, 0, score)
+    total = np.zeros(len(opened.values))
+    for step in (visits[:4], visits[4:5], visits[8:]):
+        values = step["value"][:, 0].astype(float)
+        gains = {"value": values, "loss": -step["loss"].astype(float)}
+        gains["share"] = values / np.abs(values).mean()
+        np.add.at(total, step["chunk"], gains[score])
+    np.testing.assert_allclose(found.total, total, atol=1e-12)
+    assert found.visits.sum() == 9
+    sizes = Sums(
+        fewer, opened.data.train.domain, 3, over_steps([visits], 4, np.zeros(10**6, int), 1)[0]
+    )
+    sizes.add(visits)
+    assert sizes.count.sum() == 9
+    visits[6]["value"] = 1
+    with pytest.raises(UserError, match="has values of no chunk"):
+        list(fewer.blocks())
 
 
 # --- what is refused, or follows from what is given -----------------------------------
