@@ -11,6 +11,7 @@ import contextlib
 import numpy as np
 import torch
 
+from shapley.batch import rows_of
 from system import parallel
 from system.parallel import local
 
@@ -51,28 +52,29 @@ class Targets:
         X, Y = self.batch(k, step)
         has_label = Y >= 0 if Y.dtype.kind in "iu" else ~np.isnan(Y)
         n_labels = has_label.reshape(len(Y), -1).sum(1)
-        padded = len(X) + -len(X) % parallel.size()
+        padded = len(Y) + -len(Y) % parallel.size()
         mine = parallel.mine(padded)
-        size = self.settings.micro_batch or len(X)
+        size = self.settings.micro_batch or len(Y)
         for start in range(mine.start, mine.stop, size):
             chunks = slice(start, min(start + size, mine.stop))
             share = n_labels[chunks].sum() / n_labels.sum()
             if not share:
                 chunks = [n_labels.argmax()]
             self.check()
-            yield X[chunks], Y[chunks], share
+            yield rows_of(X, chunks, len(Y)), Y[chunks], share
 
     # --- losses and gradients ---------------------------------------------------
 
     @contextlib.contextmanager
     def evaluating(self):
-        """The model without dropout."""
-        was_training = self.model.training
+        """The model without dropout. Then each of its modules is in the mode that it was in."""
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
 
     @torch.no_grad()
     def losses(self, step):

@@ -46,7 +46,8 @@ class Net(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
         self.chunk_loss = None  # (B,): set by a forward with a ledger
-        self.ways = frozenset()  # where its weights met the batch (intercept.py): set likewise
+        self.ways = set()  # where its weights met the batch so far (intercept.py)
+        self.precision = None  # the dtype that the last forward with a ledger computed in
 
     def forward(self, X, Y, ledger=None):
         X, Y = self.as_inputs(X), self.as_inputs(Y)
@@ -58,11 +59,12 @@ class Net(nn.Module):
         rng = rng_state()
         with Ghosts(self.model, X, len(Y), ledger) as ghosts:
             outputs = self.call(X)
-        self.ways = frozenset(ghosts.ways)
+        self.ways |= ghosts.ways
+        self.precision = self.dtype_now(Y.device.type)
         losses, n_counted = self.example_losses(outputs, Y)
         self.chunk_loss = losses.detach()
         loss = losses.sum() / n_counted
-        if any(way == GENERAL for _, _, way in self.ways):
+        if any(way == GENERAL for _, _, way in ghosts.ways):
             loss = ghost.with_values(loss, ledger, self.along_directions(X, Y, rng))
         return outputs, loss
 
@@ -72,8 +74,13 @@ class Net(nn.Module):
         return self.model(*X) if isinstance(X, tuple) else self.model(X)
 
     def as_inputs(self, nest):
-        like = next(self.parameters())
+        like = next(p for p in self.parameters() if p.is_floating_point())
         return as_tensors(nest, like.device, like.dtype)
+
+    def dtype_now(self, device):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return next(p for p in self.parameters() if p.is_floating_point()).dtype
 
     def example_losses(self, outputs, Y):
         """Each example's loss (B,), 0 of one without labels; and how many have some."""
