@@ -174,7 +174,7 @@ class Valuation:
         check_learning_rates(self.weights.optimizer, lr if self.is_wrapped else None)
         self.step = Step(number=step, lr=lr, t=self.updates_done)
         if self.is_adam_aware:
-            self.weights.look_for_young()
+            self.weights.look_for_young(self.step.t, may_be_late=self.is_wrapped)
         if self.is_wrapped and self.rule.token_weights and tokens is None:
             what = f"rule {self.settings.rule} values the rows of the batch's own tokens exactly"
             raise UserError(f"{what}: pass begin_step(step, lr, tokens=X), X of the whole batch")
@@ -215,7 +215,7 @@ class Valuation:
             self.set_directions([local(gradient) for gradient in batch])
             self.second_pass()
             self.weights.set_gradients(batch)
-        if self.is_adam_aware and self.weights.young and self.weights.is_first_update():
+        if self.is_wrapped and self.is_adam_aware and self.weights.is_first_update():
             self.first_update = self.step.t
         n_updates = self.step.t - self.first_update + 1
         self.step.is_early = self.is_adam_aware and min(self.step.t, n_updates) <= EARLY
@@ -283,13 +283,15 @@ class Valuation:
     def new_tape(self, X, Y):
         """For a forward of X, Y. A compiled forward needs a tape that knows its ops: an eager one
         sees them when the first batch of such a shape comes."""
-        if self.settings.compile and X.shape not in self.tape_ops:
+        if not self.settings.compile:
+            return ghost.Tape()
+        if X.shape not in self.tape_ops:
             tape = ghost.Tape()
             eager = torch.compiler.set_stance("force_eager")
             with torch.no_grad(), eager, replaying(rng_state()):
                 self.loss(X, Y, tape)
             self.tape_ops[X.shape] = tape.ops
-        return ghost.Tape(self.tape_ops.get(X.shape, ()))
+        return ghost.Tape(self.tape_ops[X.shape])
 
     def collect(self):
         """Takes what the last micro-batch left behind, before the next one replaces it."""
@@ -303,8 +305,17 @@ class Valuation:
         micro_batch.losses = self.model.chunk_loss
         for p in self.rule.exact_gradients:
             whole = self.weights.whole[p]
-            micro_batch.per_chunk[p] = whole.per_chunk.grad
+            micro_batch.per_chunk[p] = self.own_gradients(p, whole.per_chunk)
             whole.per_chunk = whole.exact_rows = None
+
+    def own_gradients(self, p, per_chunk):
+        """The gradients of a parameter for each chunk alone, which the backward left."""
+        if per_chunk.grad is None:
+            name = self.weights.names[self.weights.params.index(p)]
+            what = f"rule {self.settings.rule} needs each example's own gradient of {name}"
+            cure = "which this forward does not give: set exact_rows=False, or take rule adamw2"
+            raise UserError(f"{what}, {cure}")
+        return per_chunk.grad
 
     def check_batch(self):
         """Raises UserError where the step's micro-batches are not the batch: a row too few would be
@@ -336,7 +347,7 @@ class Valuation:
         that is new (Net.ways)."""
         if not self.unchecked and self.model.ways <= self.checked_ways:
             return
-        check_sum(self.weights, self.step, tolerance(self.model))
+        check_sum(self.weights, self.step, self.rule.exact_rows, tolerance(self.model))
         uses_tape = isinstance(self.step.micro_batches[0].ledger, ghost.Tape)
         evaluating = self.targets.evaluating
         check_examples(self.model, self.weights, self.loss, self.step, uses_tape, evaluating)

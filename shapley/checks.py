@@ -1,6 +1,6 @@
 """What a valuation refuses, rather than write values that may be wrong.
 
-    check_optimizer         at construction: is the optimizer's step the one that the rules speak of?
+    check_optimizer         at construction: is the optimizer's step one that the rules know?
     check_learning_rates    at every step
     check_examples          in the first steps of a wrapped model (wrap.py): do the values of single
                             examples equal those of their own gradients, and do examples not mix?
@@ -9,6 +9,7 @@
 Each raises UserError with what is wrong and what to do. B examples, K targets.
 """
 
+import numpy as np
 import torch
 
 from shapley import ghost
@@ -73,9 +74,17 @@ def tolerance(model):
 
 
 @torch.no_grad()
-def check_sum(weights, step, tolerance):
-    """After the step's backward: sum_i <x_i, h_k> against <g, h_k>, without the rows that are
-    valued exactly."""
+def check_sum(weights, step, exact_rows, tolerance):
+    """After the step's backward: sum_i <x_i, h_k> against <g, h_k>. The rows that are valued by
+    each chunk's own gradient (exact_rows: {p: numbers}) are not in it: of them sum_i x_i against
+    g."""
+    for p in step.micro_batches[0].per_chunk:
+        total = sum(m.per_chunk[p].sum(0) for m in step.micro_batches) * step.clip_coef
+        g = weights.take_rows(p.grad, exact_rows[p])
+        if not (total - g).norm() <= tolerance * (total.norm() + g.norm()):
+            name = weights.names[weights.params.index(p)]
+            what = f"step {step.number}: gradients of examples do not add up to the batch's"
+            raise UserError(f"{what} in {name}: set exact_rows=False, or take rule adamw2")
     values = [m.ledger.grad if m.values is None else m.values for m in step.micro_batches]
     values = torch.cat(values).double()
     params = [p for p in weights.params if p.grad is not None]
@@ -105,7 +114,7 @@ class Probe:
         self.model, self.weights, self.loss = model, weights, loss
         self.X, self.Y, self.rng = micro_batch.X, micro_batch.Y, micro_batch.rng
         self.B, self.uses_tape = len(micro_batch.ids), uses_tape
-        labeled = has_label(self.Y).flatten(1).any(1).nonzero().flatten().tolist()
+        labeled = has_label(self.Y).reshape(self.B, -1).any(1).nonzero().flatten().tolist()
         self.n_labeled = len(labeled)
         self.examples = sorted({labeled[0], labeled[-1]}) if labeled else []
 
@@ -180,12 +189,10 @@ class Probe:
     def check_mixing(self, evaluating):
         """An example's loss alone against its loss in the batch. evaluating: a context of the model
         without dropout."""
-        before = torch.get_rng_state()
         with replaying(self.rng):
             state = rng_state()
             self.loss(self.X, self.Y)
             is_random = not same(state, rng_state())
-        assert torch.equal(before, torch.get_rng_state())
         for i in self.examples:
             if is_random:
                 with evaluating():
@@ -225,5 +232,5 @@ def has_label(Y):
 
 def same(state, other):
     """Whether two states of the random numbers (system/machine.py) are one."""
-    pairs = [(a, b) for a, b in zip(state, other) if a is not None]
-    return all(torch.equal(a, b) for a, b in pairs)
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(state, other) if a is not None]
+    return all(np.array_equal(a, b) for a, b in pairs)

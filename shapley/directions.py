@@ -26,7 +26,8 @@ AdamW's moments before the step. In the t-th update, t = 1, 2, ...
 
 Where v is near zero (rows of rare words, dead units) the one-pass formulas are unbounded, so v is
 taken to be at least FLOOR_LINEAR or FLOOR_EXPECTED times its mean over the tensor. At t = 1 there
-is no v, nor later in a tensor that had no gradient yet (the A of a LoRA, whose B is 0): one-pass rules take the target's own gradient for the batch's, with the denominator
+is no v, nor later in a tensor that had no gradient yet (LoRA's A, as long as B is 0). There
+one-pass rules take the target's own gradient for the batch's, with the denominator
 sqrt(d max(g_k^2, FLOOR_LINEAR mean g_k^2)) + eps. Every rule is rough in the first steps.
 
 Clipping depends on the whole batch, so each chunk has a part in it. Two-pass rules follow the path
@@ -192,6 +193,7 @@ class Rule:
     two_pass = False  # whether the direction needs the whole batch's gradient
     exact_names = ()  # names of the parameters that are valued by each chunk's own gradient
     exact_gradients = {}  # {p: the targets' gradients (K, R, ...) of its exact rows}
+    exact_rows = {}  # {p: their numbers, int64 (R,)}
     token_weights = frozenset()  # parameters whose exact rows are the batch's tokens
 
     def __init__(self, weights, settings, n_targets):
@@ -325,7 +327,7 @@ class AdamAware(Rule):
 
     def has_rows_of_its_own(self, p):
         """Whether a parameter's gradient of each chunk alone can be kept."""
-        return p in self.weights.whole and not getattr(p, "general", False)
+        return p in self.weights.whole and not getattr(p, "indirect", False)
 
     def begin(self, tokens):
         self.exact_rows, self.exact_gradients = {}, {}

@@ -23,8 +23,8 @@ What the ops and the rest of the method leave on tensors for each other:
                                         an Embedding, of the rows w.exact_rows
     a weight w             .exact_rows  (R,) int64, sorted
     a weight w             .tokens      True where its rows are tokens (model.py, wrap.py)
-    a parameter p          .general     True where it has no fast form (wrap.py): its gradient of
-                                        each chunk alone cannot be had
+    a parameter p          .indirect    True where its gradient of each chunk alone is not to be
+                                        had (wrap.py)
     a sharded parameter p  .whole       the whole parameter, as the layers see it (parallel.py)
     the model              .chunk_loss  (B,) nats: each chunk's loss, after a forward with a ledger
     made of weights alone  .made        how (Made): it has a direction too, see `direction`
@@ -173,8 +173,7 @@ class _Linear(torch.autograd.Function):
         w_low = w.to(x.dtype)
         ctx.save_for_backward(x, w_low, hw, hb, exact_rows)
         ctx.form = form
-        y = F.linear(x, w_low, None if b is None else b.to(x.dtype))
-        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
+        return no_view(F.linear(x, w_low, None if b is None else b.to(x.dtype)))
 
     @staticmethod
     def backward(ctx, gy):
@@ -204,7 +203,7 @@ def linear(x, weight, bias, ledger):
         def values(gy, x):
             return linear_values(gy, x, direction(weight), direction(bias))
 
-        return ledger.watch(F.linear(x, weight, bias), values, x)
+        return ledger.watch(no_view(F.linear(x, weight, bias)), values, x)
     x = autocast(x)
     return _Linear.apply(
         x,
@@ -217,6 +216,12 @@ def linear(x, weight, bias, ledger):
         getattr(weight, "exact_rows", None),
         contract.FORM,
     )
+
+
+def no_view(y):
+    """y, which F.linear may have made as a view. Changed in place (by nn.ReLU(inplace=True), say) a
+    view would lose its hook, or raise."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def autocast(x):

@@ -51,6 +51,7 @@ class Ghosts(TorchFunctionMode):
         self.B, self.ledger = B, ledger
         self.ways = set()  # (name of the parameter, name of the operation, FAST or GENERAL)
         self.tokens = set()  # parameters whose rows the batch's integers look up
+        self.indirect = set()  # names of those whose gradient of each chunk alone is not taken
         for t in tensors_in(X):
             if t.dim() and len(t) == B:
                 t.of_batch = IN_ORDER
@@ -119,6 +120,11 @@ class Ghosts(TorchFunctionMode):
     def note(self, func, weights, way):
         for weight in weights:
             self.ways.add((self.name(weight), func.__name__, way))
+            while self.inner(weight) is not None:
+                weight = self.inner(weight)
+            is_transposed = OPS.get(func) in (Ghosts.matmul, Ghosts.addmm) and weight.dim() == 2
+            if way == GENERAL or is_transposed or weight not in self.names:
+                self.indirect.add(self.name(weight))
 
     def fast(self, func, args, kwargs):
         """What runs the operation by ghost.py's op, or None where there is no fast form."""
@@ -299,19 +305,12 @@ class Ghosts(TorchFunctionMode):
 
         def run():
             y = F.group_norm(x, num_groups, eps=eps)
-            shape = (-1,) + (1,) * (x.dim() - 2)
-            of_channels = [w if w is None else self.of_channels(w, shape) for w in (weight, bias)]
-            return self.scaled(y, *of_channels)
+            return self.scaled(y.movedim(1, -1), weight, bias).movedim(-1, 1)
 
         return run
 
-    def of_channels(self, weight, shape):
-        if self.is_weight(weight):
-            return self.make(torch.Tensor.view, (weight, shape), {})
-        return weight.view(shape)
-
     def scaled(self, y, weight, bias):
-        """weight * y + bias, of a norm."""
+        """weight * y + bias, of a norm whose channels come last."""
         if weight is not None:
             y = y * self.copies(weight, y.dim())
         if bias is not None:

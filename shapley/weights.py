@@ -52,11 +52,16 @@ class Weights:
 
     # --- young parameters: the coming update with a gradient is their first one -----------------
 
-    def look_for_young(self):
-        """Before a step: leaves in self.young those whose second moment is 0. On a GPU this waits
-        for the device, as long as there are some."""
+    def look_for_young(self, t, may_be_late):
+        """Before the t-th update: leaves in self.young those whose second moment is 0. may_be_late:
+        whether there can be some after the first update. On a GPU this waits for the device, as
+        long as there are some."""
+        if t == 1:
+            return
         young = [p for p in self.params if p in self.young]
-        if young:
+        if not may_be_late:
+            self.young = set()
+        elif young:
             squares = torch.stack([self.moments(p)[1].sum() for p in young])
             squares = self.sum_over_ranks(squares).tolist()
             self.young = {p for p, square in zip(young, squares) if square == 0}

@@ -149,16 +149,15 @@ class Net(nn.Module):
 
     def survey(self, X, Y):
         """Runs the model once as it is, and says on its parameters how they meet the batch: .tokens
-        of one whose rows the batch's integers look up, .general of one that has no fast form
-        somewhere. Raises UserError where a part can have no values."""
+        of one whose rows the batch's integers look up, .indirect of one whose gradient of each
+        example alone is not to be had. Raises UserError where a part can have no values."""
         X, Y = self.as_inputs(X), self.as_inputs(Y)
         X = tree_map_only(torch.Tensor, torch.Tensor.detach, X)
         with replaying(rng_state()), Ghosts(self.model, X, len(Y), ghost.Tape()) as ghosts:
             self.call(X)
-        general = {name for name, _, way in ghosts.ways if way == GENERAL}
         for p, name in ghosts.names.items():
-            p.general = name in general
-            if p in ghosts.tokens and not p.general:
+            p.indirect = name in ghosts.indirect
+            if p in ghosts.tokens and not p.indirect:
                 p.tokens = True
 
 
