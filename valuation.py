@@ -311,7 +311,7 @@ class Valuation:
     def own_gradients(self, p, per_chunk):
         """The gradients of a parameter for each chunk alone, which the backward left."""
         if per_chunk.grad is None:
-            name = self.weights.names[self.weights.params.index(p)]
+            name = self.weights.name_of[p]
             what = f"rule {self.settings.rule} needs each example's own gradient of {name}"
             cure = "which this forward does not give: set exact_rows=False, or take rule adamw2"
             raise UserError(f"{what}, {cure}")
@@ -347,10 +347,10 @@ class Valuation:
         that is new (Net.ways)."""
         if not self.unchecked and self.model.ways <= self.checked_ways:
             return
-        check_sum(self.weights, self.step, self.rule.exact_rows, tolerance(self.model))
         uses_tape = isinstance(self.step.micro_batches[0].ledger, ghost.Tape)
         evaluating = self.targets.evaluating
         check_examples(self.model, self.weights, self.loss, self.step, uses_tape, evaluating)
+        check_sum(self.weights, self.step, self.rule.exact_rows, tolerance(self.model))
         self.checked_ways |= self.model.ways
         self.unchecked = max(0, self.unchecked - 1)
 

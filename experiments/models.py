@@ -24,7 +24,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import config
-from shapley.batch import rows_of
 from shapley.wrap import Examples, Net, causal_lm_loss, token_loss
 from valuation import Settings, Valuation
 
@@ -190,14 +189,15 @@ def error(made):
     return float((values - truth).norm() / truth.norm()), len(general), len(params)
 
 
-def correlation(made, rule, cfg):
-    """Pearson with the exact Shapley values of the last step, whose target is a shuffled batch."""
+def correlation(name, made, rule, cfg):
+    """Pearson with the exact Shapley values of the last step. The target is another batch."""
     net = Net(made.model.float(), made.loss)
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, cfg.learning_rate, betas=(0.9, 0.95))
-    order = torch.randperm(B, generator=torch.Generator().manual_seed(1))
-    X = torch.utils._pytree.tree_map(torch.Tensor.numpy, rows_of(made.X, order, B))
-    target = Examples("batch", X, made.Y[order].numpy())
+    torch.manual_seed(1)
+    X, Y, _ = batch_of(name)
+    X = torch.utils._pytree.tree_map(torch.Tensor.numpy, X)
+    target = Examples("another batch", X, Y.numpy())
     settings = Settings(rule=rule, batch=B, target_batch=B, audit_interval=cfg.steps)
 
     def compute_loss(X, Y, ledger=None):
@@ -220,7 +220,7 @@ def line(name, lora, cfg):
     distance, n_general, n_params = error(build(name, lora))
     ways = "fast" if not n_general else f"fast; {n_general} of {n_params} general"
     trained = "LoRA" if lora else "everything"
-    figures = [correlation(build(name, lora), rule, cfg) for rule in ("adamw2", "adamw")]
+    figures = [correlation(name, build(name, lora), rule, cfg) for rule in ("adamw2", "adamw")]
     cells = [name, trained, ways, f"{distance:.0e}", *(f"{figure:.4f}" for figure in figures)]
     return f"| {' | '.join(cells)} |"
 

@@ -82,9 +82,10 @@ def check_sum(weights, step, exact_rows, tolerance):
         total = sum(m.per_chunk[p].sum(0) for m in step.micro_batches) * step.clip_coef
         g = weights.take_rows(p.grad, exact_rows[p])
         if not (total - g).norm() <= tolerance * (total.norm() + g.norm()):
-            name = weights.names[weights.params.index(p)]
+            name = weights.name_of[p]
             what = f"step {step.number}: gradients of examples do not add up to the batch's"
-            raise UserError(f"{what} in {name}: set exact_rows=False, or take rule adamw2")
+            cure = "pass before_update what clipping multiplied by; or take rule adamw2"
+            raise UserError(f"{what} in {name}: {cure}")
     values = [m.ledger.grad if m.values is None else m.values for m in step.micro_batches]
     values = torch.cat(values).double()
     params = [p for p in weights.params if p.grad is not None]
@@ -162,8 +163,8 @@ class Probe:
             return
         name = self.weights.names[self.blame(directions, truth, everything)]
         what = f"the values of examples are not those of their gradients, in {name} first"
-        cause = "a custom autograd.Function, random numbers that are not torch's, or a tensor whose"
-        cause += " first dimension only looks like the batch"
+        cause = "a custom autograd.Function, or a tensor whose first dimension only looks like the"
+        cause += " batch"
         cure = "give each example rows of its own, or freeze it with requires_grad_(False)"
         raise UserError(f"{what} ({cause}?): {cure}")
 
@@ -188,17 +189,31 @@ class Probe:
     @torch.no_grad()
     def check_mixing(self, evaluating):
         """An example's loss alone against its loss in the batch. evaluating: a context of the model
-        without dropout."""
-        with replaying(self.rng):
-            state = rng_state()
-            self.loss(self.X, self.Y)
-            is_random = not same(state, rng_state())
+        without dropout, whose masks belong to the batch."""
+        if self.is_random():
+            with evaluating():
+                if not self.is_random():
+                    self.check_alone()
+        else:
+            self.check_alone()
+
+    def is_random(self):
+        """Whether a forward draws random numbers. Raises UserError where they are not torch's."""
+        losses = []
+        for _ in range(2):
+            with replaying(self.rng):
+                state = rng_state()
+                losses.append(float(self.loss(self.X, self.Y)))
+                is_random = not same(state, rng_state())
+        if abs(losses[0] - losses[1]) > tolerance(self.model) * abs(losses[0]):
+            what = f"a batch's loss is {losses[0]:.6g}, and then {losses[1]:.6g}"
+            cause = "the model draws random numbers that are not torch's"
+            raise UserError(f"{what}: {cause}, and a value needs the same ones twice")
+        return is_random
+
+    def check_alone(self):
         for i in self.examples:
-            if is_random:
-                with evaluating():
-                    in_batch, alone = self.losses_of(i)
-            else:
-                in_batch, alone = self.losses_of(i)
+            in_batch, alone = self.losses_of(i)
             if not abs(in_batch - alone) <= tolerance(self.model) * (abs(alone) + 1e-3):
                 what = f"an example's loss is {in_batch:.6g} in its batch, and {alone:.6g} alone"
                 cause = "a layer mixes examples, or a tensor's first dimension only looks like the"
@@ -219,8 +234,8 @@ def check_examples(model, weights, loss, step, uses_tape, evaluating):
     if not probe.examples:
         return
     try:
-        probe.check_values()
         probe.check_mixing(evaluating)
+        probe.check_values()
     finally:
         model.chunk_loss = chunk_loss
         weights.set_directions(directions)

@@ -22,6 +22,7 @@ class Weights:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
+        self.name_of = dict(zip(self.params, self.names))
         self.whole = {p: getattr(p, "whole", p) for p in self.params}  # as the layers see them
         self.sharded = any(p is not whole for p, whole in self.whole.items())
         self.n_ranks = parallel.size()
