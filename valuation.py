@@ -36,11 +36,20 @@ from torch import nn
 from shapley import ghost
 from shapley.audit import Audit, compare
 from shapley.books import Books, residual
+from shapley.checks import (
+    check_examples,
+    check_learning_rates,
+    check_optimizer,
+    check_sum,
+    same,
+    tolerance,
+)
 from shapley.directions import RULES
 from shapley.smoothing import Smoothing
 from shapley.step import MicroBatch, Step
 from shapley.targets import Targets
 from shapley.weights import Weights
+from shapley.wrap import Net
 from system import parallel, store
 from system.errors import UserError
 from system.machine import replaying, rng_state
@@ -113,14 +122,22 @@ class Valuation:
             assert "audit" in writer.records or not settings.audit_interval, "Writer(audits=True)"
         self.step_number = step
         self.weights = Weights(model, optimizer)
+        named = zip(self.weights.names, self.weights.params)
+        check_optimizer(optimizer, settings.rule, named)
+        self.is_wrapped = isinstance(model, Net)
+        if self.is_wrapped and targets:
+            model.survey(*targets[0].batch(np.arange(min(2, len(targets[0])))))
+        self.unchecked = 2 if self.is_wrapped else 0  # steps whose values are checked in any case
+        self.checked_ways = set()  # see Net.ways
         self.targets = Targets(targets, self.weights, loss, settings, check)
         self.rule = RULES[settings.rule](self.weights, settings, len(targets))
         self.smoothing = None
         if settings.target_smoothing:
             self.smoothing = Smoothing(self.weights, len(targets), settings.target_smoothing)
         self.books = Books(self.weights, self.targets, settings)
-        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        self.audit = Audit(self.weights, self.targets, loss, settings, self.has_dropout, check)
+        is_random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        self.audit = Audit(self.weights, self.targets, loss, settings, is_random, check)
+        self.first_update = 0  # the newest t that was the first update of some parameter
         self.updates_done = None  # of the optimizer: read once, then counted
         self.frozen_gradients = None  # see freeze_targets
         self.is_frozen = False
@@ -134,6 +151,10 @@ class Valuation:
     @property
     def two_pass(self):
         return self.rule.two_pass
+
+    @property
+    def is_adam_aware(self):
+        return self.settings.rule.startswith("adamw")
 
     @property
     def n_directions(self):
@@ -152,7 +173,13 @@ class Valuation:
             self.updates_done = self.weights.updates_done()
         self.updates_done += 1
         self.step_number = step
+        check_learning_rates(self.weights.optimizer, lr if self.is_wrapped else None)
         self.step = Step(number=step, lr=lr, t=self.updates_done)
+        if self.is_adam_aware:
+            self.weights.look_for_young(self.step.t, may_be_late=self.is_wrapped)
+        if self.is_wrapped and self.rule.token_weights and tokens is None:
+            what = f"rule {self.settings.rule} values the rows of the batch's own tokens exactly"
+            raise UserError(f"{what}: pass begin_step(step, lr, tokens=X), X of the whole batch")
         self.rule.begin(tokens)
         self.books.begin(self.step)
         if not self.two_pass:
@@ -181,8 +208,7 @@ class Valuation:
         if share is not None and not 0 <= share < np.inf:
             what = f"share={share} of the step's loss"
             raise UserError(f"{what}: give what the micro-batch's mean loss is multiplied by")
-        rng = rng_state() if self.has_dropout else None
-        self.step.micro_batches.append(MicroBatch(ids, X, Y, ledger, rng, share))
+        self.step.micro_batches.append(MicroBatch(ids, X, Y, ledger, rng_state(), share))
         return ledger
 
     @timed
@@ -200,6 +226,12 @@ class Valuation:
             self.set_directions([local(gradient) for gradient in batch])
             self.second_pass()
             self.weights.set_gradients(batch)
+        if self.is_wrapped and self.is_adam_aware and self.weights.is_first_update():
+            self.first_update = self.step.t
+        n_updates = self.step.t - self.first_update + 1
+        self.step.is_early = self.is_adam_aware and min(self.step.t, n_updates) <= EARLY
+        if self.is_wrapped:
+            self.check_values()
         if self.audit.audits(self.step):
             self.step.truth = self.audit.solve(self.step)
 
@@ -263,25 +295,29 @@ class Valuation:
     def new_tape(self, X, Y):
         """For a forward of X, Y. A compiled forward needs a tape that knows its ops: an eager one
         sees them when the first batch of such a shape comes."""
-        if self.settings.compile and X.shape not in self.tape_ops:
+        if not self.settings.compile:
+            return ghost.Tape()
+        if X.shape not in self.tape_ops:
             tape = ghost.Tape()
             eager = torch.compiler.set_stance("force_eager")
             with torch.no_grad(), eager, replaying(rng_state()):
                 self.loss(X, Y, tape)
             self.tape_ops[X.shape] = tape.ops
-        return ghost.Tape(self.tape_ops.get(X.shape, ()))
+        return ghost.Tape(self.tape_ops[X.shape])
 
     def collect(self):
         """Takes what the last micro-batch left behind, before the next one replaces it."""
         if not self.step.micro_batches:
             return
         micro_batch = self.step.micro_batches[-1]
+        if not self.audit.is_random:  # by a function, say, that nn.Dropout knows nothing of
+            self.audit.is_random = not same(micro_batch.rng, rng_state())
         if micro_batch.ledger is None or micro_batch.losses is not None:
             return
         self.take_losses(micro_batch)
         for p in self.rule.exact_gradients:
             whole = self.weights.whole[p]
-            micro_batch.per_chunk[p] = whole.per_chunk.grad
+            micro_batch.per_chunk[p] = self.own_gradients(p, whole.per_chunk)
             whole.per_chunk = whole.exact_rows = None
 
     def take_losses(self, micro_batch):
@@ -289,6 +325,15 @@ class Valuation:
         micro_batch.losses = self.model.chunk_loss
         counts = getattr(self.model, "chunk_weight", None)
         micro_batch.counts = torch.ones_like(micro_batch.losses) if counts is None else counts
+
+    def own_gradients(self, p, per_chunk):
+        """The gradients of a parameter for each chunk alone, which the backward left."""
+        if per_chunk.grad is None:
+            name = self.weights.name_of[p]
+            what = f"rule {self.settings.rule} needs each example's own gradient of {name}"
+            cure = "which this forward does not give: set exact_rows=False, or take rule adamw2"
+            raise UserError(f"{what}, {cure}")
+        return per_chunk.grad
 
     def check_batch(self):
         """Raises UserError where the step has no chunk, or more than the ledger has rows for."""
@@ -323,6 +368,19 @@ class Valuation:
                 loss = self.loss(micro_batch.X, micro_batch.Y, ledger) * micro_batch.share
                 (micro_batch.values,) = torch.autograd.grad(loss, ledger)
             self.take_losses(micro_batch)
+
+    def check_values(self):
+        """Raises UserError where the values of a wrapped model's first steps are not those of its
+        gradients, or its examples mix. Later, of a step in which a parameter met the batch in a way
+        that is new (Net.ways)."""
+        if not self.unchecked and self.model.ways <= self.checked_ways:
+            return
+        uses_tape = isinstance(self.step.micro_batches[0].ledger, ghost.Tape)
+        evaluating = self.targets.evaluating
+        check_examples(self.model, self.weights, self.loss, self.step, uses_tape, evaluating)
+        check_sum(self.weights, self.step, self.rule.exact_rows, tolerance(self.model))
+        self.checked_ways |= self.model.ways
+        self.unchecked = max(0, self.unchecked - 1)
 
     def values_of(self, micro_batch):
         """(b, K or 2K) <x_i, h_k>, on the device."""
@@ -394,7 +452,7 @@ class Valuation:
         visits["chunk"] = ids
         visits["loss"] = losses
         visits["value"] = values
-        visits["early"] = self.settings.rule.startswith("adamw") and step.t <= EARLY
+        visits["early"] = step.is_early
         visits["grad_norm"] = np.nan
         if squares is not None:  # of the chunk's loss, not of its part of the step's
             np.divide(squares**0.5, weights, out=visits["grad_norm"], where=weights > 0)

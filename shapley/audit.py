@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from shapley import exact
+from shapley.batch import as_tensors, rows_of
 from system import parallel, terminal
 from system.machine import replaying
 
@@ -26,10 +27,10 @@ class Truth:
 
 
 class Audit:
-    def __init__(self, weights, targets, loss, settings, has_dropout, check):
-        """check: see Valuation."""
+    def __init__(self, weights, targets, loss, settings, is_random, check):
+        """is_random: whether a forward draws random numbers. check: see Valuation."""
         self.weights, self.targets, self.loss = weights, targets, loss
-        self.settings, self.has_dropout = settings, has_dropout
+        self.settings, self.is_random = settings, is_random
         self.check = check
 
     def audits(self, step):
@@ -45,7 +46,7 @@ class Audit:
         losses = []
         for k in range(len(self.targets)):
             X, Y = self.targets.batch(k, step.number)
-            X = torch.as_tensor(X, device=device)
+            X = as_tensors(X, device)
             losses.append(exact.batch_loss(X, torch.as_tensor(Y, device=device)))
         game = exact.Step(
             self.weights.model, self.weights.optimizer, x, losses, self.settings.grad_clip
@@ -87,11 +88,11 @@ class Audit:
         return parallel.add(total)
 
     def only(self, micro_batch, mask):
-        """X, Y of the chunks in the mask. With dropout the others stay, without labels, for its
-        masks belong to the whole micro-batch."""
+        """X, Y of the chunks in the mask. With random numbers (dropout) the others stay, without
+        labels, for its masks belong to the whole micro-batch."""
         X, Y = micro_batch.X, micro_batch.Y
-        if not self.has_dropout:
-            return X[mask], Y[mask]
+        if not self.is_random:
+            return rows_of(X, mask, len(Y)), Y[mask]
         no_label = np.nan if Y.is_floating_point() else -1
         others = ~mask.view(-1, *[1] * (Y.dim() - 1))
         return X, Y.masked_fill(others, no_label)

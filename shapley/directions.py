@@ -26,7 +26,8 @@ AdamW's moments before the step. In the t-th update, t = 1, 2, ...
 
 Where v is near zero (rows of rare words, dead units) the one-pass formulas are unbounded, so v is
 taken to be at least FLOOR_LINEAR or FLOOR_EXPECTED times its mean over the tensor. At t = 1 there
-is no v: one-pass rules take the target's own gradient for the batch's, with the denominator
+is no v, nor later in a tensor that had no gradient yet (LoRA's A, as long as B is 0). There
+one-pass rules take the target's own gradient for the batch's, with the denominator
 sqrt(d max(g_k^2, FLOOR_LINEAR mean g_k^2)) + eps. Every rule is rough in the first steps.
 
 Clipping depends on the whole batch, so each chunk has a part in it. Two-pass rules follow the path
@@ -49,6 +50,7 @@ without a Hessian. Adam-aware: Ding et al., arXiv 2602.00329 (`adamw_linear`, he
 import numpy as np
 import torch
 
+from shapley.batch import integers_in
 from shapley.contract import against
 from shapley.sweeps import (
     TINY,
@@ -138,8 +140,8 @@ def floors(weights, second_moments, share):
 
 
 def direct_first_update(weights, coef, params):
-    """The directions of one-pass Adam-aware rules at t = 1, where v = 0: the target's own gradient
-    stands for the batch's."""
+    """The directions of one-pass Adam-aware rules where v = 0, at t = 1 or where a parameter had no
+    gradient until now: the target's own gradient stands for the batch's."""
     numbers = (coef.d**0.5 / coef.b, coef.eps / coef.b)
     for p in params:
         for h_k in p.h:
@@ -191,6 +193,8 @@ class Rule:
     two_pass = False  # whether the direction needs the whole batch's gradient
     exact_names = ()  # names of the parameters that are valued by each chunk's own gradient
     exact_gradients = {}  # {p: the targets' gradients (K, R, ...) of its exact rows}
+    exact_rows = {}  # {p: their numbers, int64 (R,)}
+    token_weights = frozenset()  # parameters whose exact rows are the batch's tokens
 
     def __init__(self, weights, settings, n_targets):
         self.weights, self.settings = weights, settings
@@ -250,9 +254,9 @@ class AdamAwareLinear(Rule):
         jobs = []
         for group, params in self.weights.by_group():
             coef = coefficients(group, step.t)
-            if step.t == 1:
-                direct_first_update(self.weights, coef, params)
-            elif params:
+            direct_first_update(self.weights, coef, self.weights.young_of(params))
+            params = self.weights.grown_of(params)
+            if params:
                 second_moments = [self.weights.moments(p)[1] for p in params]
                 least = floors(self.weights, second_moments, FLOOR_LINEAR)
                 rows = []
@@ -302,6 +306,7 @@ class AdamAware(Rule):
         super().__init__(weights, settings, n_targets)
         self.norms, self.token_weights, self.exact_names = set(), set(), []
         named = list(weights.model.named_parameters()) if settings.exact_rows else []
+        named = [(name, p) for name, p in named if self.has_rows_of_its_own(p)]
         for name, p in named:
             if p.dim() == 1 and name.endswith("weight"):
                 self.norms.add(p)
@@ -320,18 +325,26 @@ class AdamAware(Rule):
             if norms:
                 self.exact_groups.append((group, norms))
 
+    def has_rows_of_its_own(self, p):
+        """Whether a parameter's gradient of each chunk alone can be kept."""
+        return p in self.weights.whole and not getattr(p, "indirect", False)
+
     def begin(self, tokens):
         self.exact_rows, self.exact_gradients = {}, {}
         for p in self.norms:
             self.exact_rows[p] = torch.arange(len(p), device=p.device)
         if tokens is None or not self.token_weights:
             return
-        tokens = np.unique(tokens)
-        rows = torch.from_numpy(tokens[tokens >= 0])  # a label of -1 is none
+        tokens = integers_in(tokens)
         device = self.weights.params[0].device
-        if device.type == "cuda":  # pinned, so that the copy does not wait
-            rows = rows.pin_memory().to(device, non_blocking=True)
         for p in self.token_weights:
+            n_rows = len(p)
+            # what is below 0 is no label; what is above is a token of another table
+            rows = torch.from_numpy(tokens[(tokens >= 0) & (tokens < n_rows)])
+            if not len(rows):
+                continue
+            if device.type == "cuda":  # pinned, so that the copy does not wait
+                rows = rows.pin_memory().to(device, non_blocking=True)
             self.exact_rows[p] = rows
 
     def where(self, step, batch=None):
@@ -349,9 +362,9 @@ class AdamAware(Rule):
         for group, params in self.weights.by_group():
             coef = coefficients(group, step.t)
             params = [p for p in params if p not in self.norms]  # of a norm nothing is left
-            if step.t == 1:
-                direct_first_update(self.weights, coef, params)
-            elif params:
+            direct_first_update(self.weights, coef, self.weights.young_of(params))
+            params = self.weights.grown_of(params)
+            if params:
                 jobs.append(self.expected_secant(coef, params))
         sweep(scale_expected, jobs, self.compile)
         for p, gradient in gradients.items():

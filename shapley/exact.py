@@ -43,11 +43,16 @@ def batch_loss(X, Y):
 
 
 def gradient(model, loss):
-    """The gradient of loss(model): a list of tensors, one for each parameter (zeros where it is not
-    used)."""
-    params = list(model.parameters())
+    """The gradient of loss(model): a list of tensors, one for each parameter that learns (zeros
+    where it is not used)."""
+    params = learning(model)
     grads = torch.autograd.grad(loss(model), params, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)]
+
+
+def learning(model):
+    """The parameters that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def example_gradients(model, losses, weights=None):
@@ -101,7 +106,7 @@ class Step:
         # copied together, so that the copied optimizer steps the copied model
         self.twin, self.optimizer = copy.deepcopy((model, optimizer))
         self.twin.double().eval()
-        self.params = list(self.twin.parameters())
+        self.params = learning(self.twin)
         self.x, self.losses, self.grad_clip = x, losses, grad_clip
         self.is_young = not self.optimizer.state  # no step was taken yet
         self.moving = [p.data for p in self.params]  # what a step changes

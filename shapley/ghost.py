@@ -22,24 +22,30 @@ What the ops and the rest of the method leave on tensors for each other:
                                         chunk alone: (B, C) of a LayerNorm; (B, R, I) of a Linear or
                                         an Embedding, of the rows w.exact_rows
     a weight w             .exact_rows  (R,) int64, sorted
-    a weight w             .tokens      True where its rows are tokens (model.py)
+    a weight w             .tokens      True where its rows are tokens (model.py, wrap.py)
+    a parameter p          .indirect    True where its gradient of each chunk alone is not to be
+                                        had (wrap.py)
     a sharded parameter p  .whole       the whole parameter, as the layers see it (parallel.py)
     the model              .chunk_loss  (B,) nats: each chunk's loss, the mean over its own labels,
                                         after a forward with a ledger; 0 without labels
     the model              .chunk_weight  (B,) what each chunk's loss counts in the mean loss, but
                                         for a common factor: its labels (GPT), or 1 and 0 (Net).
                                         Without this attribute they count the same
-    an activation          .of_batch    True where it is computed from the batch (wrap.py)
+    made of weights alone  .made        how (Made): it has a direction too, see `direction`
+    an activation          .of_batch    how it is computed from the batch (intercept.py)
 
 Shape suffixes: B chunks, T tokens of a chunk, I in-features, O out-features, C channels, K targets,
 R exact rows. Source: In-Run Data Shapley (Wang et al., arXiv 2406.11011), section 4, restated as a
 gradient.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shapley import contract
 from shapley.contract import against, linear_values
@@ -107,6 +113,50 @@ class _Mark(torch.autograd.Function):
         return gy, gy
 
 
+# --- directions -----------------------------------------------------------------
+
+
+@dataclass
+class Made:
+    """How a tensor was made of parameters, without the batch: as func(*args, **kwargs), of whose
+    results it is number `place` (tree_leaves)."""
+
+    func: object
+    args: tuple
+    kwargs: dict
+    place: int
+
+    def along(self, directions, k):
+        """The tensor's derivative along direction k of what it is made of, {weight: (K, *)}."""
+
+        def dual(t):
+            if t not in directions:
+                return t
+            return forward_ad.make_dual(t.detach(), directions[t][k])
+
+        with forward_ad.dual_level():
+            args, kwargs = tree_map_only(torch.Tensor, dual, (self.args, self.kwargs))
+            result = tree_leaves(self.func(*args, **kwargs))[self.place]
+            primal, tangent = forward_ad.unpack_dual(result)
+        return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def direction(weight):
+    """(K, *shape): a parameter's direction .h, or what it comes to in a tensor that is made of
+    parameters alone. None for None."""
+    if not hasattr(weight, "made"):
+        return getattr(weight, "h", None)
+    made = weight.made
+    tensors = [t for t in tree_leaves((made.args, made.kwargs)) if isinstance(t, torch.Tensor)]
+    directions = {t: direction(t) for t in tensors}
+    directions = {t: h for t, h in directions.items() if h is not None}
+    n_directions = len(next(iter(directions.values())))
+    return torch.stack([made.along(directions, k) for k in range(n_directions)])
+
+
+# --- shapes -----------------------------------------------------------------------
+
+
 def by_chunk(t):
     """(B, ..., C) -> (B, tokens, C)."""
     return t.reshape(len(t), -1, t.shape[-1])
@@ -127,7 +177,7 @@ class _Linear(torch.autograd.Function):
         w_low = w.to(x.dtype)
         ctx.save_for_backward(x, w_low, hw, hb, exact_rows)
         ctx.form = form
-        return F.linear(x, w_low, None if b is None else b.to(x.dtype))
+        return no_view(F.linear(x, w_low, None if b is None else b.to(x.dtype)))
 
     @staticmethod
     def backward(ctx, gy):
@@ -155,21 +205,27 @@ def linear(x, weight, bias, ledger):
     if isinstance(ledger, Tape):
 
         def values(gy, x):
-            return linear_values(gy, x, weight.h, getattr(bias, "h", None))
+            return linear_values(gy, x, direction(weight), direction(bias))
 
-        return ledger.watch(F.linear(x, weight, bias), values, x)
+        return ledger.watch(no_view(F.linear(x, weight, bias)), values, x)
     x = autocast(x)
     return _Linear.apply(
         x,
         weight.flatten(1),
         bias,
-        weight.h.flatten(2),
-        getattr(bias, "h", None),
+        direction(weight).flatten(2),
+        direction(bias),
         ledger,
         getattr(weight, "per_chunk", None),
         getattr(weight, "exact_rows", None),
         contract.FORM,
     )
+
+
+def no_view(y):
+    """y, which F.linear may have made as a view. Changed in place (by nn.ReLU(inplace=True), say) a
+    view would lose its hook, or raise."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def autocast(x):
@@ -184,14 +240,15 @@ def autocast(x):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, idx, w, h, ledger, per_chunk, exact_rows):
+    def forward(ctx, idx, w, h, ledger, per_chunk, exact_rows, padding_idx):
         ctx.save_for_backward(idx, h, exact_rows)
+        ctx.padding_idx = padding_idx
         return F.embedding(idx, w)
 
     @staticmethod
     def backward(ctx, gy):
         idx, h, exact_rows = ctx.saved_tensors
-        gy = by_chunk(gy)
+        gy = by_chunk(without_padding(gy, idx, ctx.padding_idx))
         idx = idx.reshape(len(idx), -1)
         gw = per_chunk = None
         if ctx.needs_input_grad[1]:
@@ -199,7 +256,12 @@ class _Embedding(torch.autograd.Function):
             gw = torch.ops.aten.embedding_dense_backward(gy, idx, n_words, -1, False)
         if ctx.needs_input_grad[4]:
             per_chunk = embedding_per_chunk(gy, idx, exact_rows)
-        return None, gw, None, embedding_values(gy, idx, h), per_chunk, None
+        return None, gw, None, embedding_values(gy, idx, h), per_chunk, None, None
+
+
+def without_padding(gy, idx, padding_idx):
+    """gy (B, ..., I), 0 where idx (B, ...) is the row that does not learn. None: all rows learn."""
+    return gy if padding_idx is None else gy.masked_fill((idx == padding_idx)[..., None], 0)
 
 
 def embedding_per_chunk(gy_BTI, idx_BT, exact_rows):
@@ -221,17 +283,20 @@ def embedding_values(gy, idx, h):
     return torch.stack(values, 1)
 
 
-def embedding(idx, weight, ledger):
-    """F.embedding of idx (B, ...), with the values as in `linear`."""
+def embedding(idx, weight, ledger, padding_idx=None):
+    """F.embedding of idx (B, ...), with the values as in `linear`. padding_idx: the row that gets
+    no gradient, as F.embedding has it, not negative."""
     if isinstance(ledger, Tape):
 
         def values(gy, idx):
-            return embedding_values(gy, idx, weight.h)
+            gy = without_padding(gy, idx, padding_idx)
+            return embedding_values(gy, idx, direction(weight))
 
-        return ledger.watch(F.embedding(idx, weight), values, idx)
+        return ledger.watch(F.embedding(idx, weight, padding_idx), values, idx)
     per_chunk = getattr(weight, "per_chunk", None)
     exact_rows = getattr(weight, "exact_rows", None)
-    return _Embedding.apply(idx, weight, weight.h, ledger, per_chunk, exact_rows)
+    h = direction(weight)
+    return _Embedding.apply(idx, weight, h, ledger, per_chunk, exact_rows, padding_idx)
 
 
 # --- y = (x - mean) / std * w + b ---------------------------------------------
@@ -274,10 +339,78 @@ def layer_norm(x, weight, bias, eps, ledger):
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
 
         def values(gy, x, mean, rstd):
-            of_weight = against(layer_norm_grad(gy, x, mean, rstd), weight.h)
-            return of_weight if bias is None else of_weight + against(over_tokens(gy), bias.h)
+            of_weight = against(layer_norm_grad(gy, x, mean, rstd), direction(weight))
+            if bias is None:
+                return of_weight
+            return of_weight + against(over_tokens(gy), direction(bias))
 
         return ledger.watch(y, values, x, mean, rstd)
-    hb = getattr(bias, "h", None)
+    h = direction(weight)
     per_chunk = getattr(weight, "per_chunk", None)
-    return _LayerNorm.apply(x, weight, bias, weight.h, hb, ledger, per_chunk, eps)
+    return _LayerNorm.apply(x, weight, bias, h, direction(bias), ledger, per_chunk, eps)
+
+
+# --- y = w, for each chunk ------------------------------------------------------
+
+
+class _Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, h, ledger, per_chunk, B):
+        ctx.save_for_backward(h)
+        ctx.has_rows = len(w) == B > 1
+        return w.expand(B, *w.shape[1:])
+
+    @staticmethod
+    def backward(ctx, gy):
+        (h,) = ctx.saved_tensors
+        gw = gy if ctx.has_rows else gy.sum(0, keepdim=True)
+        per_chunk = gy if ctx.needs_input_grad[3] else None
+        return gw, None, copies_values(gy, h), per_chunk, None
+
+
+def copies_values(gy, h):
+    """(B, K): of gy (B, ...), what a chunk's own copy of a weight gets, and the weight's direction
+    h (K, 1 or B, ...)."""
+    return torch.stack([(gy * h_k).flatten(1).sum(1) for h_k in h], 1)
+
+
+def copies(weight, B, ledger, per_chunk=None):
+    """weight (1, ...) for each of B chunks: (B, ...), which takes no memory; of a weight (B, ...)
+    each chunk's own row. With the values as in `linear`, whatever is done with the copies: it is
+    the form for small parameters that meet the batch element by element. per_chunk: zeros (B, ...)
+    whose gradient will be that of each copy, or None."""
+    if isinstance(ledger, Tape):
+
+        def values(gy):
+            return copies_values(gy, direction(weight))
+
+        return ledger.watch(weight.expand(B, *weight.shape[1:]), values)
+    return _Copies.apply(weight, direction(weight), ledger, per_chunk, B)
+
+
+# --- a loss whose values come from elsewhere --------------------------------------
+
+
+class _WithValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, ledger, values):
+        ctx.save_for_backward(values)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, g):
+        (values,) = ctx.saved_tensors
+        return g, g * values, None
+
+
+def with_values(loss, ledger, find_values):
+    """The loss, a scalar. The gradient of ledger gains find_values() -> (B, K): the derivatives of
+    each chunk's share of the loss along the directions that are on the parameters when it is
+    called."""
+    if isinstance(ledger, Tape):
+
+        def values(g):
+            return g * find_values()
+
+        return ledger.watch(loss.view_as(loss), values)
+    return _WithValues.apply(loss, ledger, find_values())

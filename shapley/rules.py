@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shapley.exact import dot, gradient
+from shapley.exact import dot, gradient, learning
 
 FLOORS = {"adamw_linear": 1e-2, "adamw": 1e-4}  # of v, as a share of its mean over the tensor
 
@@ -84,7 +84,7 @@ def updates(model, optimizer):
         for p in group["params"]:
             groups[p] = group
     result = []
-    for p in model.parameters():
+    for p in learning(model):
         state = optimizer.state.get(p)
         zeros = torch.zeros_like(p, dtype=torch.float64)
         beta1, beta2 = groups[p]["betas"]
@@ -116,9 +116,9 @@ def expected_secant(update, floor=FLOORS["adamw"]):
 
 
 def linearised(update, g_k=0.0, floor=FLOORS["adamw_linear"]):
-    """The secant at g = 0, with a floor. At t = 1, where v = 0, the target's own gradient stands
-    for the batch's."""
-    if update.t > 1:
+    """The secant at g = 0, with a floor. Where v = 0, at t = 1 or because there was no gradient
+    until now, the target's own gradient stands for the batch's."""
+    if update.v.any():
         square = update.c * torch.maximum(update.v, floor * update.v.mean())
     else:
         v = g_k**2
@@ -150,7 +150,7 @@ class Situation:
     def to_empty(self, updates):
         """How far momentum and decay alone move the parameters: -lr (wd w + D(0))."""
         steps = []
-        for p, update in zip(self.model.parameters(), updates):
+        for p, update in zip(learning(self.model), updates):
             nothing = update.displacement(torch.zeros_like(update.m))
             steps.append(-self.lr * (update.wd * p.detach().double() + nothing))
         return steps
@@ -194,7 +194,8 @@ def adam_aware(situation, known=None, lookahead=True, expected=expected_secant):
     known = known or [None] * len(coming)
     directions = []
     for g_k, g_p, update, rows in zip(gradients, situation.g, coming, known):
-        secant = linearised(update, g_k) if is_first else expected(update)
+        is_young = not update.v.any()  # of all at t = 1
+        secant = linearised(update, g_k) if is_young else expected(update)
         if rows is not None:
             secant[rows] = update.secant(situation.kappa * g_p)[rows]
         directions.append(situation.lr * g_k * secant)
@@ -298,6 +299,8 @@ def known_rows(model, X, Y):
     tokens = torch.cat([X.flatten(), Y[Y >= 0]])
     rows = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if hasattr(p, "tokens"):
             rows.append(torch.zeros(len(p), dtype=torch.bool).index_fill_(0, tokens, True))
         elif p.dim() == 1 and name.endswith("weight"):
@@ -314,7 +317,7 @@ def displaced(model, steps):
     """A float64 copy of the model, its parameters moved by one tensor each."""
     twin = copy.deepcopy(model).double().eval()
     with torch.no_grad():
-        for p, step in zip(twin.parameters(), steps):
+        for p, step in zip(learning(twin), steps):
             p += step
     return twin
 
@@ -322,7 +325,7 @@ def displaced(model, steps):
 def hvp(model, loss, vector):
     """The Hessian of loss(model) times vector (one tensor a parameter), by differentiating
     twice."""
-    params = list(model.parameters())
+    params = learning(model)
     # flash attention has no second derivative
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         grads = torch.autograd.grad(loss(model), params, create_graph=True)

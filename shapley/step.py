@@ -11,11 +11,11 @@ class MicroBatch:
     """A rank's part of a micro-batch, and what its forward and backward left behind."""
 
     ids: np.ndarray  # (b,) numbers of its chunks
-    X: Tensor
+    X: object  # a tensor, or a nest of them (batch.py)
     Y: Tensor
     # zeros (b, K), with smoothed directions (b, 2K); a Tape; None where the forward is repeated
     ledger: object
-    rng: object  # the random numbers' state before its forward; None without dropout
+    rng: object  # the random numbers' state before its forward
     share: float | None = None  # what its mean loss counts in the step's, of all ranks
     losses: Tensor | None = None  # (b,) nats
     # (b,) what each chunk's loss counts in the micro-batch's mean loss, but for a common factor
@@ -44,6 +44,7 @@ class Step:
     micro_batches: list[MicroBatch] = field(default_factory=list)
     book: dict = field(default_factory=dict)  # of a measured step: {entry: (K,) nats}
     truth: object = None  # of an audited step: audit.Truth
+    is_early: bool = False  # one of the first updates of some parameter, where rules are rough
     # after the step, of this rank's chunks in their order
     ids: np.ndarray | None = None  # (n,)
     values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and the rule's correction

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from shapley import labels
+from shapley.batch import rows_of
 from system import parallel
 from system.errors import UserError
 from system.parallel import local
@@ -57,28 +58,29 @@ class Targets:
                 f"target {self.targets[k].name!r}: none of its examples in step {step} has a label"
             )
             raise UserError(f"{what}: leave such examples out of it")
-        padded = len(X) + -len(X) % parallel.size()
+        padded = len(Y) + -len(Y) % parallel.size()
         mine = parallel.mine(padded)
-        size = self.settings.micro_batch or len(X)
+        size = self.settings.micro_batch or len(Y)
         for start in range(mine.start, mine.stop, size):
             chunks = slice(start, min(start + size, mine.stop))
             share = n_labels[chunks].sum() / n_labels.sum()
             if not share:
                 chunks = [n_labels.argmax()]
             self.check()
-            yield X[chunks], Y[chunks], share
+            yield rows_of(X, chunks, len(Y)), Y[chunks], share
 
     # --- losses and gradients ---------------------------------------------------
 
     @contextlib.contextmanager
     def evaluating(self):
-        """The model without dropout."""
-        was_training = self.model.training
+        """The model without dropout. Then each of its modules is in the mode that it was in."""
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
 
     @torch.no_grad()
     def losses(self, step):

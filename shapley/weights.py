@@ -22,9 +22,11 @@ class Weights:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
+        self.name_of = dict(zip(self.params, self.names))
         self.whole = {p: getattr(p, "whole", p) for p in self.params}  # as the layers see them
         self.sharded = any(p is not whole for p, whole in self.whole.items())
         self.n_ranks = parallel.size()
+        self.young = set(self.params)  # those that had no gradient yet, for their moments are 0
         self.groups = {}
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -48,6 +50,33 @@ class Weights:
         if not state:
             return torch.zeros_like(local(p.data)), torch.zeros_like(local(p.data))
         return local(state["exp_avg"]), local(state["exp_avg_sq"])
+
+    # --- young parameters: the coming update with a gradient is their first one -----------------
+
+    def look_for_young(self, t, may_be_late):
+        """Before the t-th update: leaves in self.young those whose second moment is 0. may_be_late:
+        whether there can be some after the first update. On a GPU this waits for the device, as
+        long as there are some."""
+        if t == 1:
+            return
+        young = [p for p in self.params if p in self.young]
+        if not may_be_late:
+            self.young = set()
+        elif young:
+            squares = torch.stack([self.moments(p)[1].sum() for p in young])
+            squares = self.sum_over_ranks(squares).tolist()
+            self.young = {p for p, square in zip(young, squares) if square == 0}
+
+    def is_first_update(self):
+        """After the backward: whether a young parameter has a gradient."""
+        gradients = [local(p.grad) for p in self.young if p.grad is not None]
+        return bool(gradients) and any(bool(gradient.any()) for gradient in gradients)
+
+    def young_of(self, params):
+        return [p for p in params if p in self.young]
+
+    def grown_of(self, params):
+        return [p for p in params if p not in self.young]
 
     def zeros(self, *shape):
         """Zeros like the parameters, whose gradient will be read."""

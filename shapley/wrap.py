@@ -3,11 +3,9 @@
     net = Net(model, loss)
     outputs, mean_loss = net(X, Y, ledger)          # the contract of model.GPT
 
-The model is an ordinary nn.Module. Its trainable parameters meet the data in nn.Linear,
-nn.Embedding, nn.LayerNorm and nn.Conv2d only (or F.linear and its like), on inputs that have the
-batch first; ties and repeated uses are fine. Anything else is refused with a UserError: its part
-would be missing from the values. While a forward lasts, a mode of PyTorch sees each of its
-operations, and ghost.py's ops take the place of PyTorch's. Nothing is left behind in the model.
+The model is an ordinary nn.Module, unmodified: of PyTorch, of Hugging Face, with adapters or
+without. Its parameters give values wherever they meet the data (intercept.py): in one backward
+where the operation has a fast form, else by forward-mode passes, one for each target.
 """
 
 from dataclasses import dataclass
@@ -15,26 +13,33 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from shapley import ghost
-from shapley.contract import linear_values
+from shapley.batch import as_tensors, rows_of
+from shapley.intercept import GENERAL, Along, Ghosts
 from system.errors import UserError
+from system.machine import replaying, rng_state
 
 
 class Net(nn.Module):
     """A model and its loss.
 
-    loss: F.cross_entropy, F.mse_loss or anything that is called like them, with reduction="none".
-    An example's loss is the mean over its labels (0 without one), the batch's the mean over its
-    examples that have one. A label of -1, or NaN where labels are floats, is none. X and Y are
-    tensors or arrays; floats are taken in the model's precision. The names in state_dict() are the
-    model's own behind `model.`.
+    X: a tensor or array; a dict of them, as a tokenizer gives it, for the model's keywords; or a
+    tuple, for its arguments. Those with as many rows as Y are the batch. Floats are taken in the
+    model's precision. Y: labels (B, ...), a tensor or array. A label below 0 (-1, or -100), or NaN
+    where labels are floats, is none.
 
-    Where examples have unequal numbers of labels, let a target be one slice (micro_batch=0, one
-    process).
+    loss(outputs, Y, reduction="none"): F.cross_entropy, F.mse_loss, token_loss, causal_lm_loss, or
+    a function of your own: a number for each label, (B, ...), or for each example, (B,). outputs:
+    the model's, of a Hugging Face model its .logits. An example's loss is the mean over its labels,
+    the batch's the mean over its examples that have any.
+
+    The names in state_dict() are the model's own behind `model.`. Where examples have unequal
+    numbers of labels, let a target be one slice (micro_batch=0, one process).
     """
 
     def __init__(self, model, loss):
@@ -42,36 +47,124 @@ class Net(nn.Module):
         self.model, self.loss = model, loss
         # set by a forward with a ledger: see ghost.py
         self.chunk_loss = self.chunk_weight = None
+        self.ways = set()  # where its weights met the batch so far (intercept.py)
+        self.precision = None  # the dtype that the last forward with a ledger computed in
 
     def forward(self, X, Y, ledger=None):
-        X, Y = self.as_input(X), self.as_input(Y)
+        X, Y = self.as_inputs(X), self.as_inputs(Y)
         if ledger is None:
-            outputs = self.model(X)
-        else:
-            X = X.detach()
-            with Ghosts(self.model, X, ledger):
-                outputs = self.model(X)
+            outputs = self.call(X)
+            losses, counts = self.example_losses(outputs, Y)
+            return outputs, losses.sum() / counts.sum().clamp(min=1)
+        X = tree_map_only(torch.Tensor, torch.Tensor.detach, X)
+        rng = rng_state()
+        with Ghosts(self.model, X, len(Y), ledger) as ghosts:
+            outputs = self.call(X)
+        self.ways |= ghosts.ways
+        self.precision = self.dtype_now(Y.device.type)
+        losses, counts = self.example_losses(outputs, Y)
+        self.chunk_loss, self.chunk_weight = losses.detach(), counts
+        loss = losses.sum() / counts.sum().clamp(min=1)
+        if any(way == GENERAL for _, _, way in ghosts.ways):
+            loss = ghost.with_values(loss, ledger, self.along_directions(X, Y, rng))
+        return outputs, loss
+
+    def call(self, X):
+        if isinstance(X, dict):
+            return self.model(**X)
+        return self.model(*X) if isinstance(X, tuple) else self.model(X)
+
+    def as_inputs(self, nest):
+        like = next(p for p in self.parameters() if p.is_floating_point())
+        return as_tensors(nest, like.device, like.dtype)
+
+    def dtype_now(self, device):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return next(p for p in self.parameters() if p.is_floating_point()).dtype
+
+    def example_losses(self, outputs, Y):
+        """Each example's loss (B,), 0 of one without labels; and which have some, bool (B,)."""
+        outputs = getattr(outputs, "logits", outputs)
+        if self.loss is causal_lm_loss:
+            Y = next_tokens(Y)
         has_label = ~Y.isnan() if Y.is_floating_point() else Y >= 0
         losses = self.loss(outputs, Y.masked_fill(~has_label, 0), reduction="none")
-        if has_label.shape != losses.shape:  # of class probabilities: one loss for several labels
+        if has_label.shape != losses.shape:  # one loss for several labels, as class probabilities
             has_label = has_label.flatten(1).any(1)
+        if has_label.shape != losses.shape:
+            what = f"the loss gives {tuple(losses.shape)} numbers for labels {tuple(Y.shape)}"
+            raise UserError(f"{what}: let it give one for each label or each example")
         n_labels = has_label.reshape(len(Y), -1).sum(1)
         summed = torch.where(has_label, losses, 0).reshape(len(Y), -1).sum(1)
-        of_example = summed / n_labels.clamp(min=1)
-        counts = n_labels > 0
-        if ledger is not None:
-            self.chunk_loss, self.chunk_weight = of_example.detach(), counts
-        return outputs, of_example.sum() / counts.sum().clamp(min=1)
+        return summed / n_labels.clamp(min=1), n_labels > 0
 
-    def as_input(self, data):
-        like = next(self.parameters())
-        data = torch.as_tensor(data, device=like.device)
-        return data.to(like.dtype) if data.is_floating_point() else data
+    # --- the general way (intercept.py) -----------------------------------------------
+
+    def along_directions(self, X, Y, rng):
+        """What finds the derivatives of each example's share of the loss along the directions, of
+        weights that meet the batch in a general way: a function -> (B, K)."""
+        device = Y.device.type
+        precision = torch.get_autocast_dtype(device)
+        autocast = torch.autocast(device, precision, enabled=torch.is_autocast_enabled(device))
+
+        def find():
+            h = next(p.h for p in self.parameters() if getattr(p, "h", None) is not None)
+            with autocast:
+                return torch.stack([self.along(X, Y, rng, k) for k in range(len(h))], 1)
+
+        return find
+
+    def along(self, X, Y, rng, k):
+        """(B,): the derivatives along direction k, by one pass in forward mode. Where an operation
+        has none, by a central difference of two passes."""
+        try:
+            # other attention has no forward mode
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                losses = self.losses_along(X, Y, rng, k)
+                primal, tangent = forward_ad.unpack_dual(losses)
+                return torch.zeros_like(primal) if tangent is None else tangent.detach()
+        except NotImplementedError:
+            size = self.difference(k)
+            ahead = self.losses_along(X, Y, rng, k, size)
+            behind = self.losses_along(X, Y, rng, k, -size)
+            return (ahead - behind) / (2 * size)
+
+    def difference(self, k):
+        """How far along direction k a central difference goes: by a small part of the weights'
+        length."""
+        params = [p for p in self.parameters() if getattr(p, "h", None) is not None]
+        weights = torch.stack(torch._foreach_norm([p.detach() for p in params])).norm()
+        direction = torch.stack(torch._foreach_norm([p.h[k] for p in params])).norm()
+        # rounding and curvature are of one size there
+        part = torch.finfo(weights.dtype).eps ** (1 / 3)
+        return part * weights / direction if direction else torch.ones_like(weights)
+
+    def losses_along(self, X, Y, rng, k, difference=None):
+        X = tree_map_only(torch.Tensor, torch.Tensor.detach, X)
+        # with gradients on, the model's own no_grad is seen; there is nothing to take one of
+        with replaying(rng), torch.enable_grad(), Along(self.model, X, len(Y), k, difference):
+            outputs = self.call(X)
+        losses, counts = self.example_losses(outputs, Y)
+        return losses / counts.sum().clamp(min=1)
+
+    def survey(self, X, Y):
+        """Runs the model once as it is, and says on its parameters how they meet the batch: .tokens
+        of one whose rows the batch's integers look up, .indirect of one whose gradient of each
+        example alone is not to be had. Raises UserError where a part can have no values."""
+        X, Y = self.as_inputs(X), self.as_inputs(Y)
+        X = tree_map_only(torch.Tensor, torch.Tensor.detach, X)
+        with replaying(rng_state()), Ghosts(self.model, X, len(Y), ghost.Tape()) as ghosts:
+            self.call(X)
+        for p, name in ghosts.names.items():
+            p.indirect = name in ghosts.indirect
+            if p in ghosts.tokens and not p.indirect:
+                p.tokens = True
 
 
 @dataclass
 class Examples:
-    """A target: arrays that hold an example a row."""
+    """A target: arrays that hold an example a row; X may be a dict or a tuple of them."""
 
     name: str
     X: np.ndarray  # (n, ...)
@@ -80,155 +173,28 @@ class Examples:
     source: str = "examples"
 
     def batch(self, picks):
-        return self.X[picks], self.Y[picks]
+        return rows_of(self.X, picks, len(self)), self.Y[picks]
 
     def __len__(self):
-        return len(self.X)
+        return len(self.Y)
 
 
-# --- the layers that give values ----------------------------------------------------
-
-INSTEAD = (
-    "take nn.Linear, nn.Embedding, nn.LayerNorm or nn.Conv2d in its place, "
-    "or freeze it with requires_grad_(False)"
-)
+# --- losses of language models ------------------------------------------------------
 
 
-class Ghosts(TorchFunctionMode):
-    """While it is entered the model's parameters meet ghost.py's ops, and nothing else."""
-
-    def __init__(self, model, X, ledger):
-        super().__init__()
-        # a parameter that is frozen for a second pass still has a direction
-        self.names = {
-            p: name for name, p in model.named_parameters() if p.requires_grad or hasattr(p, "h")
-        }
-        self.B, self.ledger = len(X), ledger
-        X.of_batch = True  # and whatever is computed from it
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs = tensors_in((args, kwargs))
-        params = [t for t in inputs if t in self.names]
-        if func is F.batch_norm:
-            self.refuse_batch_norm(params, args, kwargs)
-        if params and func in OPS:
-            result = OPS[func](self, *args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
-        outputs = tensors_in(result)
-        if params and func not in OPS:
-            frozen = not params[0].requires_grad
-            if any(t.requires_grad or frozen for t in outputs):
-                what = f"{self.names[params[0]]} meets {func.__name__}, which gives no values"
-                raise UserError(f"{what}: {INSTEAD}")
-        if any(hasattr(t, "of_batch") for t in inputs):
-            for t in outputs:
-                t.of_batch = True
-        return result
-
-    def refuse_batch_norm(self, params, args, kwargs):
-        if kwargs.get("training") or args[5:6] == (True,):
-            names = ", ".join(self.names[p] for p in params)
-            cure = "take nn.LayerNorm in its place, or its eval()"
-            raise UserError(f"batch norm ({names}) mixes examples: {cure}")
-
-    def check(self, input, *params, problem=""):
-        """params: a layer's weight and bias, or None. problem: what speaks against the layer."""
-        tensors = (input, *params)
-        name = next(self.names[t] for t in tensors if t in self.names)
-        not_ours = any(p is not None and p not in self.names for p in params)
-        if not problem and (input in self.names or not_ours):
-            what = "the rest of its layer is frozen, or made from it"
-            problem = f"{what}: train the whole layer as it is, or freeze it all"
-        if problem:
-            raise UserError(f"{name}: {problem}")
-        if input.dim() == 0 or len(input) != self.B:
-            what = f"{name} meets a tensor {tuple(input.shape)} in a batch of {self.B}"
-            raise UserError(f"{what}: each example needs its own, as in x.expand(B, ...)")
-
-    def linear(self, input, weight, bias=None):
-        self.check(input, weight, bias)
-        return ghost.linear(input, weight, bias, self.ledger)
-
-    def layer_norm(self, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-        problem = ""
-        if weight.dim() > 1:
-            problem = "nn.LayerNorm over several dimensions: flatten them first"
-        self.check(input, weight, bias, problem=problem)
-        return ghost.layer_norm(input, weight, bias, eps, self.ledger)
-
-    def embedding(
-        self,
-        input,
-        weight,
-        padding_idx=None,
-        max_norm=None,
-        norm_type=2.0,
-        scale_grad_by_freq=False,
-        sparse=False,
-    ):
-        problem = ""
-        if padding_idx is not None or max_norm or scale_grad_by_freq or sparse:
-            what = "nn.Embedding with padding_idx, max_norm, scale_grad_by_freq or sparse"
-            problem = f"{what}: leave them out, and mask padding in the model"
-        is_shared = input.dim() == 1 and not hasattr(input, "of_batch")
-        if is_shared and self.B > 1 and input.stride(0):
-            what = "its indices (positions?) are not made from the batch"
-            problem = f"{what}: give each example its own, as in torch.arange(T).expand(B, T)"
-        self.check(input, weight, problem=problem)
-        return ghost.embedding(input, weight, self.ledger)
-
-    def conv2d(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        problem = ""
-        if groups != 1:
-            problem = "nn.Conv2d with groups: take groups=1"
-        elif input.dim() != 4:
-            problem = "nn.Conv2d of one image: add a batch dimension"
-        self.check(input, weight, bias, problem=problem)
-        dilation = as_pair(dilation)
-        if padding == "same":
-            high, wide = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:])]
-            input = F.pad(input, (0, wide % 2, 0, high % 2))
-            padding = (high // 2, wide // 2)
-        elif padding == "valid":
-            padding = 0
-        args = (as_pair(stride), as_pair(padding), dilation)
-        return conv2d(input, weight, bias, *args, self.ledger)
+def token_loss(logits, Y, reduction="none"):
+    """Cross-entropy of logits (B, T, V) with labels Y (B, T), which stand at the position that
+    predicts them: of masked language models, encoder-decoders, and chunks as data.py gives them.
+    (B, T)."""
+    return F.cross_entropy(logits.mT, Y, reduction=reduction)
 
 
-OPS = {
-    F.linear: Ghosts.linear,
-    F.layer_norm: Ghosts.layer_norm,
-    F.embedding: Ghosts.embedding,
-    F.conv2d: Ghosts.conv2d,
-}
+def causal_lm_loss(logits, Y, reduction="none"):
+    """token_loss for labels as Hugging Face has them: Y (B, T) are the inputs' own tokens, or -100,
+    and the one at position t is predicted at t - 1. Net moves them there."""
+    return token_loss(logits, Y, reduction)
 
 
-def tensors_in(nest):
-    return [t for t in tree_leaves(nest) if isinstance(t, torch.Tensor)]
-
-
-def as_pair(x):
-    return (x, x) if isinstance(x, int) else x
-
-
-def conv2d(x, weight, bias, stride, padding, dilation, ledger):
-    """F.conv2d of x (B, I, H, W) in one group, with the values as in ghost.linear: a Linear over
-    patches. stride, padding and dilation are pairs."""
-
-    def patches(x):  # (B, places, I * height * width)
-        return F.unfold(x, weight.shape[2:], dilation, padding, stride).mT
-
-    if isinstance(ledger, ghost.Tape):  # it keeps x, for the patches are larger
-
-        def values(gy, x):
-            h = weight.h.flatten(2)
-            return linear_values(gy.flatten(2).mT, patches(x), h, getattr(bias, "h", None))
-
-        y = F.conv2d(x, weight, bias, stride, padding, dilation)
-        return ledger.watch(y, values, x)
-    covered = x.shape[2] + 2 * padding[0] - dilation[0] * (weight.shape[2] - 1) - 1
-    height = covered // stride[0] + 1
-    y = ghost.linear(patches(x), weight, bias, ledger)
-    return y.mT.unflatten(2, (height, -1))
+def next_tokens(Y):
+    """Labels (B, T) at the positions that predict them; the last one has none."""
+    return torch.cat([Y[:, 1:], torch.full_like(Y[:, :1], -100)], 1)
