@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pile.files import suffixes
-from pile.tokenizers import TOKENIZERS, tokenizer
+from pile.tokenizers import FILE, TOKENIZERS, tokenizer
 from pile.unpack import unpacked
 from system import terminal
 from system.errors import UserError, explain
@@ -98,7 +98,8 @@ class Dataset:
 
     @property
     def tokenizer(self):
-        return tokenizer(self.meta["tokenizer"])
+        name = self.meta["tokenizer"]
+        return tokenizer(str(self.path / FILE) if name == FILE else name)
 
     @property
     def hash(self):
@@ -157,7 +158,7 @@ def open_dataset(data_dir, keep=""):
     check_meta(meta, path, f"type: {again} --overwrite")
     dataset = Dataset(path, meta, open_split(path, meta, "train"), open_split(path, meta, "val"))
     checked = small_arrays(path, meta)
-    dataset.verify(checked)
+    dataset.verify([*checked, FILE] if meta["tokenizer"] == FILE else checked)
     for split, name in ((dataset.train, "train_domain.npy"), (dataset.val, "val_domain.npy")):
         if name in checked and (split.domain >= len(meta["domains"])).any():
             what = f"{path}/{name} is damaged, a chunk has a domain that meta.json does not name"
@@ -193,7 +194,9 @@ def check_meta(meta, path, cure):
     check_entries(meta["sha256"], dict.fromkeys(names, str), path / "meta.json", cure)
     if not all(isinstance(name, str) for name in meta["domains"]):
         raise UserError(f"{path}/meta.json is damaged (a domain is no text): {cure}")
-    if meta["tokenizer"] not in TOKENIZERS:
+    if meta["tokenizer"] == FILE:
+        check_entries(meta["sha256"], {FILE: str}, path / "meta.json", cure)
+    elif meta["tokenizer"] not in TOKENIZERS:
         have = ", ".join(TOKENIZERS)
         raise UserError(f"{path} is of a tokenizer {meta['tokenizer']!r}; there is {have}: {cure}")
 

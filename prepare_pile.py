@@ -58,12 +58,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -77,7 +78,7 @@ from pile.files import changes, end_of, explain_left_out, find_files, inventory,
 from pile.folders import Folders
 from pile.keys import RECORDS, look
 from pile.pack import MB, MOST_DOMAINS, SPLITS, pack, read_held, write_part
-from pile.tokenizers import TOKENIZERS
+from pile.tokenizers import FILE, TOKENIZERS, tokenizer
 from show import prepared
 from system.errors import UserError
 from system.files import write_json
@@ -129,7 +130,8 @@ class Config:
     max_document_mb: int = 64  # longer records are skipped and counted; memory grows with it
     data_dir: str = "data/pile"  # what to write
     overwrite: bool = False  # replace a data_dir prepared otherwise, once the new one is whole
-    tokenizer: Literal["gpt2", "byte"] = "gpt2"  # gpt2: 50,257 tokens; byte: 256, for small models
+    # gpt2: 50,257 tokens; byte: 256, for small models; or a model's tokenizer.json, by its path
+    tokenizer: str = "gpt2"
     block_size: int = 1024  # a chunk is block_size + 1 tokens
     val_fraction: float = 0.01  # of the documents, to val.npy
     limit_tokens: int = 0  # stop after the document that makes it this many; 0: all
@@ -147,6 +149,9 @@ class Config:
         for key in NEVER_EMPTY:
             if not getattr(self, key):
                 raise UserError(f"--{key}=: write --{key}=<a name>")
+        if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).is_file():
+            known = f"{', '.join(TOKENIZERS)}, or the path of a tokenizer.json"
+            raise UserError(f"--tokenizer={self.tokenizer}: choose one of {known}")
         if bool(self.prompt_key) != bool(self.answer_key):
             raise UserError(
                 "--prompt_key and --answer_key name the two parts of a pair: write both"
@@ -158,6 +163,14 @@ class Config:
         if self.shard and (self.merge or self.limit_tokens or self.source == "python"):
             others = "neither --merge nor --limit_tokens nor --source=python"
             raise UserError(f"--shard={self.shard} goes with {others}: write one or the other")
+
+    @property
+    def tokenizer_sha256(self):
+        """Of a tokenizer that is a file; "" of one that has a name."""
+        if self.tokenizer in TOKENIZERS:
+            return ""
+        with open(self.tokenizer, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def is_pairs(self):
@@ -197,7 +210,7 @@ def prepare(cfg):
     """Writes cfg.data_dir, or the parts of one shard.
 
     Raises UserError and OSError. data_dir then stays as it was, and finished parts are kept."""
-    folders = Folders(cfg.data_dir, [*data.DATA_FILES, *data.ANSWERS])
+    folders = Folders(cfg.data_dir, [*data.DATA_FILES, *data.ANSWERS, FILE])
     folders.recover()
     if cfg.verify:
         data.open_dataset(cfg.data_dir).verify()
@@ -251,6 +264,9 @@ def is_prepared(cfg, folders):
             different.append(f"--{key}={before[key]}")
     if different:
         raise UserError(f"{cfg.data_dir} was prepared with {' '.join(different)}: {cure}")
+    if meta["sha256"].get(FILE, "") != cfg.tokenizer_sha256:
+        what = f"{cfg.data_dir} was prepared with another content of {cfg.tokenizer}"
+        raise UserError(f"{what}: {cure}")
     changed = source_changes(cfg, meta, folders)
     if changed:
         what = f"{cfg.data_dir} was prepared from other contents of {cfg.source} ({changed})"
@@ -285,7 +301,7 @@ def plan(cfg, files, folder):
         groups.setdefault((total - 1) // PART, []).append((name, size, changed))
     parts = []
     for number, group in enumerate(groups.values(), 1):
-        made_of = json.dumps([data.SCHEMA, cfg.makes(), group])
+        made_of = json.dumps([data.SCHEMA, cfg.makes(), group]) + cfg.tokenizer_sha256
         key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
         names = [name for name, _, _ in group]
         parts.append((folder / f"{number:05}-{key}.arrow", names))
@@ -381,6 +397,9 @@ def write_data_set(cfg, counts, source, files, folders, partial):
         folders.clear()  # other options will need other parts
         raise
     pack(counts, partial, meta, cfg.is_pairs)
+    if meta["tokenizer"] == FILE:
+        shutil.copyfile(cfg.tokenizer, partial / FILE)
+        meta["sha256"][FILE] = cfg.tokenizer_sha256
     write_json(partial / "meta.json", meta)
     folders.publish(partial, cfg.overwrite)
     folders.clear()
@@ -405,9 +424,9 @@ def describe(cfg, counts, source, files):
     check_splits(cfg, counts["tokens"], chunks)
     return {
         "schema": data.PAIRS if cfg.is_pairs else data.SCHEMA,
-        "tokenizer": cfg.tokenizer,
-        "vocab_size": TOKENIZERS[cfg.tokenizer].n_vocab,
-        "eot": TOKENIZERS[cfg.tokenizer].eot,
+        "tokenizer": cfg.tokenizer if cfg.tokenizer in TOKENIZERS else FILE,
+        "vocab_size": tokenizer(cfg.tokenizer).n_vocab,
+        "eot": tokenizer(cfg.tokenizer).eot,
         "block_size": cfg.block_size,
         "domains": list(by_domain),
         "chunks": chunks,

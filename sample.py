@@ -2,6 +2,7 @@
 Write text with a trained model.
 
     python sample.py out/demo --start="def main("
+    python sample.py hf:models/pythia-70m          published weights: a folder with tokenizer.json
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from pathlib import Path
 import torch
 
 import config
-from data import tokenizer
-from model import GPT
+from data import FILE, tokenizer
+from model import GPT, GPTConfig
+from system import pretrained
 from system.checkpoints import fitting, read_checkpoint
 from system.errors import UserError
+from system.files import data_of
 from system.machine import check_device
 from system.terminal import say, say_text
 
@@ -43,15 +46,11 @@ class Config:
 
 def sample(cfg):
     """Prints texts that the model of a run writes."""
-    path = Path(cfg.run, "ckpt.pt")
-    if not path.is_file():
-        what = f"no checkpoint {path}" if cfg.run else "no run given"
-        raise UserError(f"{what}: name a run's folder first, as python sample.py out/demo")
-    checkpoint = read_checkpoint(path)
-    with fitting(path):
-        model = GPT.from_checkpoint(checkpoint).to(cfg.device)
-    model.eval()
-    tok = tokenizer(checkpoint["tokenizer"])
+    if cfg.run.startswith(pretrained.PREFIX) or cfg.run in pretrained.HUB:
+        model, tok = published(cfg.run)
+    else:
+        model, tok = of_run(cfg.run)
+    model.to(cfg.device).eval()
     torch.manual_seed(cfg.seed)
     prompt = torch.tensor([tok.eot, *tok.encode(cfg.start).tolist()], device=cfg.device)
     prompts = prompt.expand(cfg.num_samples, -1)
@@ -61,6 +60,29 @@ def sample(cfg):
         known = [t for t in tokens[1:] if t < tok.n_vocab]  # the vocabulary is padded up
         say_text(tok.decode(known))
         say("-" * 80)
+
+
+def of_run(run):
+    """-> the model of a run's newest checkpoint, and its tokenizer."""
+    path = Path(run, "ckpt.pt")
+    if not path.is_file():
+        what = f"no checkpoint {path}" if run else "no run given"
+        raise UserError(f"{what}: name a run's folder first, as python sample.py out/demo")
+    checkpoint = read_checkpoint(path)
+    with fitting(path):
+        model = GPT.from_checkpoint(checkpoint)
+    name = checkpoint["tokenizer"]
+    if name == FILE:
+        name = str(data_of(run, str(checkpoint["config"].get("data_dir", ""))) / FILE)
+    return model, tokenizer(name)
+
+
+def published(name):
+    """-> the model of published weights, and the tokenizer beside them."""
+    found = pretrained.read(pretrained.locate(name))
+    model = GPT(GPTConfig(**found.model_args))
+    pretrained.put_weights(model, found)
+    return model, tokenizer(str(found.folder / FILE))
 
 
 if __name__ == "__main__":

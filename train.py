@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import config
-from data import open_dataset, own_targets, parse_targets
+from data import FILE, open_dataset, own_targets, parse_targets, tokenizer
 from model import GPT, GPTConfig
 from shapley import labels
 from show import dashboard, findings, tables
@@ -50,6 +50,8 @@ from system.writer import Writer
 from valuation import NoValuation, Settings, Valuation
 
 ON_GPU = torch.cuda.is_available()
+# a text that two tokenizers hardly cut alike
+SAMPLE = "Sphinx of black quartz, judge my vow!\n    def f(x):  # \u00e9\u4e2d 12345"
 TARGET_CHUNKS = 64  # of a target of one's own that an evaluation uses, at most
 
 # -----------------------------------------------------------------------------
@@ -293,6 +295,11 @@ def check_pretrained(cfg, found, data):
     if n_tokens > known:
         what = f"{data.path} has {n_tokens} tokens, the weights in {folder} know {known}"
         raise UserError(f"{what}: prepare the text with their tokenizer")
+    if (folder / FILE).is_file():
+        theirs = tokenizer(str(folder / FILE)).encode(SAMPLE)
+        if theirs.tolist() != data.tokenizer.encode(SAMPLE).tolist():
+            what = f"{data.path} has other tokens than the weights in {folder}"
+            raise UserError(f"{what}: prepare the text with --tokenizer={folder / FILE}")
     longest = found.model_args["block_size"]
     if cfg.block_size > longest:
         what = f"{data.path} has chunks of {cfg.block_size} tokens, {folder} knows {longest}"

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from data import Dataset, open_dataset
-from pile.tokenizers import tokenizer
 from system import store, terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, data_of, load_array, read_json
@@ -91,7 +90,7 @@ class Run:
 
     @cached_property
     def tokenizer(self):
-        return tokenizer(self.data.meta["tokenizer"])
+        return self.data.tokenizer
 
     def target(self, name=""):
         """A target's number; the first target's without a name. Raises UserError for a name that no

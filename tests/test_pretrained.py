@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,14 +11,19 @@ from runs import run
 
 import config
 import export
+import prepare_pile
 import revalue
+import sample
 import train
 from model import GPT, GPTConfig
+from pile.tokenizers import tokenizer
 from shapley import exact, ghost
+from show.run import open_run
 from system import pretrained, store
 from system.errors import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 VOCAB, LONGEST = 263, 40
@@ -288,3 +294,96 @@ def test_an_export_is_never_written_over(python_data, tmp_path):
     idx = tokens(2, 20) % 256
     with torch.no_grad():
         assert relative(logits(trained, idx), model(idx).logits) < 1e-5
+
+
+# --- their tokenizers ---------------------------------------------------------------
+
+TEXT = "def main():\n    return 'naïve 中文'  # <|endoftext|> is text here\n" * 40
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    """A byte-level BPE of 300 tokens, as GPT-NeoX has it: the end of a text is the first."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    path = tmp_path / "tokenizer.json"
+    bpe.save(str(path))
+    return path
+
+
+def test_a_tokenizer_of_theirs_cuts_as_theirs_does_and_comes_back(tokenizer_file):
+    ours = tokenizer(str(tokenizer_file))
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    plain = TEXT.replace("<|endoftext|>", "the end")
+    assert ours.encode(plain).tolist() == theirs.encode(plain).ids
+    assert ours.eot not in ours.encode(TEXT)
+    assert ours.decode(ours.encode(TEXT)) == TEXT
+    pieces = [ours.decode_bytes([token]) for token in ours.encode(TEXT)]
+    assert b"".join(pieces) == TEXT.encode()
+    assert ours.n_vocab == theirs.get_vocab_size()
+
+
+def test_from_text_by_their_tokenizer_to_a_sample(tokenizer_file, tmp_path, capsys):
+    """prepare_pile.py, train.py from their weights, sample.py: the data folder has all it takes."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=300, n_positions=40, n_layer=1, n_head=1, n_embd=8)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    shutil.copy(tokenizer_file, tmp_path / "theirs")
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(30)))
+    data_dir = tmp_path / "data"
+    prepared = dict(source=str(source), block_size=16, val_fraction=0.3, workers=1)
+    prepare_pile.prepare(
+        prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=str(tokenizer_file))
+    )
+    expected = tokenizer_file.read_bytes()
+    tokenizer_file.write_bytes(expected + b" ")
+    with pytest.raises(UserError, match="another content of"):
+        prepare_pile.prepare(
+            prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=str(tokenizer_file))
+        )
+    tokenizer_file.unlink()
+    out = tmp_path / "run"
+    argv = [*options(data_dir, out), *SHORT, f"--init_from=hf:{tmp_path / 'theirs'}"]
+    argv = [a for a in argv if not a.startswith("--targets")]
+    train.train(config.load(train.Config, argv))
+    run = open_run(out)
+    assert "def main" in run.text(int(run.used[0])) + run.text(int(run.used[1]))
+    capsys.readouterr()
+    for name in (str(out), f"hf:{tmp_path / 'theirs'}"):
+        sample.sample(sample.Config(run=name, max_new_tokens=5, num_samples=1))
+        assert "-" * 80 in capsys.readouterr().out
+    bytes_dir = str(tmp_path / "bytes")
+    prepare_pile.prepare(prepare_pile.Config(**prepared, data_dir=bytes_dir, tokenizer="byte"))
+    argv[argv.index(f"--data_dir={data_dir}")] = f"--data_dir={bytes_dir}"
+    argv[argv.index(f"--out_dir={out}")] = f"--out_dir={tmp_path / 'other'}"
+    with pytest.raises(UserError, match="has other tokens than the weights"):
+        train.train(config.load(train.Config, argv))
+    (data_dir / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged, its sha256"):
+        open_run(out)
+
+
+@pytest.mark.parametrize(
+    "content, answer",
+    [
+        ('{"model": {"type": "Unigram"}}', "is no byte-level BPE"),
+        ('{"model": 3}', "'model' is a int"),
+        ("[", "damaged"),
+        ('{"model": {"type": "BPE", "x": "ByteLevel", "vocab": {}}}', "is a token of it"),
+    ],
+)
+def test_another_tokenizer_is_refused(content, answer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=answer):
+        tokenizer(str(path))
