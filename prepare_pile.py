@@ -64,7 +64,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -149,7 +148,7 @@ class Config:
         for key in NEVER_EMPTY:
             if not getattr(self, key):
                 raise UserError(f"--{key}=: write --{key}=<a name>")
-        if self.tokenizer not in TOKENIZERS and not Path(self.tokenizer).is_file():
+        if self.tokenizer not in TOKENIZERS and not self.tokenizer.endswith(".json"):
             known = f"{', '.join(TOKENIZERS)}, or the path of a tokenizer.json"
             raise UserError(f"--tokenizer={self.tokenizer}: choose one of {known}")
         if bool(self.prompt_key) != bool(self.answer_key):

@@ -52,6 +52,7 @@ from valuation import NoValuation, Settings, Valuation
 ON_GPU = torch.cuda.is_available()
 # a text that two tokenizers hardly cut alike
 SAMPLE = "Sphinx of black quartz, judge my vow!\n    def f(x):  # \u00e9\u4e2d 12345"
+STARTS_FROM = ("scratch", "resume", "auto")  # or published weights
 TARGET_CHUNKS = 64  # of a target of one's own that an evaluation uses, at most
 
 # -----------------------------------------------------------------------------
@@ -146,8 +147,10 @@ class Config:
 
     def __post_init__(self):
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters
-        if self.init_from not in ("scratch", "resume", "auto"):
-            self.begin_pretrained()
+        published = self.init_from.startswith(pretrained.PREFIX) or self.init_from in pretrained.HUB
+        if self.init_from not in STARTS_FROM and not published:
+            known = ", ".join([*STARTS_FROM, "hf:<folder>", *pretrained.HUB])
+            raise UserError(f"--init_from={self.init_from}: choose one of {known}")
         config.check(self, at_least=AT_LEAST, above={"learning_rate": 0}, below=BELOW)
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
@@ -164,26 +167,6 @@ class Config:
         if self.audit_interval and self.batch < 2:
             what = f"--audit_interval={self.audit_interval} correlates the chunks of a step"
             raise UserError(f"{what}, and there is one: raise --batch_size")
-
-    def begin_pretrained(self):
-        """--init_from names published weights: the sizes of the model are theirs."""
-        name = self.init_from
-        if not name.startswith(pretrained.PREFIX) and name not in pretrained.HUB:
-            known = ", ".join(["scratch", "resume", "auto", "hf:<folder>", *pretrained.HUB])
-            raise UserError(f"--init_from={name}: choose one of {known}")
-        folder = pretrained.locate(name)
-        args = dict(pretrained.read(folder).model_args)
-        longest = args.pop("block_size")
-        if self.block_size > longest:
-            what = f"--block_size={self.block_size}, but {folder} knows {longest} positions"
-            raise UserError(f"{what}: write --block_size={longest}")
-        for key, value in args.items():
-            default = type(self).__dataclass_fields__[key].default
-            if getattr(self, key) not in (default, value):
-                what = f"--{key}={getattr(self, key)}, but {folder} has {key}={value}"
-                raise UserError(f"{what}: leave it out")
-            setattr(self, key, value)
-        self.init_from, self.pretrained = "scratch", str(folder.resolve())
 
     @classmethod
     def of_run(cls, path):
@@ -280,6 +263,24 @@ def build_model(cfg, data, device, is_first=True):
         pretrained.put_weights(model, found)
     model.to(device)
     return model.double() if cfg.dtype == "float64" else model
+
+
+def begin_pretrained(cfg):
+    """--init_from names published weights: the sizes of the model become theirs. Raises UserError
+    where they are not there, or where an option says something else."""
+    folder = pretrained.locate(cfg.init_from)
+    args = dict(pretrained.read(folder).model_args)
+    longest = args.pop("block_size")
+    if cfg.block_size > longest:
+        what = f"--block_size={cfg.block_size}, but {folder} knows {longest} positions"
+        raise UserError(f"{what}: write --block_size={longest}")
+    for key, value in args.items():
+        default = Config.__dataclass_fields__[key].default
+        if getattr(cfg, key) not in (default, value):
+            what = f"--{key}={getattr(cfg, key)}, but {folder} has {key}={value}"
+            raise UserError(f"{what}: leave it out")
+        setattr(cfg, key, value)
+    cfg.init_from, cfg.pretrained = "scratch", str(folder.resolve())
 
 
 def check_pretrained(cfg, found, data):
@@ -476,6 +477,8 @@ def train(cfg):
     """
     if cfg.verify:
         return verify(cfg.out_dir)
+    if cfg.init_from not in STARTS_FROM:
+        begin_pretrained(cfg)
     machine.check_system(cfg)
     device = parallel.start(cfg.device)
     data = open_dataset(cfg.data_dir, cfg.keep)

@@ -78,7 +78,7 @@ def locate(name):
         return Path(snapshot_download(repository, allow_patterns=PATTERNS))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
         what = f"{name} cannot be fetched from huggingface.co/{repository}"
-        cure = f"download its files elsewhere, and write --init_from={PREFIX}<their folder>"
+        cure = f"download its files elsewhere, and write --init_from={PREFIX}<its folder>"
         raise UserError(f"{what} ({type(e).__name__}): {cure}") from e
 
 

@@ -258,18 +258,16 @@ def test_a_folder_that_is_not_understood_is_refused(case, folder, python_data, t
 def test_options_that_are_not_the_models_are_refused(folder, python_data, tmp_path):
     argv = [*options(python_data, tmp_path / "run"), f"--init_from=hf:{folder}"]
     with pytest.raises(UserError, match=r"--n_layer=5, but .* has n_layer=2: leave it out"):
-        config.load(train.Config, [*argv, "--n_layer=5"])
+        train.train(config.load(train.Config, [*argv, "--n_layer=5"]))
     with pytest.raises(UserError, match="knows 40 positions: write --block_size=40"):
-        config.load(train.Config, [*argv, "--block_size=41"])
+        train.train(config.load(train.Config, [*argv, "--block_size=41"]))
     with pytest.raises(UserError, match="choose one of scratch, resume, auto, hf:<folder>, gpt2"):
         config.load(train.Config, ["--init_from=gpt3"])
 
 
 def test_a_name_of_the_hub_without_a_network_says_what_to_type():
-    with pytest.raises(
-        UserError, match=r"cannot be fetched .* write --init_from=hf:<their folder>"
-    ):
-        config.load(train.Config, ["--init_from=pythia-70m"])
+    with pytest.raises(UserError, match=r"cannot be fetched .* write --init_from=hf:<its folder>"):
+        pretrained.locate("pythia-70m")
 
 
 def test_more_tokens_than_the_weights_know_are_refused(python_data, tmp_path):
