@@ -149,7 +149,7 @@ class Beginning:
 class Split:
     """Packs one split's documents into rows, and writes the split's files."""
 
-    def __init__(self, folder, name, meta, is_pairs):
+    def __init__(self, folder, name, meta, is_pairs=False):
         n_chunks = meta["chunks"][name]
         self.width = meta["block_size"] + 1
         self.path = folder / f"{name}_docs.parquet"
