@@ -1,8 +1,6 @@
 """Pairs of prompt and answer: what prepare_pile.py makes of them, and runs whose chunks have
 unequal numbers of labels."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
