@@ -149,7 +149,7 @@ class Beginning:
 class Split:
     """Packs one split's documents into rows, and writes the split's files."""
 
-    def __init__(self, folder, name, meta, is_pairs):
+    def __init__(self, folder, name, meta, is_pairs=False):
         n_chunks = meta["chunks"][name]
         self.width = meta["block_size"] + 1
         self.path = folder / f"{name}_docs.parquet"
@@ -159,8 +159,8 @@ class Split:
         self.domain = Array(folder / f"{name}_domain.npy", (n_chunks,))
         self.answer = None
         if is_pairs:
+            self.eot = meta["eot"]  # fills up the rows
             self.answer = Array(folder / f"{name}_answer.npy", (n_chunks, 2), "<u4")
-        self.eot = meta["eot"]
         self.numbers = {domain: i for i, domain in enumerate(meta["domains"])}
         self.n = 0  # rows written
         self.entries = []  # of the table, not written yet
