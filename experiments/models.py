@@ -31,8 +31,8 @@ from valuation import Settings, Valuation
 @dataclass
 class Config:
     only: str = ""  # one model
-    steps: int = 12  # of AdamW; the last one is audited
-    learning_rate: float = 1e-3
+    steps: int = 30  # of AdamW; the last one is audited
+    learning_rate: float = 3e-4
 
 
 @dataclass
