@@ -59,6 +59,7 @@ def test_the_pages_are_there():
         "docs/files.md",
         "docs/first_hour.md",
         "docs/method.md",
+        "docs/models.md",
         "docs/questions.md",
         "results/README.md",
     ]
