@@ -1,5 +1,5 @@
 """
-Any model of nn.Linear, nn.Embedding, nn.LayerNorm and nn.Conv2d, valued while it trains.
+Any model of PyTorch, valued while it trains.
 The loop to copy is in main.
 
     python experiments/any_model.py                  a small CNN on drawn images, a tenth of them

@@ -14,6 +14,7 @@ import torch
 
 from shapley import ghost
 from shapley.batch import rows_of
+from shapley.intercept import refuse_reentrant
 from system.errors import UserError
 from system.machine import replaying, rng_state
 
@@ -129,6 +130,7 @@ class Probe:
         """An example's gradient within its batch, one tensor a parameter."""
         with replaying(self.rng):
             loss = self.loss(self.X, self.only(i))
+        refuse_reentrant(loss)
         gradient = torch.autograd.grad(loss, self.weights.params, allow_unused=True)
         params = self.weights.params
         return [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, params)]

@@ -444,6 +444,20 @@ def moves_first(func, args, kwargs):
     return func(marked, *args[1:], **kwargs).shape[0] != 2
 
 
+def refuse_reentrant(outputs):
+    """Raises UserError where torch.utils.checkpoint hid a part of the graph of some tensors."""
+    nodes = [t.grad_fn for t in tensors_in(outputs) if t.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            what = "gradient checkpointing with use_reentrant=True gives no values"
+            raise UserError(f"{what}: pass use_reentrant=False")
+        found = {below for below, _ in node.next_functions if below is not None} - seen
+        seen |= found
+        nodes += found
+
+
 def outputs_of(func, args, result):
     return [args[0]] if func is SETITEM else tensors_in(result)
 

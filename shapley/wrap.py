@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from shapley import ghost
 from shapley.batch import as_tensors, rows_of
-from shapley.intercept import GENERAL, Along, Ghosts
+from shapley.intercept import GENERAL, Along, Ghosts, refuse_reentrant
 from system.errors import UserError
 from system.machine import replaying, rng_state
 
@@ -155,7 +155,7 @@ class Net(nn.Module):
         X, Y = self.as_inputs(X), self.as_inputs(Y)
         X = tree_map_only(torch.Tensor, torch.Tensor.detach, X)
         with replaying(rng_state()), Ghosts(self.model, X, len(Y), ghost.Tape()) as ghosts:
-            self.call(X)
+            refuse_reentrant(self.call(X))
         for p, name in ghosts.names.items():
             p.indirect = name in ghosts.indirect
             if p in ghosts.tokens and not p.indirect:

@@ -43,7 +43,7 @@ METHOD = {  # what a module of shapley/ may import of its neighbours
     "batch": (),
     "intercept": ("batch", "contract", "ghost"),
     "wrap": ("batch", "ghost", "intercept"),
-    "checks": ("batch", "ghost"),
+    "checks": ("batch", "ghost", "intercept"),
     "sweeps": (),
     "weights": (),
     "step": (),
