@@ -207,7 +207,9 @@ class Probe:
                 state = rng_state()
                 losses.append(float(self.loss(self.X, self.Y)))
                 is_random = not same(state, rng_state())
-        if abs(losses[0] - losses[1]) > tolerance(self.model) * abs(losses[0]):
+        # on a GPU the order of a sum may differ, which is a rounding
+        rounding = 1000 * torch.finfo(self.model.precision).eps
+        if abs(losses[0] - losses[1]) > min(rounding, 0.05) * abs(losses[0]):
             what = f"a batch's loss is {losses[0]:.6g}, and then {losses[1]:.6g}"
             cause = "the model draws random numbers that are not torch's"
             raise UserError(f"{what}: {cause}, and a value needs the same ones twice")

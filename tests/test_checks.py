@@ -100,8 +100,11 @@ def turn(model, x):
     return torch.einsum("btc->tbc", model.other(torch.einsum("btc->tbc", x)))
 
 
+GENERATOR = np.random.default_rng(0)
+
+
 def draw(model, x):
-    return x * torch.from_numpy(np.random.default_rng().random(x.shape, np.float32))
+    return x * torch.from_numpy(GENERATOR.random(x.shape, np.float32))
 
 
 def mix(model, x):
