@@ -168,6 +168,8 @@ class Config:
         """Of a tokenizer that is a file; "" of one that has a name."""
         if self.tokenizer in TOKENIZERS:
             return ""
+        if not os.path.isfile(self.tokenizer):
+            raise UserError(f"no {self.tokenizer}: name the tokenizer.json of a model")
         with open(self.tokenizer, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
