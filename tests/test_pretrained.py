@@ -23,6 +23,7 @@ from system import pretrained, store
 from system.errors import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
@@ -228,18 +229,61 @@ def change(folder, **entries):
     path.write_text(json.dumps({**settings, **entries}))
 
 
+def change_weights(folder, **weights):
+    """weights: {name: what becomes of it}. A new name gets what becomes of the embedding."""
+    path = folder / "model.safetensors"
+    content = safetensors.load_file(path)
+    for name, become in weights.items():
+        content[name] = become(content.get(name, content["transformer.wte.weight"].clone()))
+    safetensors.save_file(content, path, metadata={"format": "pt"})
+
+
+def cut_up(folder, names):
+    """Puts an index that names other files in the place of the weights."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    content = {"weight_map": dict(enumerate(names))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def weights_of(name, become):
+    return lambda folder: change_weights(folder, **{f"transformer.{name}": become})
+
+
 WRONG = {
     "no such model": (lambda f: change(f, model_type="llama"), "type 'llama'"),
+    "a type that is none": (lambda f: change(f, model_type=["gpt2"]), "'model_type' is a list"),
     "another activation": (lambda f: change(f, activation_function="relu"), "none of gelu"),
+    "no activation": (lambda f: change(f, activation_function=["gelu"]), "none of gelu"),
     "another option": (lambda f: change(f, scale_attn_by_inverse_layer_idx=True), "something else"),
     "another epsilon": (lambda f: change(f, layer_norm_epsilon=1e-6), "something else"),
+    "quantized": (lambda f: change(f, quantization_config={"bits": 8}), "something else"),
+    "no flag": (lambda f: change(f, tie_word_embeddings="no"), "neither true nor false"),
+    "heads of no width": (lambda f: change(f, n_head=3), "no multiple of its heads"),
     "a missing layer": (lambda f: change(f, n_layer=3), "no weight transformer.h.2"),
+    "a billion layers": (lambda f: change(f, n_layer=10**9), "speaks of 1000000000 layers"),
     "one too many": (lambda f: change(f, n_layer=1), "does not have: transformer.h.1"),
     "another width": (lambda f: change(f, vocab_size=300), "is (263, 16), not (300, 16)"),
     "no size": (lambda f: change(f, n_embd="16"), "n_embd is no size"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "it needs model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "must be in safetensors"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "name a folder that save_pretrained"),
+    "not finite": (weights_of("wpe.weight", lambda x: x / 0), "wpe.weight is not finite"),
+    "whole numbers": (weights_of("wpe.weight", lambda x: x.int()), "is of I32"),
+    "another shape": (weights_of("h.0.attn.c_attn.bias", lambda x: x[1:]), "is (47,), not (48,)"),
+    "transposed": (weights_of("h.0.mlp.c_fc.weight", lambda x: x.t().contiguous()), "is (64, 16)"),
+    "a weight twice": (lambda f: change_weights(f, **{"wte.weight": abs}), "stands twice"),
+    # transformers does not tie such a head, whatever the config says
+    "a head of its own": (
+        lambda f: change_weights(f, **{"lm_head.weight": torch.negative}),
+        "is not the embedding's matrix",
+    ),
+    "a piece elsewhere": (lambda f: cut_up(f, ["../model.safetensors"]), "than files beside it"),
+    "a piece of no name": (lambda f: cut_up(f, [["x"]]), "than files beside it"),
+    "a missing piece": (
+        lambda f: cut_up(f, ["model-2.safetensors"]),
+        "model-2.safetensors: the weights",
+    ),
+    "a piece too few": (lambda f: cut_up(f, []), "there are 0 weights"),
 }
 
 
@@ -253,6 +297,44 @@ def test_a_folder_that_is_not_understood_is_refused(case, folder, python_data, t
     assert answer in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def turned(**rope):
+    return {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5} | rope
+
+
+WRONG_TURNS = {
+    "a flag that is none": ({"use_parallel_residual": "yes"}, "neither true nor false"),
+    "no list of keys": ({"rope_parameters": [1]}, "no list of keys"),
+    "another kind": ({"rope_parameters": turned(rope_type="dynamic")}, "something else"),
+    "another base": ({"rope_parameters": turned(rope_theta=1e6)}, "something else"),
+    "an older base": ({"rotary_emb_base": 500}, "something else"),
+    "half a pair": ({"rope_parameters": turned(partial_rotary_factor=0.4)}, "turns no pairs"),
+    "nothing turned": ({"rope_parameters": turned(partial_rotary_factor=0.01)}, "turns no pairs"),
+    "no part": ({"rope_parameters": turned(partial_rotary_factor="x")}, "turns no pairs"),
+    "no biases": ({"attention_bias": False}, "something else"),
+}
+
+
+def test_positions_that_are_not_understood_are_refused(tmp_path):
+    pythia().save_pretrained(tmp_path)
+    whole = (tmp_path / "config.json").read_text()
+    for entries, answer in WRONG_TURNS.values():
+        change(tmp_path, **entries)
+        with pytest.raises(UserError, match=answer):
+            pretrained.read(tmp_path)
+        (tmp_path / "config.json").write_text(whole)
+    pretrained.read(tmp_path)
+
+
+@torch.no_grad()
+def test_pieces_and_low_precision_are_read(tmp_path):
+    torch.manual_seed(0)
+    model = pythia().to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    idx = tokens(2, 20)
+    assert relative(logits(loaded(tmp_path), idx), model.float()(idx).logits) < 1e-5
 
 
 def test_options_that_are_not_the_models_are_refused(folder, python_data, tmp_path):
