@@ -1,10 +1,11 @@
 """Numbered chunks in memmapped arrays, the order they are trained in, and the targets' chunks.
 
-A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk
-(train_domain.npy, val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and
-meta.json; prepare_pile.py writes it. Of pairs of prompt and answer it also holds where in its row
-each answer lies (train_answer.npy, val_answer.npy), for only that has labels. Row i of train.npy is
-chunk i everywhere else: in the ledger, in values.npy, in a report.
+A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), or uint32 where the
+tokenizer has more than 65,536 tokens; one domain a chunk (train_domain.npy, val_domain.npy), one
+row a document (train_docs.parquet, val_docs.parquet) and meta.json; prepare_pile.py writes it. Of
+pairs of prompt and answer it also holds where in its row each answer lies (train_answer.npy,
+val_answer.npy), for only that has labels. Row i of train.npy is chunk i everywhere else: in the
+ledger, in values.npy, in a report.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pile.files import suffixes
-from pile.tokenizers import FILE, TOKENIZERS, tokenizer
+from pile.tokenizers import FILE, TOKENIZERS, token_type, tokenizer
 from pile.unpack import unpacked
 from system import terminal
 from system.errors import UserError, explain
@@ -39,7 +40,7 @@ ENTRIES |= {"footers": dict}
 
 @dataclass
 class Split:
-    rows: np.ndarray  # uint16 (n_chunks, block_size + 1), memmapped
+    rows: np.ndarray  # uint16 or uint32 (n_chunks, block_size + 1), memmapped
     domain: np.ndarray  # uint16 (n_chunks,), index into Dataset.domains
     file: object  # the open file of rows
     # of pairs, uint32 (n_chunks, 2), memmapped: a row's tokens from the first to before the second
@@ -205,7 +206,7 @@ def open_split(path, meta, name):
     cure = prepare_again(path, meta)
     n = meta["chunks"][name]
     shape = (n, meta["block_size"] + 1)
-    rows = load_array(path / f"{name}.npy", cure, np.uint16, shape)
+    rows = load_array(path / f"{name}.npy", cure, token_type(meta["vocab_size"]), shape)
     # else the system reads ahead of every row, on some machines 8 MB for 2 KB
     rows.base.madvise(mmap.MADV_RANDOM)
     domain = load_array(path / f"{name}_domain.npy", cure, np.uint16, (n,))

@@ -453,17 +453,137 @@ def test_from_text_by_their_tokenizer_to_a_sample(tokenizer_file, tmp_path, caps
         open_run(out)
 
 
-@pytest.mark.parametrize(
-    "content, answer",
-    [
-        ('{"model": {"type": "Unigram"}}', "is no byte-level BPE"),
-        ('{"model": 3}', "'model' is a int"),
-        ("[", "damaged"),
-        ('{"model": {"type": "BPE", "x": "ByteLevel", "vocab": {}}}', "is a token of it"),
-    ],
-)
-def test_another_tokenizer_is_refused(content, answer, tmp_path):
+def test_added_tokens_keep_their_numbers(tokenizer_file):
+    """Special tokens are text in a text, and the others come after them all the same."""
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    theirs.add_special_tokens(["<|one|>", "<|two|>"])
+    theirs.add_tokens(["<tool>"])
+    theirs.save(str(tokenizer_file))
+    ours = tokenizer(str(tokenizer_file))
+    assert ours.encode("a <tool>").tolist() == theirs.encode("a <tool>").ids
+    assert theirs.token_to_id("<tool>") in ours.encode("a <tool>")
+    text = "<|one|> <tool> <|endoftext|>"
+    assert not {theirs.token_to_id("<|one|>"), ours.eot} & {*ours.encode(text).tolist()}
+    assert ours.decode(ours.encode(text)) == text
+
+
+def edited(path, edit):
+    """The tokenizer of a tokenizer.json after edit(its content)."""
+    content = json.loads(path.read_text())
+    edit(content)
+    other = path.with_name(f"edited-{path.name}")
+    other.write_text(json.dumps(content))
+    tokenizer.cache_clear()
+    return tokenizer(str(other))
+
+
+def test_a_character_without_a_token_is_never_left_out_in_silence(tokenizer_file, tmp_path):
+    def without_z(content):
+        content["model"]["vocab"].pop("z")
+
+    tok = edited(tokenizer_file, without_z)
+    assert tok.decode(tok.encode("abc")) == "abc"
+    with pytest.raises(UserError, match="no token of its tokenizer"):
+        tok.encode("abz")
+    source = tmp_path / "mine.jsonl"
+    texts = ["a lazy dog " * 20, *[f"{i} the quick brown fox " * 20 for i in range(30)]]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data_dir = tmp_path / "data"
+    prepared = dict(source=str(source), block_size=16, val_fraction=0.3, workers=1)
+    path = str(tokenizer_file.with_name(f"edited-{tokenizer_file.name}"))
+    prepare_pile.prepare(prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=path))
+    assert json.loads((data_dir / "meta.json").read_text())["skipped"]["not_tokenized"] == 1
+
+
+def large(content):
+    """Makes "e" the last of 70,000 tokens."""
+    vocab = content["model"]["vocab"]
+    content["model"]["merges"] = []
+    vocab["e"] = 69_999
+
+
+def test_a_large_vocabulary_has_wider_chunks(tokenizer_file, tmp_path):
+    """From text to values: the numbers of tokens do not fit 16 bits."""
+    tok = edited(tokenizer_file, large)
+    assert tok.n_vocab == 70_000
+    path = str(tokenizer_file.with_name(f"edited-{tokenizer_file.name}"))
+    pairs = [
+        {"prompt": f"{i} fee", "answer": "free beer", "text": f"{i} {TEXT}"} for i in range(40)
+    ]
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    keys = dict(prompt_key="prompt", answer_key="answer")
+    for name, more in (("texts", {}), ("pairs", keys)):
+        data_dir = tmp_path / name
+        prepared = dict(source=str(source), block_size=24, val_fraction=0.3, workers=1, **more)
+        prepare_pile.prepare(
+            prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=path)
+        )
+        rows = np.load(data_dir / "train.npy")
+        assert rows.dtype == np.uint32
+        assert rows.max() == 69_999
+        out = tmp_path / f"run-{name}"
+        argv = ["--n_layer=1", "--n_head=1", "--n_embd=4", "--max_iters=1"]
+        argv = [*options(data_dir, out), f"--targets=mine={source}", *argv]
+        train.train(config.load(train.Config, argv))
+        run = open_run(out)
+        shown = "".join(run.text(int(chunk)) for chunk in run.used)
+        assert "return" in shown if name == "texts" else "free beer" in shown
+
+
+def damage(*keys, to):
+    """A function that puts something into a tokenizer.json."""
+
+    def edit(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return edit
+
+
+PANIC = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # the library would end the process
+REGEX = {"type": "Split", "pattern": {"Regex": "(a+$("}, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Sequence", "pretokenizers": [REGEX, {"type": "ByteLevel"}]}
+ADDED = {"content": "<x>", "special": True, "single_word": False, "lstrip": False}
+ADDED |= {"rstrip": False, "normalized": False}
+WRONG_TOKENIZERS = {
+    "of another kind": (damage("model", "type", to="Unigram"), "no byte-level BPE"),
+    "no vocabulary": (damage("model", "vocab", to=[]), "no byte-level BPE"),
+    "a number that is none": (damage("model", "vocab", "a", to="1"), "no byte-level BPE"),
+    "a huge number": (damage("model", "vocab", "a", to=10**9), "1,048,576 are read"),
+    "a number twice": (damage("model", "vocab", "a", to=70), "two tokens have one number"),
+    "tokens at random": (damage("model", "dropout", to=0.5), "dropout is '0.5'"),
+    "marks in words": (damage("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix"),
+    "no bytes": (damage("pre_tokenizer", to={"type": "Whitespace"}), "not known here"),
+    "no stage": (damage("pre_tokenizer", to=[3]), "not known here"),
+    "changed text": (damage("normalizer", to=PANIC), "not known here"),
+    "no pattern": (damage("pre_tokenizer", to=SPLIT), "is damaged"),
+    "no end": (damage("added_tokens", to=[]), "is an added token of it"),
+    "an added token that is none": (damage("added_tokens", to=[{"id": 3}]), "added token is none"),
+    "a merge of nothing": (damage("model", "merges", to=[["zz", "qq"]]), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TOKENIZERS)
+def test_another_tokenizer_is_refused(case, tokenizer_file):
+    edit, answer = WRONG_TOKENIZERS[case]
+    with pytest.raises(UserError, match=answer) as error:
+        edited(tokenizer_file, edit)
+    assert "\n" not in str(error.value)
+
+
+def test_an_added_token_of_another_number_is_refused(tokenizer_file):
+    def far(content):
+        content["added_tokens"].append({**ADDED, "id": 5000})
+
+    with pytest.raises(UserError, match=r"the number of '<x>' is not its own"):
+        edited(tokenizer_file, far)
+
+
+def test_a_tokenizer_that_is_no_json_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match=answer):
-        tokenizer(str(path))
+    for content, answer in (("[", "is damaged"), ('{"model": 3}', "'model' is a int")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=answer):
+            tokenizer(str(path))
