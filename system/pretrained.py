@@ -445,9 +445,9 @@ def put_weights(model, found):
     model.load_state_dict(weights)
 
 
-def write(folder, model_args, weights, about):
-    """A folder that transformers loads. weights: model.GPT's state_dict. about: a dict for
-    nanoshapley.json beside it. Raises UserError for a model that neither family has."""
+def write(folder, model_args, weights, eot):
+    """A folder that transformers loads. weights: model.GPT's state_dict. eot: the token between
+    documents. Raises UserError for a model that neither family has."""
     from safetensors.torch import save_file
 
     args = {"gelu": "none", "rotary_pct": 0.0, "parallel_residual": False, **model_args}
@@ -465,6 +465,10 @@ def write(folder, model_args, weights, about):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config.json", family.settings(args)), ("nanoshapley.json", about)):
-        text = json.dumps(content, indent=2)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+    ends = {"bos_token_id": eot, "eos_token_id": eot}
+    write_settings(folder / "config.json", {**family.settings(args), **ends})
+
+
+def write_settings(path, content):
+    """A file of JSON as others read it: without a seal."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,8 +71,14 @@ def theirs(request, tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    model.save_pretrained(tmp_path / "theirs")
-    return model, tmp_path / "theirs"
+    return model, saved(model, tmp_path / "theirs")
+
+
+def saved(model, folder, of="byte"):
+    """A model of theirs in its folder, whose tokens are those of a tokenizer of ours."""
+    model.save_pretrained(folder)
+    (folder / "nanoshapley.json").write_text(json.dumps({"tokenizer": of}))
+    return folder
 
 
 def loaded(folder, **more):
@@ -164,6 +171,7 @@ def test_a_run_begins_there_and_comes_back(theirs, python_data, tmp_path):
     with torch.no_grad():
         assert relative(logits(trained, idx), again(idx).logits) < 1e-5
         assert relative(logits(loaded(exported), idx), logits(trained, idx)) < 1e-6
+    sample.sample(sample.Config(run=f"hf:{exported}", max_new_tokens=5, num_samples=1))
 
 
 SHORT = ["--max_iters=4", "--lr_decay_iters=4", "--checkpoint_interval=2"]
@@ -187,8 +195,7 @@ def options(data_dir, out, *more):
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    gpt2().save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs"
+    return saved(gpt2(), tmp_path / "theirs")
 
 
 def test_it_is_taken_again_for_a_replay_and_hindsight(folder, python_data, tmp_path):
@@ -358,7 +365,7 @@ def test_more_tokens_than_the_weights_know_are_refused(python_data, tmp_path):
     small = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     )
-    small.save_pretrained(tmp_path / "small")
+    saved(small, tmp_path / "small")
     argv = [*options(python_data, tmp_path / "run"), f"--init_from=hf:{tmp_path / 'small'}"]
     with pytest.raises(UserError, match=r"256 tokens, .* know 100"):
         train.train(config.load(train.Config, argv))
@@ -374,6 +381,21 @@ def test_an_export_is_never_written_over(python_data, tmp_path):
     idx = tokens(2, 20) % 256
     with torch.no_grad():
         assert relative(logits(trained, idx), model(idx).logits) < 1e-5
+
+
+def test_weights_whose_tokens_nobody_knows_are_refused(folder, python_data, tmp_path):
+    argv = [*options(python_data, tmp_path / "run"), *SHORT, f"--init_from=hf:{folder}"]
+    about = folder / "nanoshapley.json"
+    about.unlink()
+    for answer in ("so that nobody knows its tokens", "names a tokenizer that is not known"):
+        with pytest.raises(UserError, match=answer):
+            train.train(config.load(train.Config, argv))
+        with pytest.raises(UserError, match=answer):
+            sample.sample(sample.Config(run=f"hf:{folder}"))
+        about.write_text('{"tokenizer": "klingon"}')
+    about.write_text('{"tokenizer": "gpt2"}')
+    with pytest.raises(UserError, match="has other tokens than the weights"):
+        train.train(config.load(train.Config, argv))
 
 
 # --- their tokenizers ---------------------------------------------------------------
@@ -563,6 +585,30 @@ WRONG_TOKENIZERS = {
     "an added token that is none": (damage("added_tokens", to=[{"id": 3}]), "added token is none"),
     "a merge of nothing": (damage("model", "merges", to=[["zz", "qq"]]), "is damaged"),
 }
+
+
+def test_the_tokenizer_goes_with_an_export(tokenizer_file, tmp_path):
+    """transformers.AutoTokenizer gives the tokens that prepare_pile.py gave."""
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(30)))
+    plain = TEXT.replace("<|endoftext|>", "the end")
+    for name in (str(tokenizer_file), "gpt2", "byte"):
+        data_dir = tmp_path / f"data-{Path(name).stem}"
+        prepared = dict(source=str(source), block_size=16, val_fraction=0.3, workers=1)
+        prepare_pile.prepare(
+            prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=name)
+        )
+        run(data_dir, tmp_path / "run", "--max_iters=1", "--rule=off", "--overwrite")
+        out = str(tmp_path / "exported")
+        exported = export.export(export.Config(run=str(tmp_path / "run"), out=out, overwrite=True))
+        sample.sample(sample.Config(run=f"hf:{exported}", max_new_tokens=2, num_samples=1))
+        assert (exported / "tokenizer.json").is_file() == (name != "byte")
+        if name != "byte":
+            theirs = transformers.AutoTokenizer.from_pretrained(exported)
+            ours = tokenizer(name)
+            assert theirs(plain)["input_ids"] == ours.encode(plain).tolist()
+            assert theirs.eos_token_id == ours.eot
+            assert theirs.decode(ours.encode(TEXT)) == TEXT
 
 
 @pytest.mark.parametrize("case", WRONG_TOKENIZERS)
