@@ -21,7 +21,7 @@ bench: .venv/run
 # each of them tiny, on the text of this installation: whether they still work, not what they find
 experiments-quick: .venv/experiments
 	$(PY) experiments/any_model.py
-	set -e; for name in counterfactual curation stages domains paraphrase mislabeled; do $(PY) experiments/$$name.py --quick; done
+	set -e; for name in counterfactual curation finetune stages domains paraphrase mislabeled; do $(PY) experiments/$$name.py --quick; done
 
 .venv/run: requirements.txt
 	test -x $(PY) || python3 -m venv .venv

@@ -19,6 +19,7 @@ import torch
 
 import config
 import curate
+import export
 import prepare_pile
 import report
 import revalue
@@ -35,6 +36,7 @@ ENTRIES = {  # what each script runs, and the class of its options
     "curate.py": (curate.main, curate.Config),
     "revalue.py": (revalue.main, revalue.Config),
     "sample.py": (sample.sample, sample.Config),
+    "export.py": (export.export, export.Config),
 }
 
 
@@ -70,6 +72,7 @@ def readers(run, other, data_dir, folder):
         ("report.py", [run, f"--out={folder / 'report.html'}", "--tokens=2"]),
         ("curate.py", [run, f"--out={folder / 'kept'}", "--drop_fraction=.2", "--overwrite"]),
         ("sample.py", [run, "--num_samples=1", "--max_new_tokens=5"]),
+        ("export.py", [run, f"--out={folder / 'exported'}", "--overwrite"]),
         ("revalue.py", [run, "--name=walked", "--end=2", "--overwrite"]),
         ("train.py", [run / "config.json", "--init_from=resume"]),
         ("prepare_pile.py", [f"--data_dir={data_dir}", "--verify"]),

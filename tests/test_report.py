@@ -328,7 +328,7 @@ def test_trust_comes_after_the_findings_and_the_facts_of_the_run_last(trained, w
     facts = tab.locator("#facts").inner_text()
     assert "of 60 (100%), 4 chunks each" in facts
     assert f"of {len(open_run(trained).values):,}" in facts
-    assert "1 chunk speaks for each in a step" in facts
+    assert "4 chunks speak for each in a step" in facts
     assert "trained to its end" in tab.locator("#lead").inner_text()
     assert "3 steps are marked early" in tab.locator("#warnings").inner_text()
 
