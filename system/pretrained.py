@@ -309,7 +309,7 @@ def rotary_part(settings, rope, head_size, folder):
 def is_pairs(head_size, rotary_pct):
     """Whether rotary positions turn whole pairs of a head's numbers, one at least."""
     n_rotary = int(head_size * rotary_pct)
-    return n_rotary >= 2 and n_rotary % 2 == 0
+    return 2 <= n_rotary <= head_size and n_rotary % 2 == 0
 
 
 # --- from one layout to the other: of a tensor, and of how many heads there are --------

@@ -354,6 +354,16 @@ def test_options_that_are_not_the_models_are_refused(folder, python_data, tmp_pa
         config.load(train.Config, ["--init_from=gpt3"])
 
 
+def test_sizes_that_no_model_has_are_refused(python_data, tmp_path):
+    """Positions would be lost, or tokens have no row."""
+    for part in (0.05, 0.4, 1.5):  # of 8 numbers: none, three, more than there are
+        with pytest.raises(UserError, match=f"--rotary_pct={part} turns no pairs of the 8 numbers"):
+            config.load(train.Config, ["--n_head=2", "--n_embd=16", f"--rotary_pct={part}"])
+    argv = [*options(python_data, tmp_path / "run"), "--n_head=2", "--n_embd=16", "--n_layer=1"]
+    with pytest.raises(UserError, match=r"--vocab_size=255, but .* has 256 tokens"):
+        train.train(config.load(train.Config, [*argv, "--vocab_size=255"]))
+
+
 def test_a_name_of_the_hub_without_a_network_says_what_to_type():
     with pytest.raises(UserError, match=r"cannot be fetched .* write --init_from=hf:<its folder>"):
         pretrained.locate("pythia-70m")
