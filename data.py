@@ -1,10 +1,11 @@
 """Numbered chunks in memmapped arrays, the order they are trained in, and the targets' chunks.
 
-A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), one domain a chunk
-(train_domain.npy, val_domain.npy), one row a document (train_docs.parquet, val_docs.parquet) and
-meta.json; prepare_pile.py writes it. Of pairs of prompt and answer it also holds where in its row
-each answer lies (train_answer.npy, val_answer.npy), for only that has labels. Row i of train.npy is
-chunk i everywhere else: in the ledger, in values.npy, in a report.
+A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), or uint32 where the
+tokenizer has more than 65,536 tokens; one domain a chunk (train_domain.npy, val_domain.npy), one
+row a document (train_docs.parquet, val_docs.parquet) and meta.json; prepare_pile.py writes it. Of
+pairs of prompt and answer it also holds where in its row each answer lies (train_answer.npy,
+val_answer.npy), for only that has labels. Row i of train.npy is chunk i everywhere else: in the
+ledger, in values.npy, in a report.
 """
 
 import hashlib
@@ -18,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from pile.files import suffixes
-from pile.tokenizers import FILE, TOKENIZERS, tokenizer
+from pile.tokenizers import FILE, TOKENIZERS, token_type, tokenizer
 from pile.unpack import unpacked
 from system import terminal
 from system.errors import UserError, explain
-from system.files import check_entries, crc32, footer_crc32, load_array, read_json
+from system.files import check_entries, crc32, data_of, footer_crc32, load_array, read_json
 
 SCHEMA = 3  # of meta.json
 PAIRS = 4  # the same of a data set of pairs, which earlier versions would learn the prompts of
@@ -39,7 +40,7 @@ ENTRIES |= {"footers": dict}
 
 @dataclass
 class Split:
-    rows: np.ndarray  # uint16 (n_chunks, block_size + 1), memmapped
+    rows: np.ndarray  # uint16 or uint32 (n_chunks, block_size + 1), memmapped
     domain: np.ndarray  # uint16 (n_chunks,), index into Dataset.domains
     file: object  # the open file of rows
     # of pairs, uint32 (n_chunks, 2), memmapped: a row's tokens from the first to before the second
@@ -173,6 +174,19 @@ def arrays(meta):
     return (*ARRAYS, *ANSWERS) if meta["schema"] == PAIRS else ARRAYS
 
 
+def tokenizer_of_run(run, checkpoint):
+    """The tokenizer of a run's data, by a checkpoint of it. Raises UserError where it came as a
+    file, and the data that has a copy of it is not there any more."""
+    name = checkpoint["tokenizer"]
+    if name != FILE:
+        return tokenizer(name)
+    dataset = open_dataset(data_of(run, str(checkpoint["config"].get("data_dir", ""))))
+    if dataset.hash != checkpoint["data_hash"]:
+        what = f"{dataset.path} is not the data of {run} (its hash differs)"
+        raise UserError(f"{what}: put the run's data back, for its tokenizer")
+    return dataset.tokenizer
+
+
 def small_arrays(path, meta):
     """The arrays that are compared with their sha256 whenever a data folder is opened: the smallest
     ones, CHECKED bytes in all."""
@@ -205,7 +219,7 @@ def open_split(path, meta, name):
     cure = prepare_again(path, meta)
     n = meta["chunks"][name]
     shape = (n, meta["block_size"] + 1)
-    rows = load_array(path / f"{name}.npy", cure, np.uint16, shape)
+    rows = load_array(path / f"{name}.npy", cure, token_type(meta["vocab_size"]), shape)
     # else the system reads ahead of every row, on some machines 8 MB for 2 KB
     rows.base.madvise(mmap.MADV_RANDOM)
     domain = load_array(path / f"{name}_domain.npy", cure, np.uint16, (n,))

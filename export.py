@@ -6,14 +6,17 @@ A run's model as a folder that transformers loads: config.json and model.safeten
     python train.py --init_from=hf:out/demo-hf ...        and trained on
 
 A model with learned positions becomes a GPT2LMHeadModel, one with rotary positions a
-GPTNeoXForCausalLM. nanoshapley.json beside it says which run, step and tokenizer it is of: the
-tokenizer itself does not go with it. Nothing is said of values there.
+GPTNeoXForCausalLM. The tokenizer goes with it, for transformers.AutoTokenizer, but for bytes, which
+transformers has no tokenizer.json of. nanoshapley.json says which run, step and tokenizer the model
+is of. Nothing is said of values there.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
+from data import tokenizer_of_run
+from pile.tokenizers import ABOUT, FILE
 from system import pretrained
 from system.checkpoints import fitting, read_checkpoint
 from system.errors import UserError
@@ -43,8 +46,21 @@ def export(cfg):
         "step": checkpoint["iter_num"],
         "tokenizer": checkpoint["tokenizer"],
     }
+    tok = tokenizer_of_run(cfg.run, checkpoint)
+    args, weights = checkpoint["model_args"], checkpoint["model"]
     with fitting(path):
-        pretrained.write(folder, checkpoint["model_args"], checkpoint["model"], about)
+        pretrained.write(folder, args, weights, tok.eot)
+    pretrained.write_settings(folder / ABOUT, about)
+    if tok.save(folder / FILE):
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tok.decode([tok.eot]),
+            "model_max_length": args["block_size"],
+        }
+        pretrained.write_settings(folder / "tokenizer_config.json", settings)
+    else:  # what --overwrite left there is of another model
+        for name in (FILE, "tokenizer_config.json"):
+            (folder / name).unlink(missing_ok=True)
     say(f"written to {folder}: the model after step {checkpoint['iter_num']:,}")
     say("next: transformers.AutoModelForCausalLM.from_pretrained on that folder, or")
     say(f"      python sample.py {pretrained.PREFIX}{folder}")

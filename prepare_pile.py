@@ -77,7 +77,7 @@ from pile.files import changes, end_of, explain_left_out, find_files, inventory,
 from pile.folders import Folders
 from pile.keys import RECORDS, look
 from pile.pack import MB, MOST_DOMAINS, SPLITS, pack, read_held, write_part
-from pile.tokenizers import FILE, TOKENIZERS, tokenizer
+from pile.tokenizers import FILE, TOKENIZERS, token_type, tokenizer
 from show import prepared
 from system.errors import UserError
 from system.files import write_json
@@ -301,8 +301,9 @@ def plan(cfg, files, folder):
         total += size
         groups.setdefault((total - 1) // PART, []).append((name, size, changed))
     parts = []
+    tokenizer_sha256 = cfg.tokenizer_sha256
     for number, group in enumerate(groups.values(), 1):
-        made_of = json.dumps([data.SCHEMA, cfg.makes(), group]) + cfg.tokenizer_sha256
+        made_of = json.dumps([data.SCHEMA, cfg.makes(), group]) + tokenizer_sha256
         key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
         names = [name for name, _, _ in group]
         parts.append((folder / f"{number:05}-{key}.arrow", names))
@@ -357,6 +358,7 @@ def tokenize(cfg, parts, read, partial):
     parts: what plan() gives. read: a file's name -> its documents. partial: the folder in which a
     part lies until it is whole. Returns {path of a part: its counts}, see write_part()."""
     limit = cfg.limit_tokens or float("inf")
+    token_bytes = token_type(tokenizer(cfg.tokenizer).n_vocab).itemsize
     counts = {}
     tqdm.monitor_interval = 0  # a progress bar starts no thread: workers are forked
     # before other libraries have started their threads
@@ -368,7 +370,7 @@ def tokenize(cfg, parts, read, partial):
                     names = progress(names, "files", unit="file", delay=1)
                 documents = chain.from_iterable(map(read, names))
                 encoded = workers.ordered(pool, jobs(documents))
-                write_part(partial / path.name, encoded, limit)
+                write_part(partial / path.name, encoded, limit, token_bytes)
                 (partial / path.name).rename(path)
             counts[path] = read_held(path)
             limit -= counts[path]["tokens"]

@@ -2,7 +2,7 @@
 Write text with a trained model.
 
     python sample.py out/demo --start="def main("
-    python sample.py hf:models/pythia-70m          published weights: a folder with tokenizer.json
+    python sample.py hf:models/pythia-70m          published weights: their folder
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 import config
-from data import FILE, tokenizer
+from data import tokenizer_of_run
 from model import GPT, GPTConfig
+from pile.tokenizers import tokenizer_beside
 from system import pretrained
 from system.checkpoints import fitting, read_checkpoint
 from system.errors import UserError
-from system.files import data_of
 from system.machine import check_device
 from system.terminal import say, say_text
 
@@ -71,10 +71,7 @@ def of_run(run):
     checkpoint = read_checkpoint(path)
     with fitting(path):
         model = GPT.from_checkpoint(checkpoint)
-    name = checkpoint["tokenizer"]
-    if name == FILE:
-        name = str(data_of(run, str(checkpoint["config"].get("data_dir", ""))) / FILE)
-    return model, tokenizer(name)
+    return model, tokenizer_of_run(run, checkpoint)
 
 
 def published(name):
@@ -82,7 +79,7 @@ def published(name):
     found = pretrained.read(pretrained.locate(name))
     model = GPT(GPTConfig(**found.model_args))
     pretrained.put_weights(model, found)
-    return model, tokenizer(str(found.folder / FILE))
+    return model, tokenizer_beside(found.folder)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 import config
-from data import FILE, open_dataset, own_targets, parse_targets, tokenizer
+from data import open_dataset, own_targets, parse_targets
 from model import GPT, GPTConfig
+from pile.tokenizers import FILE, tokenizer_beside
 from shapley import labels
 from show import dashboard, findings, tables
 from show.progress import Progress, evaluation_lines
@@ -154,6 +155,10 @@ class Config:
         config.check(self, at_least=AT_LEAST, above={"learning_rate": 0}, below=BELOW)
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
+        if self.rotary_pct and not pretrained.is_pairs(self.n_embd // self.n_head, self.rotary_pct):
+            head_size = self.n_embd // self.n_head
+            what = f"--rotary_pct={self.rotary_pct} turns no pairs of the {head_size} numbers"
+            raise UserError(f"{what} of a head: write a part of them that is even, up to 1")
         if self.optimizer == "adamw" and not self.beta2 > 0:
             what = f"--beta2={self.beta2}: AdamW's formulas need it above 0"
             raise UserError(f"{what}: write --beta2=0.95")
@@ -278,7 +283,7 @@ def begin_pretrained(cfg):
         default = Config.__dataclass_fields__[key].default
         if getattr(cfg, key) not in (default, value):
             what = f"--{key}={getattr(cfg, key)}, but {folder} has {key}={value}"
-            raise UserError(f"{what}: leave it out")
+            raise UserError(f"{what}: leave it out, and out of the config file")
         setattr(cfg, key, value)
     cfg.init_from, cfg.pretrained = "scratch", str(folder.resolve())
 
@@ -296,11 +301,11 @@ def check_pretrained(cfg, found, data):
     if n_tokens > known:
         what = f"{data.path} has {n_tokens} tokens, the weights in {folder} know {known}"
         raise UserError(f"{what}: prepare the text with their tokenizer")
-    if (folder / FILE).is_file():
-        theirs = tokenizer(str(folder / FILE)).encode(SAMPLE)
-        if theirs.tolist() != data.tokenizer.encode(SAMPLE).tolist():
-            what = f"{data.path} has other tokens than the weights in {folder}"
-            raise UserError(f"{what}: prepare the text with --tokenizer={folder / FILE}")
+    theirs, ours = tokenizer_beside(folder), data.tokenizer
+    is_same = theirs.encode(SAMPLE).tolist() == ours.encode(SAMPLE).tolist()
+    if not is_same or theirs.eot != data.meta["eot"]:
+        what = f"{data.path} has other tokens than the weights in {folder}"
+        raise UserError(f"{what}: prepare the text with --tokenizer={folder / FILE}")
     longest = found.model_args["block_size"]
     if cfg.block_size > longest:
         what = f"{data.path} has chunks of {cfg.block_size} tokens, {folder} knows {longest}"
@@ -495,7 +500,11 @@ def train(cfg):
         targets = parse_targets(cfg.targets, data, cfg.block_size)
         texts = [target for target in targets if target.ids is None]
     needs.check_batch(cfg, len(data.train.rows if data.keep is None else data.keep))
-    needs.check_memory(cfg, data.meta["vocab_size"], len(targets))
+    n_tokens = data.meta["vocab_size"]
+    if 0 < cfg.vocab_size < n_tokens and not cfg.pretrained:
+        what = f"--vocab_size={cfg.vocab_size}, but {data.path} has {n_tokens} tokens"
+        raise UserError(f"{what}: leave it out")
+    needs.check_memory(cfg, cfg.vocab_size or n_tokens, len(targets))
     parallel.mine(cfg.batch)  # raises where the processes cannot share a step
     with RunFolder(cfg.out_dir) as folder, machine.memory_told():
         return run(cfg, folder, device, data, targets, texts)

@@ -175,7 +175,8 @@ def prepare_once(cfg, folder):
     parse, _ = timed(encode, Encoder(options, NoTokenizer), documents)
     tokenize, encoded = timed(encode, Encoder(options, data.tokenizer(cfg.tokenizer)), documents)
     part = folder / "part.arrow"
-    write, _ = timed(write_part, part, encoded, float("inf"))
+    n_vocab = data.tokenizer(cfg.tokenizer).n_vocab
+    write, _ = timed(write_part, part, encoded, float("inf"), data.token_type(n_vocab).itemsize)
     held = read_held(part)
     meta = prepare_pile.describe(options, held, source, stated(source.names))
     packing, _ = timed(pack, [part], folder, meta)

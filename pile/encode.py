@@ -72,7 +72,7 @@ class Encoder:
             tokens, answer = self.pair(text) if is_pair else (self.tokenizer.encode(text), 0)
         except ValueError as e:
             raise Skip("skipped", "not_tokenized") from e
-        tokens = np.append(tokens, np.uint16(self.tokenizer.eot))
+        tokens = np.append(tokens, tokens.dtype.type(self.tokenizer.eot))
         if is_pair and len(tokens) > self.cfg.block_size + 1:
             raise Skip("skipped", "too_many_tokens")
         source = printable(document.source)
@@ -82,8 +82,9 @@ class Encoder:
         """A Pair -> its tokens behind an <eot>, and the number of that with which its answer
         begins. Raises ValueError where it cannot be tokenized."""
         prompt = self.tokenizer.encode(text.prompt)
-        tokens = [np.uint16([self.tokenizer.eot]), prompt, self.tokenizer.encode(text.answer)]
-        return np.concatenate(tokens), 1 + len(prompt)
+        eot = np.array([self.tokenizer.eot], prompt.dtype)
+        answer = self.tokenizer.encode(text.answer)
+        return np.concatenate([eot, prompt, answer]), 1 + len(prompt)
 
     def split(self, text):
         """ "train" or "val", by the hash of a text. Raises UnicodeEncodeError."""

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from pile.tokenizers import token_type
 from system.errors import UserError
 from system.files import footer_crc32, short, sync
 from system.terminal import progress
@@ -33,7 +34,7 @@ DOCUMENTS = pa.schema(  # of train_docs.parquet and val_docs.parquet
         "n_tokens": pa.int64(),
     }
 )
-COLUMNS = pa.schema(  # of a part; tokens: uint16 as bytes, which may be over 2^31 in a document
+COLUMNS = pa.schema(  # of a part; tokens: as bytes, which may be over 2^31 in a document
     {
         "split": pa.string(),
         "domain": pa.string(),
@@ -47,18 +48,19 @@ COLUMNS = pa.schema(  # of a part; tokens: uint16 as bytes, which may be over 2^
 # --- parts ----------------------------------------------------------------------
 
 
-def write_part(path, encoded, limit):
+def write_part(path, encoded, limit, token_bytes):
     """Writes a part, up to and with the document that reaches the limit of tokens.
 
-    encoded: (rows, notes) of one job after another, as Encoder gives them. Each job becomes a
-    batch of the file. A last, empty batch carries the part's counts: a Counter of "tokens",
-    ("documents", split, domain), ("tokens", split, domain), ("skipped", reason),
-    ("left out", domain), "no_domain" and "long_domain"."""
+    token_bytes: the bytes of a token. encoded: (rows, notes) of one job after another, as Encoder
+    gives them. Each job becomes a batch of the file. A last, empty batch carries the part's counts:
+    a Counter of "tokens", ("documents", split, domain), ("tokens", split, domain),
+    ("skipped", reason), ("left out", domain), "no_domain" and "long_domain"."""
     counts = Counter()
     with open_arrow(path, "wb") as sink, pa.ipc.new_file(sink, COLUMNS) as file:
         for rows, notes in encoded:
-            written = rows_within(rows, limit - counts["tokens"])
-            count_rows(counts, written)
+            lengths = [len(tokens) // token_bytes for _, _, _, _, tokens, _ in rows]
+            written = rows_within(rows, lengths, limit - counts["tokens"])
+            count_rows(counts, written, lengths)
             for rows_before, key, number in notes:
                 # a note behind the limit's document is not counted
                 if len(written) == len(rows) or rows_before < len(written):
@@ -74,16 +76,14 @@ def write_part(path, encoded, limit):
     sync(path)
 
 
-def rows_within(rows, limit):
+def rows_within(rows, lengths, limit):
     """The first rows, up to and with the one in which their tokens reach the limit."""
-    lengths = [len(tokens) // 2 for _, _, _, _, tokens, _ in rows]
     return rows[: np.searchsorted(np.cumsum(lengths), limit) + 1]
 
 
-def count_rows(counts, rows):
+def count_rows(counts, rows, lengths):
     """Adds the rows' documents and tokens to the counts of a part."""
-    for split, domain, _, _, tokens, _ in rows:
-        n = len(tokens) // 2
+    for (split, domain, *_), n in zip(rows, lengths):
         counts["tokens"] += n
         counts["tokens", split, domain] += n
         counts["documents", split, domain] += 1
@@ -155,7 +155,8 @@ class Split:
         self.path = folder / f"{name}_docs.parquet"
         self.table_file = open_arrow(self.path, "wb")
         self.table = pa.parquet.ParquetWriter(self.table_file, DOCUMENTS, write_page_checksum=True)
-        self.rows = Array(folder / f"{name}.npy", (n_chunks, self.width))
+        self.token_type = token_type(meta["vocab_size"])
+        self.rows = Array(folder / f"{name}.npy", (n_chunks, self.width), self.token_type.str)
         self.domain = Array(folder / f"{name}_domain.npy", (n_chunks,))
         self.answer = None
         if is_pairs:
@@ -168,7 +169,7 @@ class Split:
         self.waiting = {}
 
     def add(self, document, tokens):
-        """document: its doc, domain, source and record. tokens: uint16 (n,), with <eot>."""
+        """document: its doc, domain, source and record. tokens: (n,), with <eot>."""
         domain = document[1]
         waiting, beginnings = self.waiting.get(domain, (tokens[:0], []))
         beginnings.append(Beginning(len(waiting), document, len(tokens) - 1))
@@ -180,9 +181,9 @@ class Split:
             self.write_table()
 
     def add_pair(self, document, tokens, answer):
-        """A row of its own, filled up with <eot>. tokens: uint16 (n,), between two <eot>. answer:
+        """A row of its own, filled up with <eot>. tokens: (n,), between two <eot>. answer:
         the first token of the answer, which ends with the second <eot>."""
-        row = np.full(self.width, self.eot, "<u2")
+        row = np.full(self.width, self.eot, self.token_type)
         row[: len(tokens)] = tokens
         self.rows.write(row)
         self.answer.write(np.array([answer, len(tokens)], "<u4"))
@@ -239,7 +240,7 @@ def pack(parts, folder, meta, is_pairs=False):
         with open_arrow(path, "rb") as file:
             for split, domain, source, record, tokens, answer in part_rows(file, path):
                 document = (doc, domain, source, record)
-                tokens = np.frombuffer(tokens, "<u2")
+                tokens = np.frombuffer(tokens, token_type(meta["vocab_size"]))
                 if is_pairs:
                     splits[split].add_pair(document, tokens, answer)
                 else:

@@ -7,6 +7,7 @@ import numpy as np
 
 from pile.documents import file_documents, jobs
 from pile.encode import Encoder
+from pile.tokenizers import token_type
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Reading:
 
 
 def file_tokens(name, reading, tokenizer):
-    """A file -> [(its tokens, uint16 (n,), with <eot> at their end, and where in them the answer of
+    """A file -> [(its tokens (n,), with <eot> at their end, and where in them the answer of
     a pair begins)] of its documents, and a Counter {reason: records that were skipped}.
 
     Raises UserError where the file is damaged or not what its name says, and OSError."""
@@ -36,7 +37,7 @@ def file_tokens(name, reading, tokenizer):
         rows, notes = encoder(job)
         for row in rows:
             _, _, _, _, tokens, answer = row
-            documents.append((np.frombuffer(tokens, np.uint16), answer))
+            documents.append((np.frombuffer(tokens, token_type(tokenizer.n_vocab)), answer))
         for _, key, number in notes:
             if key[0] == "skipped":
                 skipped[key[1]] += number

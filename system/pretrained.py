@@ -5,9 +5,11 @@ Two families: GPT-2 (GPT2LMHeadModel) and Pythia (GPTNeoXForCausalLM). Nothing i
 executed. What would be computed in another way than model.GPT does is refused.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,11 @@ HUB = {  # what --init_from calls them, and where they are published
     "pythia-1.4b": "EleutherAI/pythia-1.4b",
 }
 PREFIX = "hf:"  # of a folder
+REFETCH = "fetch it again"
+FLOATS = ("F32", "F16", "BF16", "F64")  # as safetensors calls them
 PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+PIECE = re.compile(r"[\w.-]{1,200}\.safetensors")  # a file of an index
 # buffers, not weights: masks and frequencies
 IGNORED = re.compile(r"(.*\.)?((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")
 
@@ -38,32 +43,28 @@ IGNORED = re.compile(r"(.*\.)?((attn|attention)\.(masked_)?bias|rotary_emb\.inv_
 class Pretrained:
     folder: Path
     model_args: dict  # GPTConfig's, without dropout; block_size is the largest
-    family: str  # gpt2 or neox
-    settings: dict  # config.json
+    family: type  # GPT2 or NeoX
+    files: list  # paths of the weights, in the order of their names
 
-    def files(self):
-        """The files of the weights. Raises UserError where there are none."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            content = read_json(index, "fetch it again", {"weight_map": dict}, unsealed=True)
-            names = set(content["weight_map"].values())
-            for name in names:
-                if Path(str(name)).name != name:
-                    raise UserError(f"{index} names a file elsewhere: fetch it again")
-            return sorted(self.folder / name for name in names)
-        path = self.folder / "model.safetensors"
-        if not path.is_file():
-            what = f"no weights in {self.folder}: it needs model.safetensors"
-            raise UserError(f"{what} (convert others with transformers' save_pretrained)")
-        return [path]
+    def weights(self):
+        """Which weights such a model has: [Weight]."""
+        return self.family.weights(self.model_args)
 
     def sha256(self):
         """Of the files of the weights, in the order of their names."""
         digest = hashlib.sha256()
-        for path in self.files():
+        for path in self.files:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+
+@dataclass
+class Weight:
+    ours: str  # its name in model.GPT
+    theirs: str  # its name in their files
+    shape: tuple  # that it has there
+    change: Callable  # what makes ours of theirs, and with back=True theirs of ours
 
 
 def locate(name):
@@ -83,30 +84,40 @@ def locate(name):
 
 
 def read(folder):
-    """A folder -> Pretrained. Raises UserError for what model.GPT does not compute."""
+    """A folder -> Pretrained. Raises UserError for what model.GPT does not compute, and where its
+    weights are not those of its config.json. No weight is read yet, nor is memory taken for one."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"no {folder}/config.json: name a folder that save_pretrained wrote")
     cure = "take a GPT-2 or a Pythia"
-    settings = read_json(folder / "config.json", cure, unsealed=True)
-    kind = settings.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{folder} holds a model of type {str(kind)[:40]!r}: {cure}")
-    check_kinds(settings, folder)
-    args = FAMILIES[kind].model_args(settings, folder)
-    return Pretrained(folder, args, kind, settings)
+    settings = read_json(folder / "config.json", cure, {"model_type": str}, unsealed=True)
+    family = FAMILIES.get(settings["model_type"])
+    if family is None:
+        kind = settings["model_type"][:40]
+        raise UserError(f"{folder} holds a model of type {kind!r}: {cure}")
+    need(settings, folder, quantization_config=None)
+    args = family.model_args(settings, folder)
+    if args["n_embd"] % args["n_head"]:
+        raise UserError(f"{folder}/config.json: its width is no multiple of its heads: {REFETCH}")
+    found = Pretrained(folder, args, family, find_files(folder))
+    check_headers(found)
+    return found
 
 
-WHOLE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "num_hidden_layers")
-WHOLE += ("num_attention_heads", "hidden_size", "max_position_embeddings", "intermediate_size")
+def size(settings, folder, key, default):
+    """An option that is a whole number from 1 on. Raises UserError."""
+    value = settings.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise UserError(f"{folder}/config.json: {key} is no size: {REFETCH}")
+    return value
 
 
-def check_kinds(settings, folder):
-    """Raises UserError where a size is none."""
-    for key in WHOLE:
-        size = settings.get(key, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
-            raise UserError(f"{folder}/config.json: {key} is no size: fetch it again")
+def flag(settings, folder, key, default):
+    """An option that is true or false. Raises UserError."""
+    value = settings.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{folder}/config.json: {key} is neither true nor false: {REFETCH}")
+    return value
 
 
 def need(settings, folder, **wanted):
@@ -119,7 +130,7 @@ def need(settings, folder, **wanted):
 
 
 def gelu(name, folder):
-    if name not in GELUS:
+    if not isinstance(name, str) or name not in GELUS:
         known = ", ".join(GELUS)
         raise UserError(f"{folder}/config.json: activation {str(name)[:40]!r} is none of {known}")
     return GELUS[name]
@@ -128,7 +139,7 @@ def gelu(name, folder):
 class GPT2:
     @staticmethod
     def model_args(settings, folder):
-        n_embd = settings.get("n_embd", 768)
+        n_embd = size(settings, folder, "n_embd", 768)
         need(
             settings,
             folder,
@@ -140,36 +151,42 @@ class GPT2:
         if settings.get("n_inner") not in (None, 4 * n_embd):
             raise UserError(f"{folder}/config.json: n_inner is not 4 n_embd, as model.py has it")
         return {
-            "n_layer": settings.get("n_layer", 12),
-            "n_head": settings.get("n_head", 12),
+            "n_layer": size(settings, folder, "n_layer", 12),
+            "n_head": size(settings, folder, "n_head", 12),
             "n_embd": n_embd,
-            "block_size": settings.get("n_positions", 1024),
-            "vocab_size": settings.get("vocab_size", 50257),
+            "block_size": size(settings, folder, "n_positions", 1024),
+            "vocab_size": size(settings, folder, "vocab_size", 50257),
             "bias": True,
-            "tie_weights": settings.get("tie_word_embeddings", True),
+            "tie_weights": flag(settings, folder, "tie_word_embeddings", True),
             "gelu": gelu(settings.get("activation_function", "gelu_new"), folder),
             "rotary_pct": 0.0,
             "parallel_residual": False,
         }
 
     @staticmethod
-    def names(n_layer, tie_weights):
-        """[(our name, their name, how theirs becomes ours)]"""
-        pairs = [
-            ("transformer.wte.weight", "transformer.wte.weight", same),
-            ("transformer.wpe.weight", "transformer.wpe.weight", same),
-            *both("transformer.ln_f", "transformer.ln_f", same),
+    def weights(args):
+        C, V, T = args["n_embd"], args["vocab_size"], args["block_size"]
+        weights = [
+            Weight("transformer.wte.weight", "transformer.wte.weight", (V, C), same),
+            Weight("transformer.wpe.weight", "transformer.wpe.weight", (T, C), same),
+            *layer("transformer.ln_f", "transformer.ln_f", (C,), C),
         ]
-        for i in range(n_layer):
+        for i in range(args["n_layer"]):
             block = f"transformer.h.{i}"
-            for part in ("ln_1", "ln_2"):
-                pairs += both(f"{block}.{part}", f"{block}.{part}", same)
-            for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-                # their Conv1D has its weight (in, out)
-                pairs += both(f"{block}.{part}", f"{block}.{part}", transposed)
-        if not tie_weights:
-            pairs.append(("lm_head.weight", "lm_head.weight", same))
-        return pairs
+            weights += layer(f"{block}.ln_1", f"{block}.ln_1", (C,), C)
+            weights += layer(f"{block}.ln_2", f"{block}.ln_2", (C,), C)
+            # their Conv1D has its weight (in, out)
+            for part, n_in, n_out in (
+                ("attn.c_attn", C, 3 * C),
+                ("attn.c_proj", C, C),
+                ("mlp.c_fc", C, 4 * C),
+                ("mlp.c_proj", 4 * C, C),
+            ):
+                name = f"{block}.{part}"
+                weights += layer(name, name, (n_in, n_out), n_out, transposed)
+        if not args["tie_weights"]:
+            weights.append(Weight("lm_head.weight", "lm_head.weight", (V, C), same))
+        return weights
 
     @staticmethod
     def their_name(name):
@@ -178,7 +195,7 @@ class GPT2:
             return f"transformer.{name}"
         return name
 
-    tied_head = "lm_head.weight"
+    head = "lm_head.weight"
 
     @staticmethod
     def settings(args):
@@ -200,54 +217,58 @@ class GPT2:
 class NeoX:
     @staticmethod
     def model_args(settings, folder):
-        n_embd = settings.get("hidden_size", 6144)
+        n_embd = size(settings, folder, "hidden_size", 6144)
+        n_head = size(settings, folder, "num_attention_heads", 64)
         rope = settings.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{folder}/config.json: rope_parameters is no list of keys: {REFETCH}")
         need(settings, folder, rope_scaling=None, attention_bias=True, layer_norm_eps=1e-5)
         need(settings, folder, rotary_emb_base=10000, rope_theta=10000)
         need(rope, folder, rope_theta=10000, rope_type="default")
-        if settings.get("intermediate_size", 24576) != 4 * n_embd:
+        if size(settings, folder, "intermediate_size", 24576) != 4 * n_embd:
             what = f"{folder}/config.json: intermediate_size is not 4 hidden_size"
             raise UserError(f"{what}, as model.py has it")
-        rotary_pct = rope.get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
-        if not isinstance(rotary_pct, (int, float)) or not 0 < rotary_pct <= 1:
-            raise UserError(f"{folder}/config.json: rotary_pct is no part of 1: fetch it again")
         return {
-            "n_layer": settings.get("num_hidden_layers", 44),
-            "n_head": settings.get("num_attention_heads", 64),
+            "n_layer": size(settings, folder, "num_hidden_layers", 44),
+            "n_head": n_head,
             "n_embd": n_embd,
-            "block_size": settings.get("max_position_embeddings", 2048),
-            "vocab_size": settings.get("vocab_size", 50432),
+            "block_size": size(settings, folder, "max_position_embeddings", 2048),
+            "vocab_size": size(settings, folder, "vocab_size", 50432),
             "bias": True,
-            "tie_weights": settings.get("tie_word_embeddings", False),
+            "tie_weights": flag(settings, folder, "tie_word_embeddings", False),
             "gelu": gelu(settings.get("hidden_act", "gelu"), folder),
-            "rotary_pct": float(rotary_pct),
-            "parallel_residual": settings.get("use_parallel_residual", True),
+            "rotary_pct": rotary_part(settings, rope, n_embd // n_head, folder),
+            "parallel_residual": flag(settings, folder, "use_parallel_residual", True),
         }
 
     @staticmethod
-    def names(n_layer, tie_weights):
-        """[(our name, their name, how theirs becomes ours)]"""
-        pairs = [
-            ("transformer.wte.weight", "gpt_neox.embed_in.weight", same),
-            *both("transformer.ln_f", "gpt_neox.final_layer_norm", same),
+    def weights(args):
+        C, V = args["n_embd"], args["vocab_size"]
+        weights = [
+            Weight("transformer.wte.weight", "gpt_neox.embed_in.weight", (V, C), same),
+            *layer("transformer.ln_f", "gpt_neox.final_layer_norm", (C,), C),
         ]
-        for i in range(n_layer):
+        for i in range(args["n_layer"]):
             ours, theirs = f"transformer.h.{i}", f"gpt_neox.layers.{i}"
-            pairs += both(f"{ours}.ln_1", f"{theirs}.input_layernorm", same)
-            pairs += both(f"{ours}.ln_2", f"{theirs}.post_attention_layernorm", same)
-            pairs += both(f"{ours}.attn.c_attn", f"{theirs}.attention.query_key_value", by_head)
-            pairs += both(f"{ours}.attn.c_proj", f"{theirs}.attention.dense", same)
-            pairs += both(f"{ours}.mlp.c_fc", f"{theirs}.mlp.dense_h_to_4h", same)
-            pairs += both(f"{ours}.mlp.c_proj", f"{theirs}.mlp.dense_4h_to_h", same)
-        if not tie_weights:
-            pairs.append(("lm_head.weight", "embed_out.weight", same))
-        return pairs
+            weights += layer(f"{ours}.ln_1", f"{theirs}.input_layernorm", (C,), C)
+            weights += layer(f"{ours}.ln_2", f"{theirs}.post_attention_layernorm", (C,), C)
+            for part, their_part, n_in, n_out, change in (
+                ("attn.c_attn", "attention.query_key_value", C, 3 * C, by_head),
+                ("attn.c_proj", "attention.dense", C, C, same),
+                ("mlp.c_fc", "mlp.dense_h_to_4h", C, 4 * C, same),
+                ("mlp.c_proj", "mlp.dense_4h_to_h", 4 * C, C, same),
+            ):
+                names = f"{ours}.{part}", f"{theirs}.{their_part}"
+                weights += layer(*names, (n_out, n_in), n_out, change)
+        if not args["tie_weights"]:
+            weights.append(Weight("lm_head.weight", "embed_out.weight", (V, C), same))
+        return weights
 
     @staticmethod
     def their_name(name):
         return name
 
-    tied_head = "embed_out.weight"
+    head = "embed_out.weight"
 
     @staticmethod
     def settings(args):
@@ -274,11 +295,33 @@ class NeoX:
 FAMILIES = {"gpt2": GPT2, "gpt_neox": NeoX}
 
 
+def rotary_part(settings, rope, head_size, folder):
+    """Which part of each head is turned by its position. Raises UserError where that is no even
+    number of numbers from 2 on."""
+    part = rope.get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
+    is_number = isinstance(part, (int, float)) and not isinstance(part, bool)
+    if not is_number or not 0 < part <= 1 or not is_pairs(head_size, part):
+        what = f"{folder}/config.json: rotary_pct={str(part)[:40]} turns no pairs of the"
+        raise UserError(f"{what} {head_size} numbers of a head: {REFETCH}")
+    return float(part)
+
+
+def is_pairs(head_size, rotary_pct):
+    """Whether rotary positions turn whole pairs of a head's numbers, one at least."""
+    n_rotary = int(head_size * rotary_pct)
+    return 2 <= n_rotary <= head_size and n_rotary % 2 == 0
+
+
 # --- from one layout to the other: of a tensor, and of how many heads there are --------
 
 
-def both(ours, theirs, change):
-    return [(f"{ours}.{part}", f"{theirs}.{part}", change) for part in ("weight", "bias")]
+def layer(ours, theirs, shape, n_out, change=None):
+    """A layer's weight, of that shape in their files, and its bias."""
+    change = change or same
+    return [
+        Weight(f"{ours}.weight", f"{theirs}.weight", shape, change),
+        Weight(f"{ours}.bias", f"{theirs}.bias", (n_out,), change),
+    ]
 
 
 def same(x, n_head, back=False):
@@ -299,55 +342,112 @@ def by_head(x, n_head, back=False):
 # --- weights ----------------------------------------------------------------------
 
 
-def read_weights(pretrained):
-    """model.GPT's state_dict, float32. Raises UserError where weights are missing, left over, or of
-    other shapes."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def find_files(folder):
+    """The files of the weights, in the order of their names; as in transformers the whole file
+    before the pieces of an index. Raises UserError where there are none."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        content = read_json(index, REFETCH, {"weight_map": dict}, unsealed=True)
+        names = list(content["weight_map"].values())
+        for name in names:
+            if not isinstance(name, str) or not PIECE.fullmatch(name):
+                raise UserError(f"{index} names something else than files beside it: {REFETCH}")
+    paths = [folder / name for name in sorted(set(names))]
+    for path in paths:
+        if not path.is_file():
+            what = f"no {path}: the weights must be in safetensors"
+            raise UserError(f"{what} (transformers' save_pretrained writes them)")
+    return paths
 
-    args, folder = pretrained.model_args, pretrained.folder
-    family = FAMILIES[pretrained.family]
-    theirs = {}
-    for path in pretrained.files():
-        try:
-            loaded = load_file(path)
-        except SafetensorError as e:
-            raise UserError(f"{path} is damaged ({type(e).__name__}): fetch it again") from e
-        for name, x in loaded.items():
-            if not IGNORED.fullmatch(name):
-                theirs[family.their_name(name)] = x.float()
-    weights = {}
-    for ours, name, change in family.names(args["n_layer"], args["tie_weights"]):
-        if name not in theirs:
-            raise UserError(f"{folder}: no weight {name}: fetch it again")
-        weights[ours] = change(theirs.pop(name), args["n_head"]).contiguous()
+
+@contextlib.contextmanager
+def opened(path):
+    """A file of weights, by safetensors. Raises UserError where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__}): {REFETCH}") from e
+
+
+def names_in(file, family):
+    """The weights of an open file: [(its name there, the name that new files have)]."""
+    names = [name for name in sorted(file.keys()) if not IGNORED.fullmatch(name)]
+    return [(name, family.their_name(name)) for name in names]
+
+
+def check_headers(found):
+    """Raises UserError where the files have other weights than config.json speaks of: missing,
+    left over, twice, of other shapes or of whole numbers."""
+    shapes = {}
+    for path in found.files:
+        with opened(path) as file:
+            for name, new_name in names_in(file, found.family):
+                header = file.get_slice(name)
+                if header.get_dtype() not in FLOATS:
+                    what = f"{path}: {name[:80]} is of {header.get_dtype()[:20]}"
+                    raise UserError(f"{what}: take weights in {', '.join(FLOATS)}")
+                if new_name in shapes:
+                    raise UserError(f"{found.folder}: {name[:80]} stands twice: {REFETCH}")
+                shapes[new_name] = tuple(header.get_shape())
+    args, folder = found.model_args, found.folder
+    if args["n_layer"] > len(shapes):  # before a billion of them are listed
+        what = f"{folder}: config.json speaks of {args['n_layer']} layers"
+        raise UserError(f"{what}, and there are {len(shapes)} weights: {REFETCH}")
     if args["tie_weights"]:
-        theirs.pop(family.tied_head, None)
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    if theirs:
-        more = ", ".join(sorted(theirs)[:3])
+        shapes.pop(found.family.head, None)  # read_weights() looks at it
+    for weight in found.weights():
+        shape = shapes.pop(weight.theirs, None)
+        if shape is None:
+            raise UserError(f"{folder}: no weight {weight.theirs}: {REFETCH}")
+        if shape != weight.shape:
+            what = f"{folder}: {weight.theirs} is {shape}, not {weight.shape}"
+            raise UserError(f"{what}: {REFETCH}")
+    if shapes:
+        more = ", ".join(sorted(shapes)[:3])
         raise UserError(f"{folder}: weights that such a model does not have: {more[:200]}")
+
+
+def read_weights(found):
+    """model.GPT's state_dict, float32. Raises UserError where a weight is not finite, or where a
+    head is not the embedding's matrix though config.json says so."""
+    theirs = {}
+    for path in found.files:
+        with opened(path) as file:
+            for name, new_name in names_in(file, found.family):
+                theirs[new_name] = file.get_tensor(name).float()
+    for name, x in theirs.items():
+        if not bool(torch.isfinite(x).all()):
+            raise UserError(f"{found.folder}: {name} is not finite: {REFETCH}")
+    weights = {}
+    for weight in found.weights():
+        x = theirs[weight.theirs]
+        weights[weight.ours] = weight.change(x, found.model_args["n_head"]).contiguous()
+    if found.model_args["tie_weights"]:
+        wte = weights["transformer.wte.weight"]
+        head = theirs.get(found.family.head, wte)
+        if not torch.equal(head, wte):
+            what = f"{found.folder}: {found.family.head} is not the embedding's matrix"
+            raise UserError(f'{what}: write "tie_word_embeddings": false into its config.json')
+        weights["lm_head.weight"] = wte
     return weights
 
 
-def put_weights(model, pretrained):
-    """The weights into a model.GPT; its block_size may be smaller. Raises UserError where they do
-    not fit."""
-    weights = read_weights(pretrained)
-    own = model.state_dict()
+def put_weights(model, found):
+    """The weights into a model.GPT of found.model_args; its block_size may be smaller."""
+    weights = read_weights(found)
     positions = "transformer.wpe.weight"
-    if positions in own:
-        weights[positions] = weights[positions][: len(own[positions])]
-    for name, x in own.items():
-        if weights[name].shape != x.shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(x.shape)}"
-            raise UserError(f"{pretrained.folder}: {name} is {shapes}: fetch it again")
+    if positions in weights:
+        weights[positions] = weights[positions][: model.config.block_size]
     model.load_state_dict(weights)
 
 
-def write(folder, model_args, weights, about):
-    """A folder that transformers loads. weights: model.GPT's state_dict. about: a dict for
-    nanoshapley.json beside it. Raises UserError for a model that neither family has."""
+def write(folder, model_args, weights, eot):
+    """A folder that transformers loads. weights: model.GPT's state_dict. eot: the token between
+    documents. Raises UserError for a model that neither family has."""
     from safetensors.torch import save_file
 
     args = {"gelu": "none", "rotary_pct": 0.0, "parallel_residual": False, **model_args}
@@ -356,15 +456,19 @@ def write(folder, model_args, weights, about):
         raise UserError(f"{what}: no model of transformers that is known here has both")
     family = NeoX if args["rotary_pct"] else GPT2
     theirs = {}
-    for ours, name, change in family.names(args["n_layer"], args["tie_weights"]):
-        if ours in weights:
-            x = change(weights[ours].float(), args["n_head"], back=True)
+    for weight in family.weights(args):
+        if weight.ours in weights:
+            x = weight.change(weights[weight.ours].float(), args["n_head"], back=True)
         else:  # a model without biases
-            x = torch.zeros(len(weights[ours.removesuffix("bias") + "weight"]))
-        theirs[name] = x.contiguous().clone()
+            x = torch.zeros(weight.shape)
+        theirs[weight.theirs] = x.contiguous().clone()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config.json", family.settings(args)), ("nanoshapley.json", about)):
-        text = json.dumps(content, indent=2)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+    ends = {"bos_token_id": eot, "eos_token_id": eot}
+    write_settings(folder / "config.json", {**family.settings(args), **ends})
+
+
+def write_settings(path, content):
+    """A file of JSON as others read it: without a seal."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from test_lost import arguments
 import config
 import curate
 import data
+import export
 import prepare_pile
 import report
 import revalue
@@ -26,7 +27,7 @@ from prepare_pile import prepare
 from system.errors import UserError
 from system.terminal import with_commas
 
-MODULES = [curate, prepare_pile, report, revalue, sample, train]
+MODULES = [curate, export, prepare_pile, report, revalue, sample, train]
 NUMBERS = ["-1", "-5", "0", "1e30", str(2**64), "1" * 400, "nan", "inf", "-inf", "1e-46", ".5", ""]
 
 
@@ -108,6 +109,7 @@ def test_every_reader_takes_the_folder_that_one_is_in(python_data, tmp_path, mon
     monkeypatch.chdir(tmp_path / "out" / "run")
     readers = {
         "sample.py": [".", "--num_samples=1", "--max_new_tokens=3"],
+        "export.py": ["."],
         "report.py": [".", "--tokens=0"],
         "values.py": ["summary", "."],
         "curate.py": ["."],

@@ -950,7 +950,7 @@ def test_limit_tokens_counts_over_several_parts(tmp_path, monkeypatch):
 def test_split_counts_chunks_beyond_32_bits(tmp_path):
     """The packer in the middle of a set of 2^33 chunks, which no test can write."""
     n = 1 << 33
-    meta = {"block_size": 7, "chunks": {"train": n + 2}, "domains": ["a"]}
+    meta = {"block_size": 7, "chunks": {"train": n + 2}, "domains": ["a"], "vocab_size": 256}
     split = Split(tmp_path, "train", meta)
     split.n = n
     split.add((n + 5, "a", "file", n + 6), np.arange(18, dtype="<u2"))

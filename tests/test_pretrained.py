@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from system import pretrained, store
 from system.errors import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+safetensors = pytest.importorskip("safetensors.torch")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
@@ -69,8 +71,14 @@ def theirs(request, tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    model.save_pretrained(tmp_path / "theirs")
-    return model, tmp_path / "theirs"
+    return model, saved(model, tmp_path / "theirs")
+
+
+def saved(model, folder, of="byte"):
+    """A model of theirs in its folder, whose tokens are those of a tokenizer of ours."""
+    model.save_pretrained(folder)
+    (folder / "nanoshapley.json").write_text(json.dumps({"tokenizer": of}))
+    return folder
 
 
 def loaded(folder, **more):
@@ -163,6 +171,7 @@ def test_a_run_begins_there_and_comes_back(theirs, python_data, tmp_path):
     with torch.no_grad():
         assert relative(logits(trained, idx), again(idx).logits) < 1e-5
         assert relative(logits(loaded(exported), idx), logits(trained, idx)) < 1e-6
+    sample.sample(sample.Config(run=f"hf:{exported}", max_new_tokens=5, num_samples=1))
 
 
 SHORT = ["--max_iters=4", "--lr_decay_iters=4", "--checkpoint_interval=2"]
@@ -186,8 +195,7 @@ def options(data_dir, out, *more):
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    gpt2().save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs"
+    return saved(gpt2(), tmp_path / "theirs")
 
 
 def test_it_is_taken_again_for_a_replay_and_hindsight(folder, python_data, tmp_path):
@@ -228,18 +236,61 @@ def change(folder, **entries):
     path.write_text(json.dumps({**settings, **entries}))
 
 
+def change_weights(folder, **weights):
+    """weights: {name: what becomes of it}. A new name gets what becomes of the embedding."""
+    path = folder / "model.safetensors"
+    content = safetensors.load_file(path)
+    for name, become in weights.items():
+        content[name] = become(content.get(name, content["transformer.wte.weight"].clone()))
+    safetensors.save_file(content, path, metadata={"format": "pt"})
+
+
+def cut_up(folder, names):
+    """Puts an index that names other files in the place of the weights."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    content = {"weight_map": dict(enumerate(names))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def weights_of(name, become):
+    return lambda folder: change_weights(folder, **{f"transformer.{name}": become})
+
+
 WRONG = {
     "no such model": (lambda f: change(f, model_type="llama"), "type 'llama'"),
+    "a type that is none": (lambda f: change(f, model_type=["gpt2"]), "'model_type' is a list"),
     "another activation": (lambda f: change(f, activation_function="relu"), "none of gelu"),
+    "no activation": (lambda f: change(f, activation_function=["gelu"]), "none of gelu"),
     "another option": (lambda f: change(f, scale_attn_by_inverse_layer_idx=True), "something else"),
     "another epsilon": (lambda f: change(f, layer_norm_epsilon=1e-6), "something else"),
+    "quantized": (lambda f: change(f, quantization_config={"bits": 8}), "something else"),
+    "no flag": (lambda f: change(f, tie_word_embeddings="no"), "neither true nor false"),
+    "heads of no width": (lambda f: change(f, n_head=3), "no multiple of its heads"),
     "a missing layer": (lambda f: change(f, n_layer=3), "no weight transformer.h.2"),
+    "a billion layers": (lambda f: change(f, n_layer=10**9), "speaks of 1000000000 layers"),
     "one too many": (lambda f: change(f, n_layer=1), "does not have: transformer.h.1"),
     "another width": (lambda f: change(f, vocab_size=300), "is (263, 16), not (300, 16)"),
     "no size": (lambda f: change(f, n_embd="16"), "n_embd is no size"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "it needs model.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "must be in safetensors"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), "name a folder that save_pretrained"),
+    "not finite": (weights_of("wpe.weight", lambda x: x / 0), "wpe.weight is not finite"),
+    "whole numbers": (weights_of("wpe.weight", lambda x: x.int()), "is of I32"),
+    "another shape": (weights_of("h.0.attn.c_attn.bias", lambda x: x[1:]), "is (47,), not (48,)"),
+    "transposed": (weights_of("h.0.mlp.c_fc.weight", lambda x: x.t().contiguous()), "is (64, 16)"),
+    "a weight twice": (lambda f: change_weights(f, **{"wte.weight": abs}), "stands twice"),
+    # transformers does not tie such a head, whatever the config says
+    "a head of its own": (
+        lambda f: change_weights(f, **{"lm_head.weight": torch.negative}),
+        "is not the embedding's matrix",
+    ),
+    "a piece elsewhere": (lambda f: cut_up(f, ["../model.safetensors"]), "than files beside it"),
+    "a piece of no name": (lambda f: cut_up(f, [["x"]]), "than files beside it"),
+    "a missing piece": (
+        lambda f: cut_up(f, ["model-2.safetensors"]),
+        "model-2.safetensors: the weights",
+    ),
+    "a piece too few": (lambda f: cut_up(f, []), "there are 0 weights"),
 }
 
 
@@ -255,6 +306,44 @@ def test_a_folder_that_is_not_understood_is_refused(case, folder, python_data, t
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
+def turned(**rope):
+    return {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5} | rope
+
+
+WRONG_TURNS = {
+    "a flag that is none": ({"use_parallel_residual": "yes"}, "neither true nor false"),
+    "no list of keys": ({"rope_parameters": [1]}, "no list of keys"),
+    "another kind": ({"rope_parameters": turned(rope_type="dynamic")}, "something else"),
+    "another base": ({"rope_parameters": turned(rope_theta=1e6)}, "something else"),
+    "an older base": ({"rotary_emb_base": 500}, "something else"),
+    "half a pair": ({"rope_parameters": turned(partial_rotary_factor=0.4)}, "turns no pairs"),
+    "nothing turned": ({"rope_parameters": turned(partial_rotary_factor=0.01)}, "turns no pairs"),
+    "no part": ({"rope_parameters": turned(partial_rotary_factor="x")}, "turns no pairs"),
+    "no biases": ({"attention_bias": False}, "something else"),
+}
+
+
+def test_positions_that_are_not_understood_are_refused(tmp_path):
+    pythia().save_pretrained(tmp_path)
+    whole = (tmp_path / "config.json").read_text()
+    for entries, answer in WRONG_TURNS.values():
+        change(tmp_path, **entries)
+        with pytest.raises(UserError, match=answer):
+            pretrained.read(tmp_path)
+        (tmp_path / "config.json").write_text(whole)
+    pretrained.read(tmp_path)
+
+
+@torch.no_grad()
+def test_pieces_and_low_precision_are_read(tmp_path):
+    torch.manual_seed(0)
+    model = pythia().to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    idx = tokens(2, 20)
+    assert relative(logits(loaded(tmp_path), idx), model.float()(idx).logits) < 1e-5
+
+
 def test_options_that_are_not_the_models_are_refused(folder, python_data, tmp_path):
     argv = [*options(python_data, tmp_path / "run"), f"--init_from=hf:{folder}"]
     with pytest.raises(UserError, match=r"--n_layer=5, but .* has n_layer=2: leave it out"):
@@ -263,6 +352,16 @@ def test_options_that_are_not_the_models_are_refused(folder, python_data, tmp_pa
         train.train(config.load(train.Config, [*argv, "--block_size=41"]))
     with pytest.raises(UserError, match="choose one of scratch, resume, auto, hf:<folder>, gpt2"):
         config.load(train.Config, ["--init_from=gpt3"])
+
+
+def test_sizes_that_no_model_has_are_refused(python_data, tmp_path):
+    """Positions would be lost, or tokens have no row."""
+    for part in (0.05, 0.4, 1.5):  # of 8 numbers: none, three, more than there are
+        with pytest.raises(UserError, match=f"--rotary_pct={part} turns no pairs of the 8 numbers"):
+            config.load(train.Config, ["--n_head=2", "--n_embd=16", f"--rotary_pct={part}"])
+    argv = [*options(python_data, tmp_path / "run"), "--n_head=2", "--n_embd=16", "--n_layer=1"]
+    with pytest.raises(UserError, match=r"--vocab_size=255, but .* has 256 tokens"):
+        train.train(config.load(train.Config, [*argv, "--vocab_size=255"]))
 
 
 def test_a_name_of_the_hub_without_a_network_says_what_to_type():
@@ -276,7 +375,7 @@ def test_more_tokens_than_the_weights_know_are_refused(python_data, tmp_path):
     small = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     )
-    small.save_pretrained(tmp_path / "small")
+    saved(small, tmp_path / "small")
     argv = [*options(python_data, tmp_path / "run"), f"--init_from=hf:{tmp_path / 'small'}"]
     with pytest.raises(UserError, match=r"256 tokens, .* know 100"):
         train.train(config.load(train.Config, argv))
@@ -292,6 +391,21 @@ def test_an_export_is_never_written_over(python_data, tmp_path):
     idx = tokens(2, 20) % 256
     with torch.no_grad():
         assert relative(logits(trained, idx), model(idx).logits) < 1e-5
+
+
+def test_weights_whose_tokens_nobody_knows_are_refused(folder, python_data, tmp_path):
+    argv = [*options(python_data, tmp_path / "run"), *SHORT, f"--init_from=hf:{folder}"]
+    about = folder / "nanoshapley.json"
+    about.unlink()
+    for answer in ("so that nobody knows its tokens", "names a tokenizer that is not known"):
+        with pytest.raises(UserError, match=answer):
+            train.train(config.load(train.Config, argv))
+        with pytest.raises(UserError, match=answer):
+            sample.sample(sample.Config(run=f"hf:{folder}"))
+        about.write_text('{"tokenizer": "klingon"}')
+    about.write_text('{"tokenizer": "gpt2"}')
+    with pytest.raises(UserError, match="has other tokens than the weights"):
+        train.train(config.load(train.Config, argv))
 
 
 # --- their tokenizers ---------------------------------------------------------------
@@ -371,17 +485,161 @@ def test_from_text_by_their_tokenizer_to_a_sample(tokenizer_file, tmp_path, caps
         open_run(out)
 
 
-@pytest.mark.parametrize(
-    "content, answer",
-    [
-        ('{"model": {"type": "Unigram"}}', "is no byte-level BPE"),
-        ('{"model": 3}', "'model' is a int"),
-        ("[", "damaged"),
-        ('{"model": {"type": "BPE", "x": "ByteLevel", "vocab": {}}}', "is a token of it"),
-    ],
-)
-def test_another_tokenizer_is_refused(content, answer, tmp_path):
+def test_added_tokens_keep_their_numbers(tokenizer_file):
+    """Special tokens are text in a text, and the others come after them all the same."""
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    theirs.add_special_tokens(["<|one|>", "<|two|>"])
+    theirs.add_tokens(["<tool>"])
+    theirs.save(str(tokenizer_file))
+    ours = tokenizer(str(tokenizer_file))
+    assert ours.encode("a <tool>").tolist() == theirs.encode("a <tool>").ids
+    assert theirs.token_to_id("<tool>") in ours.encode("a <tool>")
+    text = "<|one|> <tool> <|endoftext|>"
+    assert not {theirs.token_to_id("<|one|>"), ours.eot} & {*ours.encode(text).tolist()}
+    assert ours.decode(ours.encode(text)) == text
+
+
+def edited(path, edit):
+    """The tokenizer of a tokenizer.json after edit(its content)."""
+    content = json.loads(path.read_text())
+    edit(content)
+    other = path.with_name(f"edited-{path.name}")
+    other.write_text(json.dumps(content))
+    tokenizer.cache_clear()
+    return tokenizer(str(other))
+
+
+def test_a_character_without_a_token_is_never_left_out_in_silence(tokenizer_file, tmp_path):
+    def without_z(content):
+        content["model"]["vocab"].pop("z")
+
+    tok = edited(tokenizer_file, without_z)
+    assert tok.decode(tok.encode("abc")) == "abc"
+    with pytest.raises(UserError, match="no token of its tokenizer"):
+        tok.encode("abz")
+    source = tmp_path / "mine.jsonl"
+    texts = ["a lazy dog " * 20, *[f"{i} the quick brown fox " * 20 for i in range(30)]]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data_dir = tmp_path / "data"
+    prepared = dict(source=str(source), block_size=16, val_fraction=0.3, workers=1)
+    path = str(tokenizer_file.with_name(f"edited-{tokenizer_file.name}"))
+    prepare_pile.prepare(prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=path))
+    assert json.loads((data_dir / "meta.json").read_text())["skipped"]["not_tokenized"] == 1
+
+
+def large(content):
+    """Makes "e" the last of 70,000 tokens."""
+    vocab = content["model"]["vocab"]
+    content["model"]["merges"] = []
+    vocab["e"] = 69_999
+
+
+def test_a_large_vocabulary_has_wider_chunks(tokenizer_file, tmp_path):
+    """From text to values: the numbers of tokens do not fit 16 bits."""
+    tok = edited(tokenizer_file, large)
+    assert tok.n_vocab == 70_000
+    path = str(tokenizer_file.with_name(f"edited-{tokenizer_file.name}"))
+    pairs = [
+        {"prompt": f"{i} fee", "answer": "free beer", "text": f"{i} {TEXT}"} for i in range(40)
+    ]
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    keys = dict(prompt_key="prompt", answer_key="answer")
+    for name, more in (("texts", {}), ("pairs", keys)):
+        data_dir = tmp_path / name
+        prepared = dict(source=str(source), block_size=24, val_fraction=0.3, workers=1, **more)
+        prepare_pile.prepare(
+            prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=path)
+        )
+        rows = np.load(data_dir / "train.npy")
+        assert rows.dtype == np.uint32
+        assert rows.max() == 69_999
+        out = tmp_path / f"run-{name}"
+        argv = ["--n_layer=1", "--n_head=1", "--n_embd=4", "--max_iters=1"]
+        argv = [*options(data_dir, out), f"--targets=mine={source}", *argv]
+        train.train(config.load(train.Config, argv))
+        run = open_run(out)
+        shown = "".join(run.text(int(chunk)) for chunk in run.used)
+        assert "return" in shown if name == "texts" else "free beer" in shown
+
+
+def damage(*keys, to):
+    """A function that puts something into a tokenizer.json."""
+
+    def edit(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return edit
+
+
+PANIC = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}  # the library would end the process
+REGEX = {"type": "Split", "pattern": {"Regex": "(a+$("}, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Sequence", "pretokenizers": [REGEX, {"type": "ByteLevel"}]}
+ADDED = {"content": "<x>", "special": True, "single_word": False, "lstrip": False}
+ADDED |= {"rstrip": False, "normalized": False}
+WRONG_TOKENIZERS = {
+    "of another kind": (damage("model", "type", to="Unigram"), "no byte-level BPE"),
+    "no vocabulary": (damage("model", "vocab", to=[]), "no byte-level BPE"),
+    "a number that is none": (damage("model", "vocab", "a", to="1"), "no byte-level BPE"),
+    "a huge number": (damage("model", "vocab", "a", to=10**9), "1,048,576 are read"),
+    "a number twice": (damage("model", "vocab", "a", to=70), "two tokens have one number"),
+    "tokens at random": (damage("model", "dropout", to=0.5), "dropout is '0.5'"),
+    "marks in words": (damage("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix"),
+    "no bytes": (damage("pre_tokenizer", to={"type": "Whitespace"}), "not known here"),
+    "no stage": (damage("pre_tokenizer", to=[3]), "not known here"),
+    "changed text": (damage("normalizer", to=PANIC), "not known here"),
+    "no pattern": (damage("pre_tokenizer", to=SPLIT), "is damaged"),
+    "no end": (damage("added_tokens", to=[]), "is an added token of it"),
+    "an added token that is none": (damage("added_tokens", to=[{"id": 3}]), "added token is none"),
+    "a merge of nothing": (damage("model", "merges", to=[["zz", "qq"]]), "is damaged"),
+}
+
+
+def test_the_tokenizer_goes_with_an_export(tokenizer_file, tmp_path):
+    """transformers.AutoTokenizer gives the tokens that prepare_pile.py gave."""
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(30)))
+    plain = TEXT.replace("<|endoftext|>", "the end")
+    for name in (str(tokenizer_file), "gpt2", "byte"):
+        data_dir = tmp_path / f"data-{Path(name).stem}"
+        prepared = dict(source=str(source), block_size=16, val_fraction=0.3, workers=1)
+        prepare_pile.prepare(
+            prepare_pile.Config(**prepared, data_dir=str(data_dir), tokenizer=name)
+        )
+        run(data_dir, tmp_path / "run", "--max_iters=1", "--rule=off", "--overwrite")
+        out = str(tmp_path / "exported")
+        exported = export.export(export.Config(run=str(tmp_path / "run"), out=out, overwrite=True))
+        sample.sample(sample.Config(run=f"hf:{exported}", max_new_tokens=2, num_samples=1))
+        assert (exported / "tokenizer.json").is_file() == (name != "byte")
+        if name != "byte":
+            theirs = transformers.AutoTokenizer.from_pretrained(exported)
+            ours = tokenizer(name)
+            assert theirs(plain)["input_ids"] == ours.encode(plain).tolist()
+            assert theirs.eos_token_id == ours.eot
+            assert theirs.decode(ours.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("case", WRONG_TOKENIZERS)
+def test_another_tokenizer_is_refused(case, tokenizer_file):
+    edit, answer = WRONG_TOKENIZERS[case]
+    with pytest.raises(UserError, match=answer) as error:
+        edited(tokenizer_file, edit)
+    assert "\n" not in str(error.value)
+
+
+def test_an_added_token_of_another_number_is_refused(tokenizer_file):
+    def far(content):
+        content["added_tokens"].append({**ADDED, "id": 5000})
+
+    with pytest.raises(UserError, match=r"the number of '<x>' is not its own"):
+        edited(tokenizer_file, far)
+
+
+def test_a_tokenizer_that_is_no_json_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match=answer):
-        tokenizer(str(path))
+    for content, answer in (("[", "is damaged"), ('{"model": 3}', "'model' is a int")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=answer):
+            tokenizer(str(path))
