@@ -10,7 +10,8 @@ Which pairs hurt a fine-tuning?
 A small GPT-2 is trained on half of the domains, written out for transformers (export.py) and read
 again (--init_from=hf:...). It is then fine-tuned on pairs from the other domains: the beginning of
 a paragraph is the prompt, what follows the answer, and only that has labels. A fifth of the pairs
-is junk: each has the answer of another one. The target is a set of true pairs, the test another.
+is junk: the characters of the answer are in another order (--junk=shuffled), or it is the answer of
+another pair (swapped). The target is a set of true pairs, the test another.
 
 Asked: do values tell the junk pairs from the true ones (AUROC; each pair is met once), and does
 fine-tuning without the fifth of the pairs of least score help: by hindsight, by share of the step,
@@ -74,6 +75,7 @@ class Config:
     seeds: str = "1,2,3"
     text: int = 3_000_000  # bytes to pretrain on
     pairs: int = 2400  # to fine-tune on, with the junk; a tenth as many are target, and test
+    junk: Literal["shuffled", "swapped"] = "shuffled"
     prompt: int = 60  # bytes of a prompt at most
     answer: int = 90  # of an answer
     n_layer: int = 2
@@ -160,14 +162,17 @@ def write_text(cfg, folder):
 
 
 def prepare_pairs(cfg, folder, pairs, seed):
-    """The pairs of a seed, a fifth of them with each other's answers, as a data set."""
+    """The pairs of a seed, a fifth of them junk, as a data set."""
     rng = np.random.default_rng(seed)
     is_junk = np.zeros(len(pairs), bool)
     is_junk[rng.choice(len(pairs), len(pairs) // 5, replace=False)] = True
     answers = [answer for _, answer in pairs]
     junk = np.flatnonzero(is_junk)
     for i, j in zip(junk, np.roll(junk, 1)):
-        answers[i] = pairs[j][1]
+        if cfg.junk == "swapped":
+            answers[i] = pairs[j][1]
+        else:
+            answers[i] = "".join(rng.permutation(list(answers[i])))
     mixed = [(prompt, answer) for (prompt, _), answer in zip(pairs, answers)]
     source = folder / f"pairs-{seed}.jsonl"
     write_pairs(source, mixed, np.where(is_junk, JUNK, TRUE).tolist())
