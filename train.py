@@ -118,7 +118,8 @@ class Config:
     rotary_pct: float = 0.0  # part of each head that rotary positions turn, instead of wpe; 0: none
     parallel_residual: bool = False  # attention and MLP side by side, as in Pythia
     vocab_size: int = 0  # 0: the data's, rounded up to a multiple of 64
-    pretrained: str = ""  # the folder of the first weights, as --init_from found it
+    # published weights to begin with, beside --init_from=auto: with another start the same as there
+    pretrained: str = ""
     pretrained_sha256: str = ""  # of these weights; written by the run
     # --- optimizer
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -271,32 +272,36 @@ def build_model(cfg, data, device, is_first=True):
 
 
 def begin_pretrained(cfg):
-    """--init_from names published weights: the sizes of the model become theirs. Raises UserError
-    where they are not there, or where an option says something else."""
-    folder = pretrained.locate(cfg.init_from)
-    args = dict(pretrained.read(folder).model_args)
-    longest = args.pop("block_size")
+    """Published weights to begin with, by --init_from or --pretrained: the sizes of the model
+    become theirs. Raises UserError where they are not there, or an option says something else."""
+    if cfg.init_from not in STARTS_FROM:
+        cfg.pretrained = cfg.init_from
+        cfg.init_from = "scratch"
+    found = pretrained.read(pretrained.locate(cfg.pretrained))
+    folder = found.folder
+    longest = found.model_args["block_size"]
     if cfg.block_size > longest:
         what = f"--block_size={cfg.block_size}, but {folder} knows {longest} positions"
         raise UserError(f"{what}: write --block_size={longest}")
-    for key, value in args.items():
+    for key, value in found.sizes().items():
         default = Config.__dataclass_fields__[key].default
         if getattr(cfg, key) not in (default, value):
             what = f"--{key}={getattr(cfg, key)}, but {folder} has {key}={value}"
             raise UserError(f"{what}: leave it out, and out of the config file")
         setattr(cfg, key, value)
-    cfg.init_from, cfg.pretrained = "scratch", str(folder.resolve())
+    cfg.pretrained = str(folder.resolve())
+    cfg.pretrained_sha256 = found.sha256()
 
 
 def check_pretrained(cfg, found, data):
     """Raises UserError where published weights are not those that the run began with, or do not
     know the data's tokens or places."""
     folder = found.folder
-    sha256 = found.sha256()
-    if cfg.pretrained_sha256 not in ("", sha256):
-        what = f"the weights in {folder} are not those that the run began with (their sha256)"
+    changed = [key for key, value in found.sizes().items() if getattr(cfg, key) != value]
+    if changed or cfg.pretrained_sha256 != found.sha256():
+        of = f"{changed[0]} in config.json" if changed else "their sha256"
+        what = f"the weights in {folder} are not those that the run began with ({of})"
         raise UserError(f"{what}: put those back")
-    cfg.pretrained_sha256 = sha256
     n_tokens, known = data.meta["vocab_size"], found.model_args["vocab_size"]
     if n_tokens > known:
         what = f"{data.path} has {n_tokens} tokens, the weights in {folder} know {known}"
@@ -482,7 +487,8 @@ def train(cfg):
     """
     if cfg.verify:
         return verify(cfg.out_dir)
-    if cfg.init_from not in STARTS_FROM:
+    is_new = cfg.pretrained and not cfg.pretrained_sha256
+    if is_new or cfg.init_from not in STARTS_FROM:
         begin_pretrained(cfg)
     machine.check_system(cfg)
     device = parallel.start(cfg.device)

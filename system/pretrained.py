@@ -46,6 +46,10 @@ class Pretrained:
     family: type  # GPT2 or NeoX
     files: list  # paths of the weights, in the order of their names
 
+    def sizes(self):
+        """What model_args say of the weights, a dict: all but how many positions are used."""
+        return {key: value for key, value in self.model_args.items() if key != "block_size"}
+
     def weights(self):
         """Which weights such a model has: [Weight]."""
         return self.family.weights(self.model_args)
@@ -70,7 +74,7 @@ class Weight:
 def locate(name):
     """What --init_from says -> the folder. A published name is fetched from the hub, if it was not
     before. Raises UserError where neither is there."""
-    if name.startswith(PREFIX):
+    if name not in HUB:
         return Path(name.removeprefix(PREFIX))
     from huggingface_hub import errors, snapshot_download
 

@@ -207,10 +207,33 @@ def test_it_is_taken_again_for_a_replay_and_hindsight(folder, python_data, tmp_p
     np.testing.assert_array_equal(store.read(replayed)["value"], ours)
     looked = revalue.revalue(revalue.Config(run=str(out), hindsight=True))
     assert np.isfinite(store.read(looked)["value"]).all()
-    other = gpt2()
-    other.save_pretrained(folder)
-    with pytest.raises(UserError, match="are not those that the run began with"):
-        revalue.revalue(revalue.Config(run=str(out), hindsight=True, overwrite=True))
+    again = revalue.Config(run=str(out), hindsight=True, overwrite=True)
+    change(folder, n_head=4)  # the same weights of another model
+    with pytest.raises(UserError, match=r"that the run began with \(n_head in config.json\)"):
+        revalue.revalue(again)
+    change(folder, n_head=2)
+    revalue.revalue(again)
+    gpt2().save_pretrained(folder)
+    with pytest.raises(UserError, match=r"that the run began with \(their sha256\)"):
+        revalue.revalue(again)
+
+
+def test_a_start_that_may_be_killed_is_one_command(folder, python_data, tmp_path):
+    """--init_from=auto --pretrained=hf:<folder>: typed again, it goes on to the same bytes."""
+    found = {}
+    for name, stops in (("at once", [4]), ("twice", [2, 4])):
+        out = tmp_path / name
+        argv = [*options(python_data, out), *SHORT, "--init_from=auto"]
+        argv.append(f"--pretrained=hf:{folder}")
+        for stop in stops:
+            train.train(config.load(train.Config, [*argv, f"--max_iters={stop}"]))
+        found[name] = (out / "values.npy").read_bytes(), torch.load(out / "ckpt.pt")["model"]
+    assert found["at once"][0] == found["twice"][0]
+    for key, w in found["at once"][1].items():
+        assert torch.equal(w, found["twice"][1][key])
+    gpt2().save_pretrained(folder)
+    with pytest.raises(UserError, match="pretrained_sha256"):
+        train.train(config.load(train.Config, argv))
 
 
 def test_a_padded_vocabulary_would_raise_the_loss(folder):
