@@ -25,8 +25,9 @@ disk holds each token twice. A data_dir that holds other files is never replaced
 that this program wrote are ever removed.
 
 Memory: 0.3 GB and 0.2 GB a worker for ordinary text. Whatever the text is, no more than
-1 GB + workers * (0.2 GB + 80 * max_document_mb MB). On top comes what a packed file asks for itself
-(2 GB after zstd --long=31), and in the end 4 * block_size bytes a domain.
+1 GB + workers * (0.2 GB + 80 * max_document_mb MB), with a tokenizer.json 350 in place of 80. On
+top comes what a packed file asks for itself (2 GB after zstd --long=31), and in the end 4 *
+block_size bytes a domain.
 
 Split: by the hash of a document's text, so equal texts are on one side. Chunks: each domain of a
 split is one stream of tokens, <eot> after every document, cut into rows of block_size + 1 tokens;

@@ -508,6 +508,17 @@ def test_from_text_by_their_tokenizer_to_a_sample(tokenizer_file, tmp_path, caps
         open_run(out)
 
 
+def test_the_file_of_gpt2_gives_the_tokens_of_gpt2(tmp_path):
+    """So that a data set of `gpt2` goes with GPT-2's folder."""
+    ours = tokenizer("gpt2")
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = tokenizer(str(tmp_path / "tokenizer.json"))
+    text = Path(__file__).read_text() + "  \n\t naïve 中文 \U0001f600 don't  x" + TEXT
+    np.testing.assert_array_equal(theirs.encode(text), ours.encode(text))
+    assert (theirs.eot, theirs.n_vocab) == (ours.eot, ours.n_vocab)
+    assert theirs.decode(theirs.encode(text)) == text
+
+
 def test_added_tokens_keep_their_numbers(tokenizer_file):
     """Special tokens are text in a text, and the others come after them all the same."""
     theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
