@@ -31,7 +31,7 @@ import torch
 import config
 from data import open_dataset, own_targets, parse_targets
 from model import GPT, GPTConfig
-from pile.tokenizers import FILE, tokenizer_beside
+from pile.tokenizers import FILE, are_same, tokenizer_beside
 from shapley import labels
 from show import dashboard, findings, tables
 from show.progress import Progress, evaluation_lines
@@ -51,8 +51,6 @@ from system.writer import Writer
 from valuation import NoValuation, Settings, Valuation
 
 ON_GPU = torch.cuda.is_available()
-# a text that two tokenizers hardly cut alike
-SAMPLE = "Sphinx of black quartz, judge my vow!\n    def f(x):  # \u00e9\u4e2d 12345"
 STARTS_FROM = ("scratch", "resume", "auto")  # or published weights
 TARGET_CHUNKS = 64  # of a target of one's own that an evaluation uses, at most
 
@@ -306,9 +304,7 @@ def check_pretrained(cfg, found, data):
     if n_tokens > known:
         what = f"{data.path} has {n_tokens} tokens, the weights in {folder} know {known}"
         raise UserError(f"{what}: prepare the text with their tokenizer")
-    theirs, ours = tokenizer_beside(folder), data.tokenizer
-    is_same = theirs.encode(SAMPLE).tolist() == ours.encode(SAMPLE).tolist()
-    if not is_same or theirs.eot != data.meta["eot"]:
+    if not are_same(data.tokenizer, tokenizer_beside(folder)):
         what = f"{data.path} has other tokens than the weights in {folder}"
         raise UserError(f"{what}: prepare the text with --tokenizer={folder / FILE}")
     longest = found.model_args["block_size"]

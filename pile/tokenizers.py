@@ -14,6 +14,8 @@ from system.files import read_json
 
 FILE = "tokenizer.json"  # what a data folder calls a tokenizer that came as a file
 ABOUT = "nanoshapley.json"  # what export.py writes beside weights
+# a text that tokenizers of other rules hardly cut alike
+SAMPLE = "Sphinx of black quartz, judge my vow!\n    def f(x):  # \u00e9\u4e2d 12345"
 MOST_TOKENS = 1 << 20  # of a tokenizer that came as a file; the largest have 2^18
 
 
@@ -252,6 +254,17 @@ def tokenizer(name):
     bytes. n_vocab, and eot, the token between documents. "<|endoftext|>" in a text is encoded as
     its characters."""
     return TOKENIZERS[name]() if name in TOKENIZERS else FileTokenizer(name)
+
+
+def are_same(ours, theirs):
+    """Whether weights that know the tokens of theirs know those of ours: the same end of a text,
+    the same bytes of each token, and SAMPLE cut alike."""
+    if ours.n_vocab > theirs.n_vocab or ours.eot != theirs.eot:
+        return False
+    tokens = range(ours.n_vocab)
+    same_bytes = all(ours.decode_bytes([t]) == theirs.decode_bytes([t]) for t in tokens)
+    same_cuts = ours.encode(SAMPLE).tolist() == theirs.encode(SAMPLE).tolist()
+    return same_bytes and same_cuts
 
 
 def tokenizer_beside(folder):

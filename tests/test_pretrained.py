@@ -543,6 +543,44 @@ def edited(path, edit):
     return tokenizer(str(other))
 
 
+def test_tokens_cut_or_ended_otherwise_are_refused(tokenizer_file, tmp_path):
+    """Each by itself: another end, tokens of other bytes, the same tokens cut otherwise."""
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{i} {TEXT}"}) + "\n" for i in range(30)))
+    prepared = dict(source=str(source), block_size=16, val_fraction=0.3, workers=1)
+    data_dir = str(tmp_path / "data")
+    prepare_pile.prepare(
+        prepare_pile.Config(**prepared, data_dir=data_dir, tokenizer=str(tokenizer_file))
+    )
+    sizes = dict(vocab_size=301, n_positions=40, n_layer=1, n_head=1, n_embd=8)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.save_pretrained(tmp_path / "theirs")
+    argv = [*options(data_dir, tmp_path / "run"), "--targets=val", "--max_iters=1"]
+    argv.append(f"--init_from=hf:{tmp_path / 'theirs'}")
+
+    def of_other_bytes(content):  # two that SAMPLE does not need
+        vocab = content["model"]["vocab"]
+        vocab["~"], vocab["|"] = vocab["|"], vocab["~"]
+
+    def cut_otherwise(content):
+        content["model"]["merges"] = []
+
+    def ended_otherwise(content):
+        content["added_tokens"] = [{**ADDED, "content": "</s>", "id": 300}]
+        content["model"]["vocab"]["</s>"] = 300
+
+    for edit in (of_other_bytes, cut_otherwise, ended_otherwise):
+        edited(tokenizer_file, edit)
+        edited_file = tokenizer_file.with_name(f"edited-{tokenizer_file.name}")
+        shutil.copy(edited_file, tmp_path / "theirs" / "tokenizer.json")
+        tokenizer.cache_clear()
+        with pytest.raises(UserError, match="has other tokens than the weights"):
+            train.train(config.load(train.Config, argv))
+    shutil.copy(tokenizer_file, tmp_path / "theirs" / "tokenizer.json")
+    tokenizer.cache_clear()
+    train.train(config.load(train.Config, argv))
+
+
 def test_a_character_without_a_token_is_never_left_out_in_silence(tokenizer_file, tmp_path):
     def without_z(content):
         content["model"]["vocab"].pop("z")
