@@ -46,6 +46,7 @@ from experiments.common import (
     pyplot,
     read_rows,
     save_figure,
+    select,
     set_options,
     shown,
     side_by_side,
@@ -799,9 +800,10 @@ def table_of_draws(cfg):
     rows = read_rows(Path(cfg.out, "draws.jsonl"))
     columns = ("value", "share", "AUROC, value", "AUROC, share")
     lines = []
-    for case in dict.fromkeys((row["setting"], row["target_batch"]) for row in rows):
-        of_case = [row for row in rows if (row["setting"], row["target_batch"]) == case]
-        line = [*case, len(of_case)]
+    cases = [(row["setting"], row["target_batch"]) for row in rows]
+    for setting, target_batch in dict.fromkeys(cases):
+        of_case = select(rows, setting=setting, target_batch=target_batch)
+        line = [setting, target_batch, len(of_case)]
         for column in columns:
             found = [row[column] for row in of_case if row[column] is not None]
             line.append(shown(found, 2) if found else "")

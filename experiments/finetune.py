@@ -109,9 +109,13 @@ def halves(cfg):
     for file, domain, text in read_documents(cfg.source):
         by_domain.setdefault(domain or file, []).append(text)
     names = sorted(by_domain, key=lambda name: -sum(map(len, by_domain[name])))
-    first = [(name, text) for name in names[::2] for text in by_domain[name]]
-    pairs = [pair for name in names[1::2] for text in by_domain[name] for pair in cut(cfg, text)]
-    return first, pairs
+    documents, pairs = [], []
+    for name in names[::2]:
+        documents += [(name, text) for text in by_domain[name]]
+    for name in names[1::2]:
+        for text in by_domain[name]:
+            pairs += cut(cfg, text)
+    return documents, pairs
 
 
 def cut(cfg, text):
@@ -309,23 +313,22 @@ def job(settings, folder, weights, seed):
 
 
 def table(rows):
-    lines = ["| score | AUROC of a junk pair |", "| --- | --- |"]
-    for score in SCORES:
-        lines.append(f"| {score} | {shown(column(select_score(rows, score), 'auroc'))} |")
-    with_all = {row["seed"]: row["loss"] for row in rows if row.get("arm") == "all"}
+    of_scores = [row for row in rows if "score" in row]
+    of_arms = [row for row in rows if "arm" in row]
     found = []
-    for arm in dict.fromkeys(row["arm"] for row in rows if "arm" in row):
-        of_arm = select([row for row in rows if "arm" in row], arm=arm)
+    for score in SCORES:
+        found.append([score, shown(column(select(of_scores, score=score), "auroc"))])
+    lines = [*markdown(["score", "AUROC of a junk pair"], found), ""]
+    with_all = {row["seed"]: row["loss"] for row in select(of_arms, arm="all")}
+    found = []
+    for arm in dict.fromkeys(column(of_arms, "arm")):
+        of_arm = select(of_arms, arm=arm)
         less = [row["loss"] - with_all[row["seed"]] for row in of_arm]
         dropped = [row["junk dropped"] for row in of_arm if "junk dropped" in row]
         losses = shown(column(of_arm, "loss"), 4)
         found.append([arm, losses, shown(less, 4), shown(dropped, 2) if dropped else ""])
     head = ["a fifth dropped by", "test loss, nats a token", "less that of all", "of the junk"]
-    return [*lines, "", *markdown(head, found)]
-
-
-def select_score(rows, score):
-    return select([row for row in rows if "score" in row], score=score)
+    return lines + markdown(head, found)
 
 
 def main(cfg):

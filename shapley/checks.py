@@ -30,7 +30,9 @@ def check_optimizer(optimizer, rule, named_parameters):
         raise UserError(f"rule {rule} speaks of AdamW's step, not of SGD's: take rule sgd or sgd2")
     for group in optimizer.param_groups:
         check_group(group, kind, rule)
-    held = {p for group in optimizer.param_groups for p in group["params"]}
+    held = set()
+    for group in optimizer.param_groups:
+        held.update(group["params"])
     missing = [name for name, p in named_parameters if p not in held]
     if missing:
         what = f"the optimizer does not hold {', '.join(missing)}"
