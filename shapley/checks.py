@@ -119,7 +119,6 @@ class Probe:
         self.X, self.Y, self.rng = micro_batch.X, micro_batch.Y, micro_batch.rng
         self.B, self.uses_tape = len(micro_batch.ids), uses_tape
         labeled = has_label(self.Y).reshape(self.B, -1).any(1).nonzero().flatten().tolist()
-        self.n_labeled = len(labeled)
         self.examples = sorted({labeled[0], labeled[-1]}) if labeled else []
 
     def only(self, i):
@@ -149,7 +148,9 @@ class Probe:
             values = ledger.values()
         else:
             (values,) = torch.autograd.grad(loss, ledger)
-        return values[:, 0].double() * self.n_labeled
+        # of the batch's mean, in which an example counts its weight: of its own loss
+        weights = self.model.chunk_weight.double()
+        return values[:, 0].double() * (weights.sum() / weights.clamp(min=1))
 
     def check_values(self):
         """The examples' values by the ledger against those by their gradients."""

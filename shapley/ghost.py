@@ -29,7 +29,7 @@ What the ops and the rest of the method leave on tensors for each other:
     the model              .chunk_loss  (B,) nats: each chunk's loss, the mean over its own labels,
                                         after a forward with a ledger; 0 without labels
     the model              .chunk_weight  (B,) what each chunk's loss counts in the mean loss, but
-                                        for a common factor: its labels (GPT), or 1 and 0 (Net).
+                                        for a common factor: its labels, or 1 and 0 (Net).
                                         Without this attribute they count the same
     made of weights alone  .made        how (Made): it has a direction too, see `direction`
     an activation          .of_batch    how it is computed from the batch (intercept.py)

@@ -35,16 +35,19 @@ class Net(nn.Module):
 
     loss(outputs, Y, reduction="none"): F.cross_entropy, F.mse_loss, token_loss, causal_lm_loss, or
     a function of your own: a number for each label, (B, ...), or for each example, (B,). outputs:
-    the model's, of a Hugging Face model its .logits. An example's loss is the mean over its labels,
-    the batch's the mean over its examples that have any.
+    the model's, of a Hugging Face model its .logits. An example's loss is the mean over its labels.
+
+    mean: what the batch's loss is the mean over. "examples": those that have a label, each counts
+    alike. "labels": all labels, so an example counts as many as it has.
 
     The names in state_dict() are the model's own behind `model.`. Where examples have unequal
-    numbers of labels, let a target be one slice (micro_batch=0, one process).
+    numbers of labels and count alike, let a target be one slice (micro_batch=0, one process).
     """
 
-    def __init__(self, model, loss):
+    def __init__(self, model, loss, mean="examples"):
         super().__init__()
-        self.model, self.loss = model, loss
+        assert mean in ("examples", "labels"), mean
+        self.model, self.loss, self.mean = model, loss, mean
         # set by a forward with a ledger: see ghost.py
         self.chunk_loss = self.chunk_weight = None
         self.ways = set()  # where its weights met the batch so far (intercept.py)
@@ -54,17 +57,16 @@ class Net(nn.Module):
         X, Y = self.as_inputs(X), self.as_inputs(Y)
         if ledger is None:
             outputs = self.call(X)
-            losses, counts = self.example_losses(outputs, Y)
-            return outputs, losses.sum() / counts.sum().clamp(min=1)
+            return outputs, weighted_mean(*self.example_losses(outputs, Y))
         X = tree_map_only(torch.Tensor, torch.Tensor.detach, X)
         rng = rng_state()
         with Ghosts(self.model, X, len(Y), ledger) as ghosts:
             outputs = self.call(X)
         self.ways |= ghosts.ways
         self.precision = self.dtype_now(Y.device.type)
-        losses, counts = self.example_losses(outputs, Y)
-        self.chunk_loss, self.chunk_weight = losses.detach(), counts
-        loss = losses.sum() / counts.sum().clamp(min=1)
+        losses, weights = self.example_losses(outputs, Y)
+        self.chunk_loss, self.chunk_weight = losses.detach(), weights
+        loss = weighted_mean(losses, weights)
         if any(way == GENERAL for _, _, way in ghosts.ways):
             loss = ghost.with_values(loss, ledger, self.along_directions(X, Y, rng))
         return outputs, loss
@@ -84,7 +86,8 @@ class Net(nn.Module):
         return next(p for p in self.parameters() if p.is_floating_point()).dtype
 
     def example_losses(self, outputs, Y):
-        """Each example's loss (B,), 0 of one without labels; and which have some, bool (B,)."""
+        """Each example's loss (B,), 0 of one without labels; and what it counts in the batch's,
+        but for a common factor: int64 (B,), 0 of one without labels."""
         outputs = getattr(outputs, "logits", outputs)
         if self.loss is causal_lm_loss:
             Y = next_tokens(Y)
@@ -97,7 +100,8 @@ class Net(nn.Module):
             raise UserError(f"{what}: let it give one for each label or each example")
         n_labels = has_label.reshape(len(Y), -1).sum(1)
         summed = torch.where(has_label, losses, 0).reshape(len(Y), -1).sum(1)
-        return summed / n_labels.clamp(min=1), n_labels > 0
+        weights = n_labels if self.mean == "labels" else n_labels.clamp(max=1)
+        return summed / n_labels.clamp(min=1), weights
 
     # --- the general way (intercept.py) -----------------------------------------------
 
@@ -145,8 +149,8 @@ class Net(nn.Module):
         # with gradients on, the model's own no_grad is seen; there is nothing to take one of
         with replaying(rng), torch.enable_grad(), Along(self.model, X, len(Y), k, difference):
             outputs = self.call(X)
-        losses, counts = self.example_losses(outputs, Y)
-        return losses / counts.sum().clamp(min=1)
+        losses, weights = self.example_losses(outputs, Y)
+        return losses * weights / weights.sum().clamp(min=1)
 
     def survey(self, X, Y):
         """Runs the model once as it is, and says on its parameters how they meet the batch: .tokens
@@ -160,6 +164,11 @@ class Net(nn.Module):
             p.indirect = name in ghosts.indirect
             if p in ghosts.tokens and not p.indirect:
                 p.tokens = True
+
+
+def weighted_mean(losses, weights):
+    """losses (B,), weights int64 (B,) -> a scalar; 0 where all weights are."""
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
 
 
 @dataclass
