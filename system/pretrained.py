@@ -215,6 +215,8 @@ class GPT2:
             "activation_function": "gelu_new" if args["gelu"] == "tanh" else "gelu",
             "tie_word_embeddings": args["tie_weights"],
             "layer_norm_epsilon": 1e-5,
+            # else transformers trains with a tenth
+            **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), args["dropout"]),
         }
 
 
@@ -293,6 +295,7 @@ class NeoX:
             "attention_bias": True,
             "tie_word_embeddings": args["tie_weights"],
             "layer_norm_eps": 1e-5,
+            **dict.fromkeys(("hidden_dropout", "attention_dropout"), args["dropout"]),
         }
 
 
@@ -454,7 +457,8 @@ def write(folder, model_args, weights, eot):
     documents. Raises UserError for a model that neither family has."""
     from safetensors.torch import save_file
 
-    args = {"gelu": "none", "rotary_pct": 0.0, "parallel_residual": False, **model_args}
+    older = {"gelu": "none", "rotary_pct": 0.0, "parallel_residual": False, "dropout": 0.0}
+    args = {**older, **model_args}
     if args["parallel_residual"] and not args["rotary_pct"]:
         what = "a parallel residual without rotary positions"
         raise UserError(f"{what}: no model of transformers that is known here has both")
