@@ -37,6 +37,7 @@ ARROWS = {  # what may import what
         "show",
         "system",
     ),
+    "trainer": ("config", "data", "valuation", "shapley", "show", "system"),
     "lookback": ("data", "train", "valuation", "shapley", "system"),
     "revalue": ("config", "data", "lookback", "show", "train", "valuation", "shapley", "system"),
     "values": ("config", "data", "revalue", "show", "system"),
