@@ -6,6 +6,8 @@ Which pairs hurt a fine-tuning?
                                                              carries
     python experiments/finetune.py --quick                   tiny
     python experiments/finetune.py --part=report --out=...   the table again, from rows.jsonl
+    python experiments/finetune.py --part=trainer --out=...  the valued run of the first seed again,
+                                                             by transformers.Trainer (trainer.py)
 
 A small GPT-2 is trained on half of the domains, written out for transformers (export.py) and read
 again (--init_from=hf:...). It is then fine-tuned on pairs from the other domains: the beginning of
@@ -60,6 +62,8 @@ from show.run import open_run
 from show.scores import chunk_scores
 from system.checkpoints import read_checkpoint
 from system.errors import UserError
+from system.files import remove_folder
+from system.folder import RUN_FILES
 
 TRUE, JUNK = "true pairs", "junk pairs"
 SCORES = ("hindsight", "value", "share", "loss")
@@ -86,7 +90,7 @@ class Config:
     learning_rate: float = 3e-4  # of the fine-tuning
     workers: int = 0  # runs side by side; 0: a core each
     quick: bool = False
-    part: Literal["all", "report"] = "all"
+    part: Literal["all", "report", "trainer"] = "all"
 
     def __post_init__(self):
         if self.quick:
@@ -309,6 +313,81 @@ def job(settings, folder, weights, seed):
     return rows
 
 
+# --- by transformers.Trainer ---------------------------------------------------------
+
+
+def by_trainer(cfg, folder, seed):
+    """The valued run of a seed again: same weights at first, same chunks in the same order, same
+    learning rates. Returns lines that compare it with train.py's."""
+    import transformers
+
+    from trainer import Chunks, ValuationTrainer
+
+    first = folder / f"run-{seed}"
+    options = train.Config(**train.Config.of_run(first / "config.json"))
+
+    class InTrainsOrder(ValuationTrainer):
+        def _get_train_sampler(self, dataset=None):
+            data, steps = self.chunks.data, range(options.max_iters)
+            return np.concatenate([data.ids(i, options.batch, seed) for i in steps]).tolist()
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            def part(step):
+                return train.get_lr(options, step) / options.learning_rate
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, part)
+            return self.lr_scheduler
+
+    again = folder / f"trainer-{seed}"
+    args = transformers.TrainingArguments(
+        str(again),
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.max_iters,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        max_grad_norm=options.grad_clip,
+        seed=seed,
+        save_strategy="no",
+        report_to=[],
+    )
+    trainer = InTrainsOrder(
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "pretrained" / "hf"),
+        args,
+        train_dataset=Chunks(options.data_dir),
+        data_collator=transformers.default_data_collator,
+        targets=options.targets,
+        rule=options.rule,
+        target_batch=options.target_batch,
+        book_interval=options.book_interval,
+        run=str(again / "values"),
+    )
+    if (again / "values").exists():
+        remove_folder(again / "values", RUN_FILES, "move it away")
+    trainer.train()
+    return compare(open_run(first), open_run(again / "values"))
+
+
+def compare(first, again):
+    """Lines: how far the values of two runs with the same visits agree."""
+    ours, theirs = again.visits, first.visits
+    if not np.array_equal(ours["chunk"], theirs["chunk"]):
+        raise UserError(f"{first.path} and {again.path} met other pairs: begin with --part=all")
+    late = theirs["early"] == 0
+    ours_late, theirs_late = ours["value"][late, 0], theirs["value"][late, 0]
+    pearson = np.corrcoef(ours_late, theirs_late)[0, 1]
+    relative = np.linalg.norm(ours_late - theirs_late) / np.linalg.norm(theirs_late)
+    is_junk = first.data.train.domain == first.data.domains.index(JUNK)
+    lines = [f"{len(ours):,} visits; those after the early steps: Pearson {pearson:.6f},"]
+    lines.append(f"relative L2 of the difference {relative:.1e}")
+    for run, name in ((first, "train.py"), (again, "Trainer")):
+        shares, _ = curate.score_and_error(chunk_scores(run, 0, "share"), summed=False)
+        found = auroc(shares[run.used], is_junk[run.used])
+        lines.append(f"{name}: AUROC of a junk pair by share {found:.4f}")
+    return lines
+
+
 # --- the table ----------------------------------------------------------------------
 
 
@@ -344,6 +423,11 @@ def main(cfg):
         settings = {**vars(cfg), "quick": False}
         jobs = [(settings, str(folder), str(weights), seed) for seed in seeds]
         side_by_side(job, jobs, out / "rows.jsonl", cfg.workers)
+    if cfg.part == "trainer":
+        lines = by_trainer(cfg, Path(cfg.data), numbers(cfg.seeds, int)[0])
+        (out / "trainer.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print("\n".join(lines))
+        return
     finish(out, table(read_rows(out / "rows.jsonl")))
 
 

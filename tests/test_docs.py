@@ -62,6 +62,7 @@ def test_the_pages_are_there():
         "docs/models.md",
         "docs/pretrained.md",
         "docs/questions.md",
+        "docs/trainer.md",
         "results/README.md",
     ]
     assert len(PAGES) >= len(GUIDES) + 16

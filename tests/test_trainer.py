@@ -1,7 +1,9 @@
 """trainer.py: transformers.Trainer with values, beside Trainer itself, train.py and the truth."""
 
 import os
+import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,6 +324,17 @@ def test_its_folder_is_read_like_a_run_and_feeds_the_next(tmp_path, pairs, start
     on_chunks(tmp_path / "second", started, kept, **options).train()
     visits = store.filled(ledger(tmp_path / "second"))
     assert set(visits["chunk"]) == set(np.load(folder / "keep.npy"))
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, pairs, started):  # noqa: F811
+    page = (Path(trainer.__file__).parent / "docs/trainer.md").read_text()
+    example = re.search(r"^```python\n(.*?)^```$", page, re.M | re.S).group(1)
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/pairs").symlink_to(pairs)
+    Path("model").symlink_to(started)
+    exec(compile(example, "docs/trainer.md", "exec"), {})
+    assert len(open_run("out/tuned/values").used) == len(Chunks(pairs))
 
 
 def test_chunks_are_those_of_train_py(pairs):  # noqa: F811
