@@ -35,8 +35,8 @@ at once, and look at the validation loss.
 Expected (results/mislabeled, four seeds): in-run AUROC .75, as TracIn and last-layer influence at
 the price of several trainings, far above retraining (.52, .67), behind KNN-Shapley (.88 to .95) and
 the mean training loss of the run (.97), which cost next to nothing; .85 (`sgd`) and .81 (`adamw2`)
-where the training stops at its lowest validation loss. Hindsight .58 and .74, smoothed .78 and .79. Keeping 80 % by value: accuracy .755 where
-all images give .730.
+where the training stops at its lowest validation loss. Hindsight .58 and .74, smoothed .78 and .79.
+Keeping 80 % by value: accuracy .755 where all images give .730.
 Writes rows.jsonl, table.md, mislabeled.png. Four seeds (images, flips, weights). A core: 10 minutes
 (--workers=2: 5), --quick 30 seconds.
 """
