@@ -177,9 +177,8 @@ class ValuationTrainer(transformers.Trainer):
         if not step and (self.run_folder / "values.json").exists():
             cure = "move it away, name another run, or go on with resume_from_checkpoint=True"
             raise UserError(f"{self.run_folder} holds the values of a run: {cure}")
-        if step and not self.resumed:
-            what = f"the checkpoint of step {step} has no {STATE}"
-            raise UserError(f"{what}: it is of another Trainer. Begin anew")
+        if step:
+            self.check_resumed(step)
         writer = Writer(
             self.run_folder,
             self.n_examples,
@@ -187,7 +186,7 @@ class ValuationTrainer(transformers.Trainer):
             audits=self.settings.audit_interval > 0,
             about={"data_hash": self.chunks.data.hash if self.chunks else ""},
             step=step,
-            counted=self.resumed["records"] if step else None,
+            counted=self.resumed["valuation"]["records"] if step else None,
             smoothed=self.settings.target_smoothing > 0,
         )
         self.net = Net(self.model, self.example_loss, mean="labels")
@@ -201,9 +200,33 @@ class ValuationTrainer(transformers.Trainer):
             step=step,
         )
         if step:
-            self.valuation.load_state_dict(self.resumed)
+            self.valuation.load_state_dict(self.resumed["valuation"])
         if self.chunks:
             self.describe_run()
+
+    def identity(self):
+        """What has to stay the same where a run goes on."""
+        return {
+            "rule": self.settings.rule,
+            "batch": self.settings.batch,
+            "target_batch": self.settings.target_batch,
+            "target_smoothing": self.settings.target_smoothing,
+            "seed": self.settings.seed,
+            "examples": self.n_examples,
+            "data_hash": self.chunks.data.hash if self.chunks else "",
+            "targets": [target.name for target in self.targets],
+        }
+
+    def check_resumed(self, step):
+        """Raises UserError where the checkpoint of a step is not one of this run."""
+        if not self.resumed:
+            what = f"the checkpoint of step {step} has no {STATE}"
+            raise UserError(f"{what}: it is not of a ValuationTrainer. Begin anew")
+        for name, value in self.identity().items():
+            before = self.resumed["of"][name]
+            if before != value:
+                what = f"the checkpoint of step {step} has {name}={before}, and not {value}"
+                raise UserError(f"{what}: go on as it began, or begin anew")
 
     def describe_run(self):
         """config.json, which values.py, report.py and curate.py read."""
@@ -225,9 +248,9 @@ class ValuationTrainer(transformers.Trainer):
             "warmup_iters": args.get_warmup_steps(self.state.max_steps),
             "grad_clip": args.max_grad_norm or 0.0,
             "seed": args.seed,
-            "n_layer": of_model.num_hidden_layers,
-            "n_head": of_model.num_attention_heads,
-            "n_embd": of_model.hidden_size,
+            "n_layer": getattr(of_model, "num_hidden_layers", 0),
+            "n_head": getattr(of_model, "num_attention_heads", 0),
+            "n_embd": getattr(of_model, "hidden_size", 0),
             "tie_weights": bool(getattr(of_model, "tie_word_embeddings", False)),
         }
         about = machine.describe_run(settings, 1, self.chunks.data.hash, config.ROOT)
@@ -301,7 +324,7 @@ class ValuationTrainer(transformers.Trainer):
     @torch.no_grad()
     def check_loss(self, inputs, X, Y):
         """Raises UserError where the loss that is valued is not the model's own."""
-        if self.loss_is_checked:
+        if self.loss_is_checked or not labels.count(Y).any():
             return
         self.loss_is_checked = True
         with replaying(rng_state()):
@@ -327,7 +350,8 @@ class ValuationTrainer(transformers.Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.valuation:
             self.valuation.commit()  # the values first, then the checkpoint that counts on them
-            torch.save(self.valuation.state_dict(), Path(output_dir, STATE))
+            state = {"of": self.identity(), "valuation": self.valuation.state_dict()}
+            torch.save(state, Path(output_dir, STATE))
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -404,7 +428,7 @@ def check_arguments(args, dataset, loss):
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise UserError("the training set needs a length and numbered examples: no iterable one")
     unknown = ["fp16", "torch_compile", "auto_find_batch_size", "label_smoothing_factor"]
-    unknown += ["deepspeed", "use_liger_kernel", "include_num_input_tokens_seen_by_rank"]
+    unknown += ["deepspeed", "fsdp", "use_liger_kernel"]
     for name in unknown:
         if getattr(args, name, None):
             value = getattr(args, name)

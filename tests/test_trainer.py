@@ -241,6 +241,8 @@ def test_a_killed_run_goes_on_with_the_same_values(tmp_path):
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(UserError, match=r"holds the values of a run: .*resume_from_checkpoint"):
         valued(tmp_path / "killed", **often).train()
+    with pytest.raises(UserError, match="has target_batch=4, and not 5: go on as it began"):
+        valued(tmp_path / "killed", **often, target_batch=5).train(resume_from_checkpoint=True)
     valued(tmp_path / "killed", **often).train(resume_from_checkpoint=True)
     for name in ("values.npy", "ledger.npy"):
         whole = (tmp_path / "whole/values" / name).read_bytes()
@@ -347,6 +349,13 @@ def test_chunks_are_those_of_train_py(pairs):  # noqa: F811
 
 
 # --- what is refused ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    often = dict(save_strategy="steps", save_steps=3)
+    plain(tmp_path, gpt2(), **often)
+    with pytest.raises(UserError, match=r"has no valuation.pt: .* Begin anew"):
+        valued(tmp_path, **often).train(resume_from_checkpoint=True)
 
 
 class Doubled(transformers.GPT2LMHeadModel):
