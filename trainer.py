@@ -18,8 +18,8 @@ value for each example of the training set, in its order: docs/trainer.md. A tar
 through the data_collator, and its loss is of the same kind as the training's.
 
 What a step is: gradient_accumulation_steps micro-batches, whose loss is the mean over all their
-labels where the model knows num_items_in_batch, as language models do; else the mean of the
-micro-batches' means.
+labels where the model heeds num_items_in_batch, as language models do. Else it is the mean of the
+micro-batches' means; but of models that take that number and ignore it, Trainer adds them up.
 """
 
 import math
@@ -47,7 +47,7 @@ from valuation import Settings, Valuation
 NUMBER = "number"  # of an example in the training set, beside its inputs
 SHIFTED = "shift_labels"  # as transformers call labels where they are predicted
 STATE = "valuation.pt"  # of a valuation, in a checkpoint of the Trainer
-AGREE = 1e-3  # the loss that values speak of, and the model's own: relative difference
+AGREE = 1e-3  # the relative difference of two losses that are one
 
 
 class Chunks(torch.utils.data.Dataset):
@@ -130,7 +130,8 @@ class ValuationTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.train_dataset, self.compute_loss_func)
         self.run_folder = Path(run or Path(self.args.output_dir, "values"))
-        self.loss_is_checked = loss is not None
+        self.loss_is_known = loss is not None
+        self.ignores_count = False  # whether the model takes num_items_in_batch and ignores it
         self.example_loss = loss or cross_entropy
         self.loss_is_scaled_for_ga = True  # by compute_loss below
         self.predicts_next = predicts_next(self.model)
@@ -297,11 +298,8 @@ class ValuationTrainer(transformers.Trainer):
         if not model.training or numbers is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         X, Y = self.inputs_and_labels(inputs)
-        self.check_loss(inputs, X, Y)
-        if num_items_in_batch is None:
-            share = 1 / self.current_gradient_accumulation_steps
-        else:
-            share = float(labels.count(Y).sum() / num_items_in_batch)
+        self.look_at_loss(inputs, X, Y, num_items_in_batch)
+        share = self.share(Y, num_items_in_batch)
         ledger = self.valuation.new_ledger(numbers.cpu().numpy(), X, Y, share)
         with self.accelerator.autocast():
             outputs, loss = self.net(X, Y, ledger)
@@ -321,19 +319,39 @@ class ValuationTrainer(transformers.Trainer):
         with self.accelerator.autocast():
             return self.net(X, Y, ledger)[1]
 
+    def share(self, Y, num_items_in_batch):
+        """What a micro-batch's mean loss counts in its step's, as Trainer has it."""
+        if num_items_in_batch is None:
+            return 1 / self.current_gradient_accumulation_steps
+        if self.ignores_count:
+            return 1.0
+        return float(labels.count(Y).sum() / num_items_in_batch)
+
     @torch.no_grad()
-    def check_loss(self, inputs, X, Y):
-        """Raises UserError where the loss that is valued is not the model's own."""
-        if self.loss_is_checked or not labels.count(Y).any():
+    def look_at_loss(self, inputs, X, Y, num_items_in_batch):
+        """In the first micro-batch with labels: does the model make anything of the number of the
+        step's labels? Raises UserError where the loss that is valued is not its own."""
+        if self.loss_is_known or not labels.count(Y).any():
             return
-        self.loss_is_checked = True
-        with replaying(rng_state()):
-            own = self.model(**inputs)["loss"]
+        self.loss_is_known = True
+        own = self.own_loss(inputs)
         with replaying(rng_state()):
             valued = self.net_loss(X, Y)
-        if not abs(own - valued) <= AGREE * abs(own):
+        if not agree(own, valued):
             what = f"the model's own loss is {own:.6g}, the mean cross-entropy {valued:.6g}"
             raise UserError(f"{what}: pass loss=..., of single examples (docs/trainer.md)")
+        if num_items_in_batch is not None:
+            n_labels = labels.count(Y).sum()
+            halved = self.own_loss({**inputs, "num_items_in_batch": 2 * n_labels})
+            self.ignores_count = agree(halved, own)
+            if not self.ignores_count and not agree(2 * halved, own):
+                what = f"with twice as many labels in its step a micro-batch's loss is {halved:.6g}"
+                raise UserError(f"{what}, alone it is {own:.6g}: pass loss=..., of single examples")
+
+    def own_loss(self, inputs):
+        """The model's, on a batch."""
+        with replaying(rng_state()):
+            return self.model(**inputs)["loss"]
 
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
@@ -411,6 +429,10 @@ def cross_entropy(outputs, Y, reduction="none"):
     if outputs.dtype in (torch.bfloat16, torch.float16):
         outputs = outputs.float()
     return F.cross_entropy(outputs.mT if Y.dim() > 1 else outputs, Y, reduction=reduction)
+
+
+def agree(loss, other):
+    return bool(abs(loss - other) <= AGREE * abs(loss))
 
 
 def predicts_next(model):
