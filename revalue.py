@@ -63,6 +63,7 @@ from system.folder import (
     REVALUATION_FILES,
     RunFolder,
     is_revaluation,
+    refuse_trainers,
     remove_revaluation,
 )
 from system.machine import check_system, describe_run
@@ -213,6 +214,7 @@ def read(cfg):
         raise UserError("only --hindsight is for several processes: leave out torchrun")
     paths = find_checkpoints(path)
     if not paths:
+        refuse_trainers(path, "and no checkpoint that can be replayed")
         steps = min(options.checkpoint_interval, options.max_iters)
         raise UserError(f"{path} has no checkpoint yet: train.py writes one after {steps} steps")
     newest = read_checkpoint(paths[0])

@@ -10,6 +10,7 @@ from data import Dataset, open_dataset
 from system import store, terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, data_of, load_array, read_json
+from system.folder import TRAINERS_CURE, is_trainers
 
 END_OF_TEXT = "\n<|endoftext|>\n"  # what stands between two documents of a chunk
 LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most
@@ -407,13 +408,16 @@ def again(path):
         options = [f"--name={path.name}", "--overwrite"]
         revalue = terminal.command("python", "revalue.py", str(path.parent.parent), *options)
         return f"type: {revalue}, with the --targets and the method that it was made with"
+    if is_trainers(path):
+        return TRAINERS_CURE
     resume = terminal.command("python", "train.py", f"{path}/config.json", "--init_from=resume")
     return f"type: {resume}, which writes it again or says what is lost"
 
 
 def repair(path):
-    """What to type where records are damaged: a run's can be repaired, a revaluation is made
-    again."""
-    if is_revaluation(path):
+    """What to type where records are damaged: those of a run of train.py can be repaired, others
+    are made again."""
+    path = Path(path)
+    if is_revaluation(path) or is_trainers(path):
         return again(path)
     return "type: " + terminal.command("python", "revalue.py", str(path), "--repair")

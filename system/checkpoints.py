@@ -12,6 +12,7 @@ import torch
 from system import store
 from system.errors import UserError
 from system.files import atomic, check_entries, crc32, data_of, read_json, short
+from system.folder import refuse_trainers
 from system.parallel import full, is_sharded, rank
 from system.terminal import command, say, warn
 
@@ -277,6 +278,7 @@ def find_checkpoint(cfg, data, targets):
     if not has_config and not checkpoints:
         cure = "name the run's folder with --out_dir=..., or leave out --init_from"
         raise UserError(f"nothing to resume in {out}: {cure}")
+    refuse_trainers(out, "with which train.py cannot go on")
     for path in checkpoints:
         try:
             checkpoint = read_checkpoint(path)

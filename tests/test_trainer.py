@@ -333,6 +333,15 @@ def test_its_folder_is_read_like_a_run_and_feeds_the_next(tmp_path, pairs, start
         outcome = command(script, list(map(str, argv)))
         assert outcome.code == 0, outcome.err
     assert "ask" in command("values.py", ["top", str(folder)]).out
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for script, argv in (
+        ("train.py", [folder / "config.json", "--init_from=resume"]),
+        ("revalue.py", [folder, "--hindsight"]),
+    ):
+        outcome = command(script, list(map(str, argv)))
+        assert outcome.is_refusal(), outcome
+        assert "ValuationTrainer" in outcome.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     kept = Chunks(pairs, keep=folder / "keep.npy")
     assert len(kept) == round(0.8 * len(found.values))
     on_chunks(tmp_path / "second", started, kept, **options).train()
