@@ -55,6 +55,7 @@ from show.run import open_run
 from show.scores import Units, chunk_scores, document_scores, score_and_error
 from system import files
 from system.errors import UserError
+from system.folder import is_trainers
 
 
 @dataclass
@@ -248,6 +249,7 @@ def describe(cfg, run, k, choice):
         "dropped_first": dropped_first(run, choice),
         "eval_interval": run.cfg.get("eval_interval"),  # what a run to compare with needs
         "val_chunks": len(run.data.val.rows),
+        "by_trainer": is_trainers(run.original),
     }
 
 

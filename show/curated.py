@@ -219,6 +219,13 @@ def comparison(r):
     """The commands that train on what is kept and on its control, and compare the two."""
     cfg = r["config"]
     base = stem(r)
+    if r["by_trainer"]:
+        if not cfg["random"]:
+            yield "Whether it helped here, only a control says, which drops as many at random:"
+            yield f"  {control_command(r, f'{base}_random')}"
+        keep = f"{out_of(r)}/keep.npy"
+        yield f"next: by Trainer, with Chunks(..., keep={keep!r}): docs/trainer.md"
+        return
     losses = terminal.command("python", "values.py", "losses", f"{base}_control", f"{base}_kept")
     if not r["val_chunks"]:
         yield "caution: this data has no validation set, so that two runs on it cannot be compared:"

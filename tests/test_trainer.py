@@ -342,6 +342,9 @@ def test_its_folder_is_read_like_a_run_and_feeds_the_next(tmp_path, pairs, start
         assert outcome.is_refusal(), outcome
         assert "ValuationTrainer" in outcome.err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    chosen = command("curate.py", [str(folder), "--drop_fraction=.2", "--by=chunk", "--overwrite"])
+    assert f"with Chunks(..., keep='{folder}/keep.npy')" in chosen.out
+    assert "train.py" not in chosen.out
     kept = Chunks(pairs, keep=folder / "keep.npy")
     assert len(kept) == round(0.8 * len(found.values))
     on_chunks(tmp_path / "second", started, kept, **options).train()
