@@ -9,6 +9,7 @@ from piles import json_lines, parquet, table, write
 from piles import run as prepare_run
 from runs import arguments, assert_same_run, run, weights
 from test_parallel import assert_same_but_for_rounding, ranks_run
+from test_revalue import chunk_values
 from torch.nn import functional as F
 
 import data
@@ -344,6 +345,19 @@ def test_the_tokens_of_a_pair_have_values_where_they_matter(trained):
     assert opened.pieces(chunk)[end:] == [""] * (ROW + 1 - end)
     record = records()[Documents(opened).of_chunk(chunk)[0]["record"]]
     assert opened.text(chunk) == record["q"] + record["a"]
+
+
+def test_the_tokens_of_a_pair_add_up_to_its_value(trained):
+    """In a step of pairs that have as many labels as all have on average: a short answer counts
+    less."""
+    opened = open_run(trained / "adamw2-1")
+    chunks = opened.used[:8].tolist()
+    n_labels = opened.data.train.n_labels(ROW)[chunks]
+    assert len(set(n_labels)) > 2
+    _, values = revalue.tokens(opened, chunks)
+    for of_tokens, of_chunk in zip(values, chunk_values(opened.path, opened, chunks)):
+        scale = np.abs(of_tokens).sum()
+        np.testing.assert_allclose(of_tokens.sum(0), of_chunk, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_a_pair_has_the_whole_value_of_its_chunk(trained):

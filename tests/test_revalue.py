@@ -243,8 +243,8 @@ def test_a_query_is_made_once(run):
 
 
 def chunk_values(run, opened, chunks):
-    """The values of chunks at the newest checkpoint, each from its gradient by autograd: an array
-    (K,) a chunk."""
+    """The values of chunks at the newest checkpoint, each from its gradient by autograd, in a step
+    of four chunks that have as many labels as all have on average: an array (K,) a chunk."""
     original = revalue.read(revalue.Config(run=str(run)))
     options = original.options
     targets = parse_targets(options.targets, opened.data, options.block_size)
@@ -253,15 +253,17 @@ def chunk_values(run, opened, chunks):
     frozen.restore(original.checkpoints[original.last], book)
     frozen.model.eval()
     params = list(frozen.model.parameters())
+    n_labels = opened.data.train.n_labels(options.block_size)
     values = []
     for chunk in chunks:
-        loss = frozen.loss(*opened.data.train.batch([chunk], 32))
+        loss = frozen.loss(*opened.data.train.batch([chunk], options.block_size))
         gradients = torch.autograd.grad(loss, params)
         products = [
             (p.h * gradient).flatten(1).sum(1, dtype=torch.float64)
             for p, gradient in zip(params, gradients)
         ]
-        values.append(sum(products).numpy() * book["lr"] * book["kappa"] / 4)
+        share = n_labels[chunk] / n_labels.mean() / 4
+        values.append(sum(products).numpy() * book["lr"] * book["kappa"] * share)
     return values
 
 
