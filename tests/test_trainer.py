@@ -134,6 +134,17 @@ def test_weights_are_trainers_own_and_each_example_is_visited_once_an_epoch(
     assert np.isfinite(values).all()
 
 
+OPTIONS = [{"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}]
+OPTIONS += [{"train_sampling_strategy": "group_by_length"}, {"optim": "adamw_torch_fused"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_trainers_options_do_what_they_do(tmp_path, options):
+    model, options = gpt2(), {**options, "max_steps": 4}
+    valued(tmp_path / "ours", model, **options).train()
+    assert farthest(model.parameters(), plain(tmp_path / "theirs", gpt2(), **options)) < 1e-6
+
+
 def test_bfloat16_is_trainers(tmp_path):
     model = gpt2()
     valued(tmp_path / "ours", model, bf16=True).train()
