@@ -337,7 +337,7 @@ def test_a_file_that_is_no_config_is_not_run(tmp_path, monkeypatch, script):
         Path("mine.py").write_text(content)
         outcome = run(script, ["mine.py"])
         assert outcome.is_refusal(), (content, outcome)
-        takes_a_run = script in ("report.py", "curate.py", "revalue.py", "sample.py")
+        takes_a_run = script in ("report.py", "curate.py", "revalue.py", "sample.py", "export.py")
         assert takes_a_run or answer in outcome.err
     Path("mine.py").write_bytes("caf\xe9 = 1".encode("latin-1"))
     assert run(script, ["mine.py"]).is_refusal()
