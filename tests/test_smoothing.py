@@ -189,18 +189,6 @@ def test_smoothing_changes_no_other_byte_of_a_run(python_data, tmp_path, monkeyp
     assert not np.allclose(visits["smoothed"][~first], visits["value"][~first], rtol=0.1)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adamw2"])
-def test_a_compiled_run_has_the_smoothed_scores_of_an_eager_one(python_data, tmp_path, rule):
-    options = [*SMOOTHED, f"--rule={rule}", "--n_layer=1", "--max_iters=6", "--dtype=float64"]
-    options += ["--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=0"]
-    torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
-    run(python_data, tmp_path / "eager", *options)
-    run(python_data, tmp_path / "compiled", *options, "--compile")
-    expected = torch.from_numpy(store.read(tmp_path / "eager")["smoothed"].copy())
-    compiled = torch.from_numpy(store.read(tmp_path / "compiled")["smoothed"].copy())
-    assert relative(compiled, expected) < 1e-6  # the ledger is float32
-
-
 @pytest.fixture(scope="module")
 def whole(python_data, tmp_path_factory):
     """A run of twelve steps with checkpoints of steps 5 and 10."""
