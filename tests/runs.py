@@ -2,7 +2,6 @@
 
 import functools
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import socket
 import time
@@ -62,7 +61,9 @@ def server():
     with pytest.MonkeyPatch.context() as patch:  # the server finds modules by its environment alone
         folders = [str(Path(config.__file__).parent), str(Path(__file__).parent)]
         patch.setenv("PYTHONPATH", os.pathsep.join(folders))
-        multiprocessing.forkserver.ensure_running()
+        first = context.Process(target=int)
+        first.start()
+    first.join()  # everything is imported
     return context
 
 

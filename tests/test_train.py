@@ -28,6 +28,7 @@ from runs import (
     quiet_run,
     read_bytes,
     run,
+    server,
     wait_for,
     weights,
 )
@@ -617,7 +618,7 @@ def test_a_run_killed_six_times_ends_in_the_bytes_of_an_undisturbed_one(
     options = [TWO_TARGETS, "--max_iters=40", "--eval_interval=10", *more]
     options += [f"--checkpoint_interval={interval}"]
     log = tmp_path / "log"
-    in_process(int).join()  # the server's imports are no part of the duration
+    server()  # its imports are no part of the duration
     began = time.monotonic()
     undisturbed = in_process(quiet_run, arguments(python_data, tmp_path / "whole", *options), log)
     undisturbed.join()
