@@ -1139,67 +1139,6 @@ def test_bfloat16_trains_float32_weights(python_data, tmp_path):
     assert weights(tmp_path / "run")["lm_head.weight"].dtype == torch.float32
 
 
-# --- wandb --------------------------------------------------------------------
-
-
-@dataclass
-class LoggedRun:
-    """Twelve steps logged by the real wandb, in a process with an empty home."""
-
-    folder: Path
-    printed: str
-
-
-@pytest.fixture(scope="module")
-def logged(python_data, tmp_path_factory):
-    home = tmp_path_factory.mktemp("logged")
-    options = [TWO_TARGETS, "--wandb_log", "--wandb_histogram_interval=4", "--audit_interval=6"]
-    argv = arguments(python_data, home / "run", *options)
-    environment = {**os.environ, "HOME": str(home)}
-    environment.pop("WANDB_MODE", None)
-    environment.pop("WANDB_API_KEY", None)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *argv], cwd=home, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return LoggedRun(home / "run", done.stdout)
-
-
-def test_wandb_goes_offline_without_a_login(logged):
-    assert "no login found, so this run is logged offline" in logged.printed
-
-
-def test_wandb_has_every_metric_by_its_name(logged):
-    names = ["train/loss", "train/lr", "valuing/valuation_share", "val/loss", "val/by_domain"]
-    for target in ("Python code", "Docstrings"):
-        names.append(f"val_domain/{target}")
-        names += [f"value_books/{target}/{x}" for x in ("drop", "data", "momentum", "residual")]
-        names += [f"value_audit/{target}/{x}" for x in ("pearson", "rel_l2")]
-        names += [f"value/{target}/{x}" for x in ("median_1e-6", "p5_1e-6", "p95_1e-6", "negative")]
-        names += [f"value_histogram/{target}", f"value_domains/{target}"]
-        names += [f"value_chunks/{target}/top", f"value_chunks/{target}/bottom"]
-    (path,) = logged.folder.glob("wandb/offline-run-*/run-*.wandb")
-    content = path.read_bytes()
-    missing = [name for name in names if name.encode() not in content]
-    assert missing == []
-
-
-def test_wandb_has_a_table_of_the_best_chunks_for_each_checkpoint(logged, python_data):
-    values = np.load(logged.folder / "values.npy")
-    dataset = data.open_dataset(python_data)
-    best = int(np.nanargmax(values[:, 0]))
-    tables = "wandb/offline-run-*/files/media/table/value_chunks/Python code/top_*.table.json"
-    first_rows = []
-    for path in logged.folder.glob(tables):
-        first_rows.append(json.loads(path.read_text())["data"][0])
-    assert len(first_rows) == 3  # after steps 5, 10 and 12
-    tokens = dataset.train.rows[best]
-    domain = dataset.domains[dataset.train.domain[best]]
-    text = bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
-    expected = [best, domain, pytest.approx(1e6 * values[best, 0], abs=1), text]
-    assert expected in [row[:4] for row in first_rows]
-
-
 # --- the order of chunks, and how a batch is cut ------------------------------
 
 
