@@ -167,8 +167,8 @@ CASES = {
 def test_smoothing_changes_no_other_byte_of_a_run(python_data, tmp_path, monkeypatch, case):
     if case == "few exact rows":  # chosen by the size of the directions, of which there are more
         monkeypatch.setattr(directions, "EXACT_ELEMENTS", 4 * 16 * 9)
-    run(python_data, tmp_path / "plain", *PLAIN, *CASES[case])
-    run(python_data, tmp_path / "smoothed", *SMOOTHED, *CASES[case])
+    run(python_data, tmp_path / "plain", *PLAIN, "--max_iters=6", *CASES[case])
+    run(python_data, tmp_path / "smoothed", *SMOOTHED, "--max_iters=6", *CASES[case])
     arrays = read_bytes(tmp_path / "smoothed")
     expected = read_bytes(tmp_path / "plain")
     assert arrays.keys() == expected.keys() >= {"values.npy", "books.npy", "ledger.npy"}

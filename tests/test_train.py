@@ -615,7 +615,7 @@ def test_a_run_killed_six_times_ends_in_the_bytes_of_an_undisturbed_one(
 ):
     """SIGKILL at random moments. With a checkpoint every step most of them are while one is
     written."""
-    options = [TWO_TARGETS, "--max_iters=40", "--eval_interval=10", *more]
+    options = [TWO_TARGETS, "--max_iters=24", "--eval_interval=10", *more]
     options += [f"--checkpoint_interval={interval}"]
     log = tmp_path / "log"
     server()  # its imports are no part of the duration
