@@ -7,7 +7,6 @@ command added later is tested too: test_every_command_is_here fails until it sta
 import contextlib
 import functools
 import io
-import multiprocessing
 import os
 import pty
 import sys
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import runs
 import torch
 
 import config
@@ -120,11 +120,9 @@ def written_to(stream):
 
 def on_terminal(script, argv):
     """A command in a process of its own whose terminal is a real one -> exit code, bytes seen."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["commands", "torch._dynamo"])
     ours, theirs = pty.openpty()
     name = os.ttyname(theirs)
-    process = context.Process(target=run_there, args=(name, script, argv))
+    process = runs.server().Process(target=run_there, args=(name, script, argv))
     process.start()
     os.set_blocking(ours, False)
     printed = b""

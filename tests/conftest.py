@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernel's tests; read when ghost.py is imported
 torch.set_num_threads(1)  # the tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # and so do the programs they start
+MEMORY = "/dev/shm"  # files that need no disk: a run waits until each of its own is written
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:  # they need a tenth
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell starts `pytest &` with Ctrl-C ignored, which its processes would inherit

@@ -1,11 +1,13 @@
 """Runs of train.py as tests make them: small, in this process or in a process of their own."""
 
+import functools
 import multiprocessing
 import os
 import socket
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import config
@@ -48,11 +50,20 @@ def run(data_dir, out_dir, *more):
 # --- in a process of its own --------------------------------------------------
 
 
+@functools.cache
 def server():
     """A multiprocessing context whose processes have everything imported: they are forked from a
     server that never computed anything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(
+        ["commands", "pytest", "torch._dynamo", "torch.distributed.fsdp"]
+    )
+    with pytest.MonkeyPatch.context() as patch:  # the server finds modules by its environment alone
+        folders = [str(Path(config.__file__).parent), str(Path(__file__).parent)]
+        patch.setenv("PYTHONPATH", os.pathsep.join(folders))
+        first = context.Process(target=int)
+        first.start()
+    first.join()  # everything is imported
     return context
 
 

@@ -71,6 +71,8 @@ def test_a_run_ends_well_where_wandb_refuses_its_names_and_has_no_network(python
 class Logged:
     """What wandb wrote of an offline run."""
 
+    folder: Path  # of the run
+    printed: str
     files: Path
     names: set = field(default_factory=set)  # of all metrics
     hidden: set = field(default_factory=set)  # of those without a panel
@@ -83,19 +85,18 @@ TARGETS = ("Python code", "Docstrings")
 
 @pytest.fixture(scope="module")
 def logged(python_data, tmp_path_factory):
-    """A run of two targets by the real wandb, offline."""
+    """A run of two targets by the real wandb, in a process with an empty home."""
     home = tmp_path_factory.mktemp("logged")
     targets = ",".join(f"val:{name}" for name in TARGETS)
     argv = arguments(python_data, home / "run", f"--targets={targets}", "--wandb_log")
     argv += ["--max_iters=6", "--eval_interval=3", "--audit_interval=3", "--book_interval=1"]
     argv += ["--wandb_histogram_interval=2", "--checkpoint_interval=3", "--log_interval=1"]
-    offline = environment(home, WANDB_MODE="offline")
     command = [sys.executable, ROOT / "train.py", *argv]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=offline)
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=environment(home))
     assert done.returncode == 0, done.stderr
     assert "wandb failed" not in done.stderr
     (path,) = (home / "run").glob("wandb/offline-run-*/run-*.wandb")
-    found = Logged(path.parent / "files")
+    found = Logged(home / "run", done.stdout, path.parent / "files")
     for record in records(path.read_bytes()):
         collect(found, record)
     return found
@@ -137,6 +138,41 @@ def records(content):
             record.ParseFromString(piece)
             yield record
             piece = b""
+
+
+def test_wandb_goes_offline_without_a_login(logged):
+    assert "no login found, so this run is logged offline" in logged.printed
+
+
+def test_wandb_has_every_metric_by_its_name(logged):
+    names = ["train/loss", "train/lr", "valuing/valuation_share", "val/loss", "val/by_domain"]
+    for target in ("Python code", "Docstrings"):
+        names.append(f"val_domain/{target}")
+        names += [f"value_books/{target}/{x}" for x in ("drop", "data", "momentum", "residual")]
+        names += [f"value_audit/{target}/{x}" for x in ("pearson", "rel_l2")]
+        names += [f"value/{target}/{x}" for x in ("median_1e-6", "p5_1e-6", "p95_1e-6", "negative")]
+        names += [f"value_histogram/{target}", f"value_domains/{target}"]
+        names += [f"value_chunks/{target}/top", f"value_chunks/{target}/bottom"]
+    (path,) = logged.folder.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    missing = [name for name in names if name.encode() not in content]
+    assert missing == []
+
+
+def test_wandb_has_a_table_of_the_best_chunks_for_each_checkpoint(logged, python_data):
+    values = np.load(logged.folder / "values.npy")
+    dataset = open_dataset(python_data)
+    best = int(np.nanargmax(values[:, 0]))
+    tables = "wandb/offline-run-*/files/media/table/value_chunks/Python code/top_*.table.json"
+    first_rows = []
+    for path in logged.folder.glob(tables):
+        first_rows.append(json.loads(path.read_text())["data"][0])
+    assert len(first_rows) == 2  # after steps 3 and 6
+    tokens = dataset.train.rows[best]
+    domain = dataset.domains[dataset.train.domain[best]]
+    text = bytes(tokens[tokens < 255].tolist()).decode(errors="replace")
+    expected = [best, domain, pytest.approx(1e6 * values[best, 0], abs=1), text]
+    assert expected in [row[:4] for row in first_rows]
 
 
 def test_wandb_shows_few_panels_the_losses_first(logged):

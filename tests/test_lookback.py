@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runs import become_rank, free_port, in_process
-from test_revalue import SMALL, info, revalued
+from test_revalue import SMALL, info, quiet_revalue, revalued
 
 import config
 import lookback
@@ -202,19 +202,11 @@ def test_a_step_has_the_value_of_its_absence(python_data, tmp_path):
 # --- killed -----------------------------------------------------------------------------
 
 
-def look_back_in_a_process(run, log, more):
-    torch.set_num_threads(1)
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    config.main(lambda: revalue.main(config.load(revalue.Config, [str(run), *more])))
-
-
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(run, tmp_path):
     """With checks, whose trainings are not done twice."""
     more = ["--hindsight", f"--memory={memory_of(1, run)}", "--check=5", "--check_fraction=.2"]
     log = tmp_path / "log"
-    process = in_process(look_back_in_a_process, run, log, [*more, "--name=undisturbed"])
+    process = in_process(quiet_revalue, run, log, [*more, "--name=undisturbed"])
     began = time.monotonic()
     process.join()
     took = time.monotonic() - began
@@ -222,14 +214,14 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(run, tmp_path):
     killed = 0
     rng = random.Random(0)
     for _ in range(10):
-        process = in_process(look_back_in_a_process, run, log, [*more, "--name=killed"])
+        process = in_process(quiet_revalue, run, log, [*more, "--name=killed"])
         process.join(rng.uniform(0.05, 0.6) * took)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             killed += 1
     assert killed >= 3
-    process = in_process(look_back_in_a_process, run, log, [*more, "--name=killed"])
+    process = in_process(quiet_revalue, run, log, [*more, "--name=killed"])
     process.join()
     assert process.exitcode == 0, log.read_text()
     expected = everything(run / "revalued" / "undisturbed")
@@ -245,7 +237,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(run, tmp_path):
 
 def rank_look_back(rank, world, port, run, more, log):
     become_rank(rank, world, port)
-    look_back_in_a_process(run, log, more)
+    quiet_revalue(run, log, more)
     parallel.leave()
 
 
@@ -334,7 +326,7 @@ def test_a_damaged_sweep_is_told(run, tmp_path):
     """Not taken for what was found so far."""
     partial = run / "revalued" / "damaged.partial"
     more = ["--hindsight", f"--memory={memory_of(1, run)}", "--name=damaged"]
-    process = in_process(look_back_in_a_process, run, tmp_path / "log", more)
+    process = in_process(quiet_revalue, run, tmp_path / "log", more)
     while not (partial / lookback.SWEEP).exists():
         assert process.is_alive()
         time.sleep(0.001)

@@ -99,11 +99,17 @@ def test_a_checkpoint_that_cannot_be_read_again_replaces_none(python_data, tmp_p
 # --- names, and what may be removed ---------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def plain_run(python_data, tmp_path_factory):
+    """Tests that write take a copy."""
+    return run(python_data, tmp_path_factory.mktemp("plain") / "run")
+
+
 @pytest.mark.parametrize(
     "name", ["..", ".", "../..", "../../other", "/tmp", "a/b", "a\nb", "x" * 300]
 )
-def test_a_revaluation_is_one_folder_below_its_run(python_data, tmp_path, name):
-    out = run(python_data, tmp_path / "out" / "run")
+def test_a_revaluation_is_one_folder_below_its_run(plain_run, tmp_path, name):
+    out = shutil.copytree(plain_run, tmp_path / "out" / "run")
     shutil.copytree(out, tmp_path / "out" / "other")
     before = everything(tmp_path)
     with pytest.raises(UserError, match="is no name of a folder"):
@@ -311,12 +317,6 @@ def test_a_refused_start_leaves_no_folder(python_data, tmp_path):
 # --- damage, and its repair ---------------------------------------------------------------
 
 
-@pytest.fixture
-def blocks_of_eight(monkeypatch):
-    """Checksums of a few rows each, as a run has that is thousands of steps long."""
-    monkeypatch.setattr(store, "BLOCK", 8)
-
-
 def flip(path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 4
@@ -334,6 +334,14 @@ STEADY = ["--max_iters=20", "--keep_checkpoints=9", "--dropout=.1", "--audit_int
 STEADY += ["--batch_size=1", "--rule=adamw2"]
 
 
+@pytest.fixture(scope="module")
+def steady_run(python_data, tmp_path_factory):
+    """Twenty steps whose rows have checksums of eight each, as in a run of thousands of steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "BLOCK", 8)
+        return run(python_data, tmp_path_factory.mktemp("steady") / "run", *STEADY)
+
+
 @pytest.mark.parametrize(
     "damage, steps",
     [
@@ -343,9 +351,10 @@ STEADY += ["--batch_size=1", "--rule=adamw2"]
         ({"audit": [9]}, "16 to 20"),
     ],
 )
-def test_damaged_rows_are_made_again(python_data, tmp_path, blocks_of_eight, capsys, damage, steps):
+def test_damaged_rows_are_made_again(steady_run, tmp_path, monkeypatch, capsys, damage, steps):
     """Those that every checkpoint counts on: the run says what to type, and that helps."""
-    out = run(python_data, tmp_path / "run", *STEADY)
+    monkeypatch.setattr(store, "BLOCK", 8)
+    out = shutil.copytree(steady_run, tmp_path / "run")
     before = whole_run(out)
     for name, rows in damage.items():
         for row in rows:

@@ -2,9 +2,11 @@
 
 import ast
 import errno
+import functools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from commands import ENTRIES, run
+from runs import in_process
 
 import config
 import data
@@ -226,12 +230,14 @@ def test_help_shows_the_comment_of_every_option(helps, script):
         assert comment in helps[script]
 
 
-WITH_AOT = """
-import functools, runpy, sys, torch
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def script_with_aot(argv, out, err):
+    """Runs a script in this process, compiled as far as graphs, by the backend aot_eager: inductor
+    and a C++ compiler, which test_train.py uses, would take a minute more."""
+    torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    sys.argv = argv
+    with open(out, "w") as sys.stdout, open(err, "w") as sys.stderr:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -242,13 +248,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("overhead.py --shapes=tiny --memory=False --compile --rules=sgd2", 3),
     ],
 )
-def test_benchmarks_end_with_one_line_of_json(command, rows):
-    """Compiled as far as graphs, by the backend aot_eager: inductor and a C++ compiler, which
-    test_train.py uses, would take a minute more."""
+def test_benchmarks_end_with_one_line_of_json(tmp_path, command, rows):
     argv = f"{ROOT}/bench/{command} --rounds=1 --device=cpu --dtype=float32".split(" ")
-    done = subprocess.run([sys.executable, "-c", WITH_AOT, *argv], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = in_process(script_with_aot, argv, out, err)
+    process.join()
+    assert process.exitcode == 0, err.read_text()
+    found = json.loads(out.read_text().splitlines()[-1])
     assert found["torch"]
     assert len(found["rows"]) == rows
 
@@ -337,7 +343,7 @@ def test_a_file_that_is_no_config_is_not_run(tmp_path, monkeypatch, script):
         Path("mine.py").write_text(content)
         outcome = run(script, ["mine.py"])
         assert outcome.is_refusal(), (content, outcome)
-        takes_a_run = script in ("report.py", "curate.py", "revalue.py", "sample.py")
+        takes_a_run = script in ("report.py", "curate.py", "revalue.py", "sample.py", "export.py")
         assert takes_a_run or answer in outcome.err
     Path("mine.py").write_bytes("caf\xe9 = 1".encode("latin-1"))
     assert run(script, ["mine.py"]).is_refusal()

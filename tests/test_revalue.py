@@ -6,16 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import in_process, wait_for
 
 import config
 import revalue
@@ -27,7 +24,6 @@ from show.run import open_run
 from system import store
 from system.errors import UserError
 
-SCRIPT = Path(revalue.__file__)
 SMALL = {
     "n_layer": 2,
     "n_head": 2,
@@ -144,22 +140,27 @@ def test_a_replay_for_a_text_from_a_checkpoint_has_the_last_rows_of_the_whole_re
     assert store.read(end).tobytes() == rows[rows["step"] >= 12].tobytes()
 
 
-def test_a_replay_killed_goes_on_to_the_values_of_the_run(run):
-    command = [sys.executable, SCRIPT, str(run), "--replay", "--name=killed"]
+def quiet_revalue(run, log, more):
+    """Types revalue.py in this process, which then says everything to the end of a file."""
+    torch.set_num_threads(1)  # as the run was: several threads sum in another order
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    config.main(lambda: revalue.main(config.load(revalue.Config, [str(run), *more])))
+
+
+def test_a_replay_killed_goes_on_to_the_values_of_the_run(run, tmp_path):
+    log = tmp_path / "log"
     folder = run / "revalued" / "killed"
-    # as the run was: several threads sum in another order
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **options)
-    while not (folder / "ckpt.pt").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+    process = in_process(quiet_revalue, run, log, ["--replay", "--name=killed"])
+    wait_for(folder / "ckpt.pt", process, log)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    done = subprocess.run(command, **options, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "96 visits: their losses are the run's to the bit" in done.stdout
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    process = in_process(quiet_revalue, run, log, ["--replay", "--name=killed"])
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    assert "96 visits: their losses are the run's to the bit" in log.read_text()
     assert (folder / "values.npy").read_bytes() == (run / "values.npy").read_bytes()
 
 

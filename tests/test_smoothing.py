@@ -167,8 +167,8 @@ CASES = {
 def test_smoothing_changes_no_other_byte_of_a_run(python_data, tmp_path, monkeypatch, case):
     if case == "few exact rows":  # chosen by the size of the directions, of which there are more
         monkeypatch.setattr(directions, "EXACT_ELEMENTS", 4 * 16 * 9)
-    run(python_data, tmp_path / "plain", *PLAIN, *CASES[case])
-    run(python_data, tmp_path / "smoothed", *SMOOTHED, *CASES[case])
+    run(python_data, tmp_path / "plain", *PLAIN, "--max_iters=6", *CASES[case])
+    run(python_data, tmp_path / "smoothed", *SMOOTHED, "--max_iters=6", *CASES[case])
     arrays = read_bytes(tmp_path / "smoothed")
     expected = read_bytes(tmp_path / "plain")
     assert arrays.keys() == expected.keys() >= {"values.npy", "books.npy", "ledger.npy"}
@@ -187,18 +187,6 @@ def test_smoothing_changes_no_other_byte_of_a_run(python_data, tmp_path, monkeyp
     first = visits["step"] == 0
     assert np.allclose(visits["smoothed"][first], visits["value"][first], rtol=1e-3, atol=1e-9)
     assert not np.allclose(visits["smoothed"][~first], visits["value"][~first], rtol=0.1)
-
-
-@pytest.mark.parametrize("rule", ["adamw", "adamw2"])
-def test_a_compiled_run_has_the_smoothed_scores_of_an_eager_one(python_data, tmp_path, rule):
-    options = [*SMOOTHED, f"--rule={rule}", "--n_layer=1", "--max_iters=6", "--dtype=float64"]
-    options += ["--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=0"]
-    torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
-    run(python_data, tmp_path / "eager", *options)
-    run(python_data, tmp_path / "compiled", *options, "--compile")
-    expected = torch.from_numpy(store.read(tmp_path / "eager")["smoothed"].copy())
-    compiled = torch.from_numpy(store.read(tmp_path / "compiled")["smoothed"].copy())
-    assert relative(compiled, expected) < 1e-6  # the ledger is float32
 
 
 @pytest.fixture(scope="module")
