@@ -772,10 +772,13 @@ def test_local_sources_import_neither_datasets_nor_torch(tmp_path):
 
 # --- shards, and going on -----------------------------------------------------
 
-# a part for each file, however small
+# a part for each file, however small, and a disk so slow that a process can be met while it writes
 SMALL_PARTS = """
+import os, time
 import config
 import prepare_pile
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(0.02), fsync(file))
 prepare_pile.PART = 1
 config.main(lambda: prepare_pile.prepare(config.load(prepare_pile.Config)))
 """
