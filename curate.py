@@ -55,7 +55,7 @@ from show.run import open_run
 from show.scores import Units, chunk_scores, document_scores, score_and_error
 from system import files
 from system.errors import UserError
-from system.folder import is_trainers
+from system.trainers import is_trainers
 
 
 @dataclass

@@ -63,11 +63,11 @@ from system.folder import (
     REVALUATION_FILES,
     RunFolder,
     is_revaluation,
-    refuse_trainers,
     remove_revaluation,
 )
 from system.machine import check_system, describe_run
 from system.terminal import command, progress, say, with_commas
+from system.trainers import refuse_trainers
 from system.writer import Writer
 from valuation import Settings, Valuation
 

@@ -40,8 +40,8 @@ from show import findings, tables
 from system import machine, store, terminal
 from system.errors import UserError
 from system.files import write_array, write_json
-from system.folder import TRAINER
 from system.machine import replaying, rng_state
+from system.trainers import MADE_BY
 from system.writer import Writer
 from valuation import Settings, Valuation
 
@@ -256,7 +256,7 @@ class ValuationTrainer(transformers.Trainer):
             "tie_weights": bool(getattr(of_model, "tie_word_embeddings", False)),
         }
         about = machine.describe_run(settings, 1, self.chunks.data.hash, config.ROOT)
-        about["made_by"] = TRAINER
+        about["made_by"] = MADE_BY
         write_json(self.run_folder / "config.json", about)
         if self.chunks.data.keep is not None:
             write_array(self.run_folder / "chunks.npy", self.chunks.data.keep)

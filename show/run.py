@@ -10,7 +10,8 @@ from data import Dataset, open_dataset
 from system import store, terminal
 from system.errors import UserError
 from system.files import check_entries, crc32, data_of, load_array, read_json
-from system.folder import TRAINERS_CURE, is_trainers
+from system.trainers import CURE as TRAINERS_CURE
+from system.trainers import is_trainers
 
 END_OF_TEXT = "\n<|endoftext|>\n"  # what stands between two documents of a chunk
 LONGEST_CHARACTER = 4  # tokens that a character is cut up into, at most

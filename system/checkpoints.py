@@ -12,9 +12,9 @@ import torch
 from system import store
 from system.errors import UserError
 from system.files import atomic, check_entries, crc32, data_of, read_json, short
-from system.folder import refuse_trainers
 from system.parallel import full, is_sharded, rank
 from system.terminal import command, say, warn
+from system.trainers import refuse_trainers
 
 STARTS = ("init_from", "overwrite", "verify", "out_dir")  # settings of a start, not of a run
 NONE = type(None)

@@ -17,8 +17,6 @@ from system.parallel import on_rank_0, rank
 # what train.py leaves in a run's folder, beside what it logs
 RUN_FILES = ["config.json", "ckpt.pt", "ckpt-*.pt", "values.npy", "values.json", "ledger.npy"]
 RUN_FILES += ["books.npy", "audit.npy", "evaluations.jsonl", "chunks.npy"]
-TRAINER = "trainer.py"  # who made a folder, in its config.json
-TRAINERS_CURE = "trainer.train(resume_from_checkpoint=True) goes on with it"
 REVALUATION = "revaluation.json"  # revalue.py writes it first into every folder it makes
 REVALUATION_FILES = [*RUN_FILES, REVALUATION, "lock", "*.tmp", "report.html"]
 # of hindsight: its own records, and what it has until it is done (lookback.py)
@@ -102,21 +100,6 @@ def own_files(folder):
     """The files in a folder whose names a run gives."""
     names = [n for n in os.listdir(folder) if any(fnmatch.fnmatchcase(n, p) for p in RUN_FILES)]
     return [folder / name for name in sorted(names)]
-
-
-def is_trainers(folder):
-    """Whether a folder is one of trainer.py, whose model and checkpoints are transformers'."""
-    try:
-        about = read_json(folder / "config.json", "", {"made_by": str}, unsealed=True)
-    except UserError:
-        return False
-    return about["made_by"] == TRAINER
-
-
-def refuse_trainers(folder, what):
-    """Raises UserError where a folder is one of trainer.py. what: why that matters."""
-    if is_trainers(folder):
-        raise UserError(f"{folder} has the values of a ValuationTrainer, {what}: {TRAINERS_CURE}")
 
 
 # --- below revalued/ --------------------------------------------------------------
