@@ -166,8 +166,10 @@ class ValuationTrainer(transformers.Trainer):
             return parse_targets(targets, self.chunks.data, self.chunks.block_size)
         if not isinstance(targets, dict) or not targets:
             raise UserError("targets: write {name: dataset}, at least one")
+        # without what the model has no use for, as Trainer leaves it out of training and evaluation
+        collate = self._get_collator_with_removed_columns(self.data_collator)
         return [
-            Target(name, dataset, self.data_collator, self.inputs_and_labels, self.args.seed)
+            Target(name, dataset, collate, self.inputs_and_labels, self.args.seed)
             for name, dataset in targets.items()
         ]
 

@@ -5,6 +5,7 @@ import re
 import signal
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -93,7 +94,7 @@ def valued(folder, model=None, kind=ValuationTrainer, **options):
 
 
 OWN = ("targets", "rule", "train_dataset", "data_collator", "audit_interval", "target_batch")
-OWN += ("loss", "callbacks", "compute_loss_func", "book_interval")
+OWN += ("eval_dataset", "loss", "callbacks", "compute_loss_func", "book_interval")
 
 
 def plain(folder, model, **options):
@@ -132,6 +133,23 @@ def test_weights_are_trainers_own_and_each_example_is_visited_once_an_epoch(
     values = np.load(tmp_path / "ours/values/values.npy")
     assert values.shape == (N, 1)
     assert np.isfinite(values).all()
+
+
+def test_columns_that_the_model_has_no_use_for_are_left_out(tmp_path):
+    """Of a dataset of Hugging Face, in training, evaluation and targets."""
+
+    def collate(features):
+        assert set(features[0]) == {"input_ids", "labels"}
+        return padded(features)
+
+    def with_text(n, seed):
+        return datasets.Dataset.from_list([{**e, "text": "a"} for e in examples(n, seed)])
+
+    options = dict(train_dataset=with_text(N, 1), targets={"t": with_text(12, 3)})
+    often = dict(eval_strategy="epoch", eval_dataset=with_text(9, 2))
+    valued(tmp_path / "ours", **options, data_collator=collate, **often).train()
+    valued(tmp_path / "plain").train()
+    assert ledger(tmp_path / "ours").tobytes() == ledger(tmp_path / "plain").tobytes()
 
 
 OPTIONS = [{"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}]
