@@ -45,7 +45,7 @@ from system.trainers import MADE_BY
 from system.writer import Writer
 from valuation import Settings, Valuation
 
-NUMBER = "number"  # of an example in the training set, beside its inputs
+NUMBER = "example_number"  # its place in the training set, beside its inputs
 SHIFTED = "shift_labels"  # as transformers call labels where they are predicted
 STATE = "valuation.pt"  # of a valuation, in a checkpoint of the Trainer
 AGREE = 1e-3  # the relative difference of two losses that are one
@@ -89,7 +89,7 @@ class Numbered(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        return {NUMBER: int(i), **self.dataset[i]}
+        return {**self.dataset[i], NUMBER: int(i)}
 
 
 @dataclass

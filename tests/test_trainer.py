@@ -135,15 +135,16 @@ def test_weights_are_trainers_own_and_each_example_is_visited_once_an_epoch(
     assert np.isfinite(values).all()
 
 
-def test_columns_that_the_model_has_no_use_for_are_left_out(tmp_path):
-    """Of a dataset of Hugging Face, in training, evaluation and targets."""
+@pytest.mark.parametrize("column", ["text", "number", "example_number"])
+def test_columns_that_the_model_has_no_use_for_are_left_out(tmp_path, column):
+    """Of a dataset of Hugging Face, in training, evaluation and targets; also of such a name."""
 
     def collate(features):
         assert set(features[0]) == {"input_ids", "labels"}
         return padded(features)
 
     def with_text(n, seed):
-        return datasets.Dataset.from_list([{**e, "text": "a"} for e in examples(n, seed)])
+        return datasets.Dataset.from_list([{**e, column: 7} for e in examples(n, seed)])
 
     options = dict(train_dataset=with_text(N, 1), targets={"t": with_text(12, 3)})
     options |= dict(eval_dataset=with_text(9, 2), data_collator=collate)
