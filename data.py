@@ -4,7 +4,7 @@ A data folder holds train.npy and val.npy, uint16 (n_chunks, block_size + 1), or
 tokenizer has more than 65,536 tokens; one domain a chunk (train_domain.npy, val_domain.npy), one
 row a document (train_docs.parquet, val_docs.parquet) and meta.json; prepare_pile.py writes it. Of
 pairs of prompt and answer it also holds where in its row each answer lies (train_answer.npy,
-val_answer.npy), for only that has labels. Row i of train.npy is chunk i everywhere else: in the
+val_answer.npy), for only answers have labels. Row i of train.npy is chunk i everywhere else: in the
 ledger, in values.npy, in a report.
 """
 
@@ -43,13 +43,14 @@ class Split:
     rows: np.ndarray  # uint16 or uint32 (n_chunks, block_size + 1), memmapped
     domain: np.ndarray  # uint16 (n_chunks,), index into Dataset.domains
     file: object  # the open file of rows
-    # of pairs, uint32 (n_chunks, 2), memmapped: a row's tokens from the first to before the second
-    # are the answer and its <eot>
+    # of pairs, uint32 (n_chunks, 2 * pairs_per_chunk), memmapped: a row's tokens from the first to
+    # before the second are an answer and its <eot>, those from the third to before the fourth are
+    # the next one; 0, 0 where a row has no more
     answer: np.ndarray | None = None
 
     def batch(self, ids, block_size):
         """ids (b,) -> X, Y int64 (b, block_size): the first block_size tokens of each chunk, and
-        the tokens after them; of a pair -1 for those that are not of the answer. Raises UserError
+        the tokens after them; of pairs -1 for those that are not of an answer. Raises UserError
         where the file was cut short meanwhile: reading behind its end would kill the process."""
         if os.fstat(self.file.fileno()).st_size < self.rows.offset + self.rows.nbytes:
             raise UserError(f"{self.file.name} was cut short while it was read: prepare it again")
@@ -61,22 +62,31 @@ class Split:
         """How many labels the chunks ids (all of them) have in batch(): int64 (n,)."""
         if self.answer is None:
             return np.full(len(self.domain[ids]), block_size)
-        first, end = self.answer[ids].astype(np.int64).T
-        return (np.minimum(end, block_size + 1) - first).clip(min=0)
+        first, end = bounds(self.answer[ids])
+        return (np.minimum(end, block_size + 1) - first).clip(min=0).sum(1)
 
     def text(self, chunk):
-        """Which tokens of a chunk's row are text, a slice: of a pair not what stands around it."""
-        return slice(0, None) if self.answer is None else slice(1, int(self.answer[chunk, 1]) - 1)
+        """Which tokens of a chunk's row are text, a slice: of pairs not what stands around them."""
+        if self.answer is None:
+            return slice(0, None)
+        return slice(1, int(self.answer[chunk].max()) - 1)
+
+
+def bounds(answer):
+    """answer (b, 2 n) -> where the answers begin, and where they end, int64 (b, n) each."""
+    answer = np.asarray(answer, np.int64)
+    return answer[:, 0::2], answer[:, 1::2]
 
 
 def labels_of(rows, answer):
     """rows int64 (b, T + 1) -> what they predict, Y (b, T): all tokens but the first, or, where
-    answer (b, 2) says where the answers lie, only theirs, and -1 for the others."""
+    answer (b, 2 n) says where the answers lie, only theirs, and -1 for the others."""
     if answer is None:
         return rows[:, 1:]
     place = np.arange(1, rows.shape[1])
-    first, end = answer[:, :1], answer[:, 1:]
-    return np.where((first <= place) & (place < end), rows[:, 1:], -1)
+    first, end = (bound[:, :, None] for bound in bounds(answer))
+    is_label = ((first <= place) & (place < end)).any(1)
+    return np.where(is_label, rows[:, 1:], -1)
 
 
 @dataclass
@@ -225,19 +235,30 @@ def open_split(path, meta, name):
     domain = load_array(path / f"{name}_domain.npy", cure, np.uint16, (n,))
     answer = None
     if meta["schema"] == PAIRS:
-        answer = load_array(path / f"{name}_answer.npy", cure, np.uint32, (n, 2))
-        is_within = (answer[:, 0] >= 1) & (answer[:, 0] < answer[:, 1]) & (answer[:, 1] <= shape[1])
-        if not is_within.all():
+        columns = 2 * prepared_with(meta, "pairs_per_chunk")
+        answer = load_array(path / f"{name}_answer.npy", cure, np.uint32, (n, columns))
+        if not lie_within(answer, shape[1]):
             what = f"{path}/{name}_answer.npy is damaged, an answer is not within its row"
             raise UserError(f"{what}: {cure}")
     return Split(rows, domain, open(path / f"{name}.npy", "rb"), answer)
+
+
+def lie_within(answer, width):
+    """Whether each row of answer (n, 2 m) holds one answer or more, one behind the other and none
+    behind the row's width tokens, and zeros after them."""
+    first, end = bounds(answer)
+    is_used = np.arange(first.shape[1]) < np.count_nonzero(end, axis=1)[:, None]
+    before = np.pad(end, ((0, 0), (1, 0)), constant_values=1)[:, :-1]  # where the last one ended
+    is_right = (before <= first) & (first < end) & (end <= width)
+    is_right = np.where(is_used, is_right, (first == 0) & (end == 0))
+    return bool(is_right.all() and is_used[:, 0].all())
 
 
 # the options of prepare_pile.py that decide what is written, with their defaults
 PREPARED_BY = {"source": "", "dataset": "monology/pile-uncopyrighted", "text_key": "text"}
 PREPARED_BY |= {"domain_key": "meta.pile_set_name", "domains": "", "tokenizer": "gpt2"}
 PREPARED_BY |= {"block_size": 1024, "val_fraction": 0.01, "limit_tokens": 0}
-PREPARED_BY |= {"prompt_key": "", "answer_key": ""}
+PREPARED_BY |= {"prompt_key": "", "answer_key": "", "pairs_per_chunk": 1}
 PREPARED_BY |= {"follow_links": False, "max_document_mb": 64}
 
 

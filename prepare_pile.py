@@ -10,6 +10,7 @@
                                                             would have made, to the byte
     python prepare_pile.py --source=pairs.jsonl --prompt_key=prompt --answer_key=answer
                                                             a pair a chunk: only answers are learned
+                                                            (--pairs_per_chunk=8: up to eight)
     python prepare_pile.py --verify                         is every array as it was written?
 
 Sources: .parquet; .jsonl, .ndjson and .json with a record a line; .txt. All but .parquet may be
@@ -48,11 +49,13 @@ space), lone_surrogate (half a character), too_long (for max_document_mb; of a p
 rows of a group with a much larger page), not_tokenized.
 
 Pairs (--prompt_key, --answer_key; .jsonl and its like): each has a chunk of its own, <eot> prompt
-answer <eot>, filled up with <eot>, and only the answer and the <eot> behind it are labels.
-train_answer.npy and val_answer.npy, uint32 (n_chunks, 2), hold where in its row an answer begins,
-and the token after its <eot>. Prompt and answer are tokenized apart and joined as they are: what is
-to stand between them has to stand in one of them. Also skipped and counted are no_answer (an answer
-of white space) and too_many_tokens (more than a chunk holds): no pair is cut.
+answer <eot>, filled up with <eot>, and only the answer and the <eot> behind it are labels. With
+--pairs_per_chunk=n a chunk holds up to n pairs of its domain, one <eot> between two of them, as
+many as fit in whole. train_answer.npy and val_answer.npy, uint32 (n_chunks, 2 n), hold where in its
+row each answer begins, and the token after its <eot>; 0, 0 where there are fewer pairs. Prompt and
+answer are tokenized apart and joined as they are: what is to stand between them has to stand in one
+of them. Also skipped and counted are no_answer (an answer of white space) and too_many_tokens (more
+than a chunk holds): no pair is cut.
 """
 
 import hashlib
@@ -77,7 +80,15 @@ from pile.encode import worker
 from pile.files import changes, end_of, explain_left_out, find_files, inventory, stated
 from pile.folders import Folders
 from pile.keys import RECORDS, look
-from pile.pack import MB, MOST_DOMAINS, SPLITS, pack, read_held, write_part
+from pile.pack import (
+    MB,
+    MOST_DOMAINS,
+    SPLITS,
+    count_pair_rows,
+    pack,
+    read_held,
+    write_part,
+)
 from pile.tokenizers import FILE, TOKENIZERS, token_type, tokenizer
 from show import prepared
 from system.errors import UserError
@@ -102,6 +113,7 @@ PAIR_SKIPPED = ("no_answer", "too_many_tokens")  # and why a pair does not
 
 AT_LEAST = {
     "block_size": 1,
+    "pairs_per_chunk": 1,
     "val_fraction": 0,
     "limit_tokens": 0,
     "workers": 0,
@@ -109,6 +121,7 @@ AT_LEAST = {
 }
 BELOW = {
     "block_size": 2**31,
+    "pairs_per_chunk": 1025,
     "val_fraction": 1,
     "max_document_mb": 2**20,
 }
@@ -122,8 +135,9 @@ class Config:
     source: str = ""  # python | a file, a folder or a glob; empty: the hub
     dataset: str = "monology/pile-uncopyrighted"  # on the hub, or a folder for `datasets`
     text_key: str = "text"  # where a record has its text; a dot goes one level down
-    prompt_key: str = ""  # with answer_key: of pairs, each in a chunk of its own
+    prompt_key: str = ""  # with answer_key: of pairs
     answer_key: str = ""  # only what stands here is learned
+    pairs_per_chunk: int = 1  # at most; more: trained faster, but valued together
     domain_key: str = "meta.pile_set_name"  # where it has its domain; else its file's name
     domains: str = ""  # comma-separated: only these; empty: all. A comma within a name: \,
     follow_links: bool = False  # also read what symbolic links in a folder lead to
@@ -159,6 +173,9 @@ class Config:
         if self.is_pairs and self.source in ("", "python"):
             what = "--prompt_key and --answer_key are of records of your own"
             raise UserError(f"{what}: name a .jsonl file with --source=...")
+        if self.pairs_per_chunk > 1 and not self.is_pairs:
+            what = f"--pairs_per_chunk={self.pairs_per_chunk} is of pairs"
+            raise UserError(f"{what}: name their parts with --prompt_key and --answer_key")
         self.shard_numbers()
         if self.shard and (self.merge or self.limit_tokens or self.source == "python"):
             others = "neither --merge nor --limit_tokens nor --source=python"
@@ -395,12 +412,14 @@ def write_data_set(cfg, counts, source, files, folders, partial):
     total = Counter()
     for part_counts in counts.values():
         total.update(part_counts)
+    if cfg.is_pairs:
+        total.update(count_pair_rows(counts, cfg))
     try:
         meta = describe(cfg, total, source, files)
     except UserError:
         folders.clear()  # other options will need other parts
         raise
-    pack(counts, partial, meta, cfg.is_pairs)
+    pack(counts, partial, meta, cfg.pairs_per_chunk if cfg.is_pairs else 0)
     if meta["tokenizer"] == FILE:
         shutil.copyfile(cfg.tokenizer, partial / FILE)
         meta["sha256"][FILE] = cfg.tokenizer_sha256
@@ -441,7 +460,8 @@ def describe(cfg, counts, source, files):
         "left_out": source.left_out,  # files of a folder
         "documents": sum(n for key, n in counts.items() if key[0] == "documents"),
         "dropped_tokens": counts["tokens"] - sum(tokens.values()),
-        "tokens": tokens,  # in the arrays, with <eot>; of pairs without what fills rows up
+        # in the arrays, with <eot>; of pairs those of each, with the <eot> around it
+        "tokens": tokens,
         "source": cfg.source or cfg.dataset,
         "files": inventory(cfg.source, files),
         "config": cfg.makes(),
@@ -453,8 +473,8 @@ def describe(cfg, counts, source, files):
 def count_domains(counts, width, is_pairs=False):
     """Counts of the parts -> {domain: {split: its documents, tokens and chunks}}.
 
-    The domains are in the order in which they were met. width: tokens of a chunk. is_pairs: each
-    document has a chunk."""
+    The domains are in the order in which they were met. width: tokens of a chunk. is_pairs: the
+    chunks are counted too."""
     by_domain = {}
     for key in counts:
         if key[0] == "documents":
@@ -462,8 +482,10 @@ def count_domains(counts, width, is_pairs=False):
     for domain, splits in by_domain.items():
         for split in SPLITS:
             tokens = counts["tokens", split, domain]
-            chunks = documents = counts["documents", split, domain]
-            if not is_pairs:
+            documents = counts["documents", split, domain]
+            if is_pairs:
+                chunks = counts["chunks", split, domain]
+            else:
                 chunks = tokens // width
                 tokens = chunks * width
             splits[split] = {"documents": documents, "tokens": tokens, "chunks": chunks}

@@ -68,8 +68,6 @@ DROP_BY = (
     "training loss",
     "gradient dot, last model",
 )
-ONE_STEP = ("sgd", "sgd2", "adamw_linear", "adamw", "adamw2")
-SMOOTHING = (0.5, 0.9, 0.97, 0.99)
 QUICK = {
     "settings": "junk-narrow-scratch,clean-broad-tuned",
     "narrow": "Docstrings",
@@ -105,6 +103,8 @@ class Config:
     seeds: str = "1,2,3"  # each draws weights, order, junk, targets and sets
     twins: str = ""  # seeds that are trained again from other weights
     fractions: str = ".03:100"  # share of the visits that a set leaves out : number of sets
+    rules: str = "sgd,sgd2,adamw_linear,adamw,adamw2"  # of one-step values
+    smoothing: str = "0.5,0.9,0.97,0.99"  # strengths of smoothed values
     horizons: str = "10,30,100,0"  # steps that hindsight looks ahead; 0: to the end
     dropped: str = ".1,.25"  # shares of the visits that are dropped at once, those of least score
     longer: str = "1.1,1.25,1.5"  # runs with all visits, of so many times the steps
@@ -363,7 +363,7 @@ def scores_of(run):
     """{name: a score of each visit (n_visits,)}, high where the chunk should help the target, and
     {name: |dL/dw| by step} of hindsight's horizons."""
     scores, norms, seconds = {}, {}, {}
-    for rule in ONE_STEP:
+    for rule in run.cfg.rules.split(","):
         began = time.process_time()
         visits = one_step(run, rule)
         seconds[rule] = time.process_time() - began
@@ -373,10 +373,9 @@ def scores_of(run):
         if rule == "adamw2":
             scores["share of step"] = share_of_step(run, values)
             scores["centred in step"] = (by_step - by_step.mean(1, keepdims=True)).ravel()
-        if rule == "adamw":
             scores["gradient norm"] = -visits["grad_norm"].astype(float)
         scores["training loss"] = -visits["loss"].astype(float)
-    for beta in SMOOTHING:
+    for beta in numbers(run.cfg.smoothing):
         visits = one_step(run, "adamw2", beta)
         values = visits["smoothed"][:, 0].astype(float)
         scores[f"smoothed {beta}"] = values

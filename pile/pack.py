@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from pile.tokenizers import token_type
+from pile.tokenizers import token_type, tokenizer
 from system.errors import UserError
 from system.files import footer_crc32, short, sync
 from system.terminal import progress
@@ -146,10 +146,49 @@ class Beginning:
     n_tokens: int  # without <eot>
 
 
+class PairRows:
+    """Which pairs share a row: those of a domain in their order, as many as fit in whole, but no
+    more than a number."""
+
+    def __init__(self, width, most):
+        """width: tokens of a row. most: pairs of a row."""
+        self.width = width
+        self.most = most
+        self.last = {}  # {domain: (pairs, tokens) of its last row}
+
+    def begins(self, domain, n_tokens):
+        """Whether the next pair of a domain begins a row.
+
+        n_tokens: of the pair, from <eot> to <eot>. Two pairs of a row share the one between them.
+        """
+        n_pairs, used = self.last.get(domain, (self.most, 0))
+        if n_pairs == self.most or used + n_tokens - 1 > self.width:
+            self.last[domain] = 1, n_tokens
+            return True
+        self.last[domain] = n_pairs + 1, used + n_tokens - 1
+        return False
+
+
+def count_pair_rows(parts, cfg):
+    """How many chunks the pairs of some parts (paths) make: Counter of ("chunks", split, domain).
+
+    cfg: prepare_pile.py's options."""
+    counts = Counter()
+    rows = {split: PairRows(cfg.block_size + 1, cfg.pairs_per_chunk) for split in SPLITS}
+    token_bytes = token_type(tokenizer(cfg.tokenizer).n_vocab).itemsize
+    for path in parts:
+        with open_arrow(path, "rb") as file:
+            for split, domain, _, _, tokens, _ in part_rows(file, path):
+                if rows[split].begins(domain, len(tokens) // token_bytes):
+                    counts["chunks", split, domain] += 1
+    return counts
+
+
 class Split:
     """Packs one split's documents into rows, and writes the split's files."""
 
-    def __init__(self, folder, name, meta, is_pairs=False):
+    def __init__(self, folder, name, meta, pairs_per_chunk=0):
+        """pairs_per_chunk: how many pairs a row holds at most; 0: they are texts."""
         n_chunks = meta["chunks"][name]
         self.width = meta["block_size"] + 1
         self.path = folder / f"{name}_docs.parquet"
@@ -159,9 +198,13 @@ class Split:
         self.rows = Array(folder / f"{name}.npy", (n_chunks, self.width), self.token_type.str)
         self.domain = Array(folder / f"{name}_domain.npy", (n_chunks,))
         self.answer = None
-        if is_pairs:
+        if pairs_per_chunk:
             self.eot = meta["eot"]  # fills up the rows
-            self.answer = Array(folder / f"{name}_answer.npy", (n_chunks, 2), "<u4")
+            shape = (n_chunks, 2 * pairs_per_chunk)
+            self.answer = Array(folder / f"{name}_answer.npy", shape, "<u4")
+            self.most = pairs_per_chunk
+            self.pair_rows = PairRows(self.width, self.most)
+            self.pairs = {}  # {domain: [(document, tokens, answer)] of its row that is not written}
         self.numbers = {domain: i for i, domain in enumerate(meta["domains"])}
         self.n = 0  # rows written
         self.entries = []  # of the table, not written yet
@@ -181,17 +224,37 @@ class Split:
             self.write_table()
 
     def add_pair(self, document, tokens, answer):
-        """A row of its own, filled up with <eot>. tokens: (n,), between two <eot>. answer:
-        the first token of the answer, which ends with the second <eot>."""
-        row = np.full(self.width, self.eot, self.token_type)
-        row[: len(tokens)] = tokens
-        self.rows.write(row)
-        self.answer.write(np.array([answer, len(tokens)], "<u4"))
-        self.domain.write(np.full(1, self.numbers[document[1]], "<u2"))
-        self.entries.append((*document, self.n, 1, len(tokens) - 2))
-        self.n += 1
+        """tokens: (n,), from <eot> to <eot>. answer: the first token of the answer, which ends with
+        the second <eot>."""
+        domain = document[1]
+        pairs = self.pairs.setdefault(domain, [])
+        if self.pair_rows.begins(domain, len(tokens)):
+            self.write_pairs(domain)
+        pairs.append((document, tokens, answer))
+        if len(pairs) == self.most:
+            self.write_pairs(domain)
         if len(self.entries) >= TABLE_ROWS:
             self.write_table()
+
+    def write_pairs(self, domain):
+        """Writes the pairs of a domain that wait, if any do, as one row, filled up with <eot>."""
+        pairs = self.pairs[domain]
+        if not pairs:
+            return
+        row = np.full(self.width, self.eot, self.token_type)
+        answers = np.zeros((self.most, 2), "<u4")
+        begin = 0  # of the next pair, with the <eot> before it
+        for i, (document, tokens, answer) in enumerate(pairs):
+            end = begin + len(tokens)
+            row[begin:end] = tokens
+            answers[i] = begin + answer, end
+            self.entries.append((*document, self.n, begin + 1, len(tokens) - 2))
+            begin = end - 1
+        self.rows.write(row)
+        self.answer.write(answers)
+        self.domain.write(np.full(1, self.numbers[domain], "<u2"))
+        self.n += 1
+        pairs.clear()
 
     def write_rows(self, domain, stream, beginnings):
         """Writes the full rows of a domain's stream. Returns the stream and Beginnings behind."""
@@ -218,6 +281,9 @@ class Split:
         self.entries = []
 
     def close(self):
+        if self.answer:
+            for domain in self.pairs:
+                self.write_pairs(domain)
         self.write_table()
         self.table.close()
         self.table_file.close()
@@ -227,21 +293,19 @@ class Split:
             self.answer.file.close()
 
 
-def pack(parts, folder, meta, is_pairs=False):
+def pack(parts, folder, meta, pairs_per_chunk=0):
     """Writes both splits' files into a folder, from the documents of the parts in their order.
 
-    is_pairs: they are pairs, and each has a row of its own.
-
-    parts: paths. Adds to meta the files' checksums and dropped_documents, those with no token in
-    a chunk."""
-    splits = {name: Split(folder, name, meta, is_pairs) for name in SPLITS}
+    parts: paths. pairs_per_chunk: see Split. Adds to meta the files' checksums and
+    dropped_documents, those with no token in a chunk."""
+    splits = {name: Split(folder, name, meta, pairs_per_chunk) for name in SPLITS}
     doc = 0
     for path in progress(parts, "pack", unit="part", delay=1):
         with open_arrow(path, "rb") as file:
             for split, domain, source, record, tokens, answer in part_rows(file, path):
                 document = (doc, domain, source, record)
                 tokens = np.frombuffer(tokens, token_type(meta["vocab_size"]))
-                if is_pairs:
+                if pairs_per_chunk:
                     splits[split].add_pair(document, tokens, answer)
                 else:
                     splits[split].add(document, tokens)
@@ -253,7 +317,7 @@ def pack(parts, folder, meta, is_pairs=False):
             meta["dropped_documents"] += len(beginnings)
         meta["sha256"][f"{name}.npy"] = split.rows.sha256.hexdigest()
         meta["sha256"][f"{name}_domain.npy"] = split.domain.sha256.hexdigest()
-        if is_pairs:
+        if pairs_per_chunk:
             meta["sha256"][f"{name}_answer.npy"] = split.answer.sha256.hexdigest()
         with open(split.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256")

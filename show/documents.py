@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import bounds
 from pile.tokenizers import whole_characters
 from system.errors import UserError
 from system.files import atomic, short
@@ -255,10 +256,15 @@ class Documents:
 
 def trained_tokens(run, pieces):
     """How many tokens of each of some Pieces were trained on, and their shares of those of the
-    chunk, (m,) each. A pair is all that its chunk holds, whatever fills up the row."""
+    chunk, (m,) each. A pair's share is that of its labels, whatever fills up the row."""
     trained = run.width + 1  # tokens of a chunk that were read or predicted
     tokens = np.minimum(pieces.end, trained) - np.minimum(pieces.begin, trained)
-    return tokens, np.ones(len(tokens)) if run.data.is_pairs else tokens / trained
+    if not run.data.is_pairs:
+        return tokens, tokens / trained
+    first, end = bounds(run.data.train.answer[pieces.chunk])
+    n_labels = (np.minimum(end, trained) - first).clip(min=0)
+    is_own = end == pieces.end[:, None]
+    return tokens, (n_labels * is_own).sum(1) / np.maximum(n_labels.sum(1), 1)
 
 
 # --- texts for other trainers ---------------------------------------------------

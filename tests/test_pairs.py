@@ -25,6 +25,7 @@ from system.errors import UserError
 
 EOT = 255  # of bytes
 ROW = 24  # block_size
+PACKED = 64  # block_size of chunks of several pairs
 KEYS = {"prompt_key": "q", "answer_key": "a", "domain_key": "kind"}
 RUN = ["--batch_size=4", "--gradient_accumulation_steps=1", "--book_interval=3"]
 
@@ -82,6 +83,59 @@ def test_each_pair_has_a_chunk_and_only_its_answer_has_labels(pairs):
     assert dataset.meta["dropped_tokens"] == 0
 
 
+def expected_rows(of_domain, most):
+    """Rows and labels of a domain's records, a pair at a time: while it fits in whole."""
+    rows, labels, holds = [], [], []
+    for record in of_domain:
+        row, own = expected_row(record["q"], record["a"])
+        tokens = row[1 : 1 + len(record["q"] + record["a"]) + 1]
+        own = own[: len(tokens)]
+        if not holds or len(holds[-1]) == most or len(rows[-1]) + len(tokens) > PACKED + 1:
+            rows.append([EOT])
+            labels.append([])
+            holds.append([])
+        rows[-1] += tokens
+        labels[-1] += own
+        holds[-1].append(record)
+    for row, own in zip(rows, labels):
+        row += [EOT] * (PACKED + 1 - len(row))
+        own += [-1] * (PACKED - len(own))
+    return rows, labels, holds
+
+
+@pytest.mark.parametrize("most", [3, 5])
+def test_packed_pairs_follow_each_other_and_only_answers_have_labels(tmp_path, most):
+    source = write(tmp_path / "pairs.jsonl", json_lines(records()))
+    options = {**KEYS, "block_size": PACKED, "pairs_per_chunk": most}
+    dataset = prepare_run(tmp_path, source, **options, workers=2)
+    found = 0
+    for split in ("train", "val"):
+        part = getattr(dataset, split)
+        assert len(part.rows) == dataset.meta["chunks"][split]
+        documents = table(dataset, split)
+        places = [(row["first_chunk"], row["first_token"]) for row in documents]
+        assert places == sorted(places)
+        for number, domain in enumerate(dataset.domains):
+            own = sorted(row["record"] for row in documents if row["domain"] == domain)
+            rows, labels, holds = expected_rows([records()[i] for i in own], most)
+            ids = np.flatnonzero(part.domain == number)
+            X, Y = part.batch(ids, PACKED)
+            assert part.rows[ids].tolist() == rows
+            assert X.tolist() == [row[:-1] for row in rows]
+            assert Y.tolist() == labels
+            assert part.n_labels(PACKED, ids).tolist() == (Y >= 0).sum(1).tolist()
+            assert part.n_labels(30, ids).tolist() == (Y[:, :30] >= 0).sum(1).tolist()
+            found += len(own)
+        for document in documents:
+            row = part.rows[document["first_chunk"]]
+            text = row[document["first_token"] :][: document["n_tokens"]]
+            record = records()[document["record"]]
+            assert bytes(text.tolist()).decode() == record["q"] + record["a"]
+            assert row[document["first_token"] + document["n_tokens"]] == EOT
+    assert found == len(records())
+    assert max(len(pairs) for pairs in holds) > 1
+
+
 def test_pairs_that_cannot_be_used_are_counted_and_said(tmp_path, capsys):
     bad = [
         {"q": "no answer", "a": ""},
@@ -125,6 +179,8 @@ def test_equal_pairs_are_prepared_equally_and_again_only_where_asked(tmp_path, p
         ({**KEYS, "source": ""}, "name a .jsonl file"),
         ({**KEYS, "answer_key": "b"}, "see --source and --prompt_key, --answer_key"),
         ({**KEYS, "block_size": 4}, "or raise --block_size=4"),
+        ({"pairs_per_chunk": 4, "domain_key": "kind"}, "name their parts with --prompt_key"),
+        ({**KEYS, "pairs_per_chunk": 0}, "--pairs_per_chunk=0: it must be at least 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, options, message):
@@ -137,6 +193,28 @@ def test_pairs_in_parquet_are_refused(tmp_path):
     parquet(tmp_path / "p.parquet", [("a", "text")])
     with pytest.raises(UserError, match="pairs are read from"):
         prepare_run(tmp_path, tmp_path / "p.parquet", **KEYS)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [5, 9, 0, 0, 20, 25],  # one left out
+        [5, 9, 8, 12, 0, 0],  # one within another
+        [0, 0, 0, 0, 0, 0],
+        [5, 9, 12, PACKED + 2, 0, 0],
+        [5, 9, 7, 0, 0, 0],
+    ],
+)
+def test_answers_of_a_chunk_that_do_not_follow_each_other_are_refused(tmp_path, answers):
+    source = write(tmp_path / "pairs.jsonl", json_lines(records(20)))
+    options = {**KEYS, "block_size": PACKED, "pairs_per_chunk": 3}
+    dataset = prepare_run(tmp_path, source, **options)
+    path = dataset.path / "train_answer.npy"
+    there = np.load(path)
+    there[1] = answers
+    np.save(path, there)
+    with pytest.raises(UserError, match="an answer is not within its row"):
+        data.open_dataset(dataset.path)
 
 
 def test_an_answer_that_is_not_within_its_row_is_refused(tmp_path):
@@ -365,3 +443,43 @@ def test_a_pair_has_the_whole_value_of_its_chunk(trained):
     by_chunk = chunk_scores(opened, 0, "value")
     by_document = document_scores(opened, by_chunk)
     np.testing.assert_allclose(by_document.total, by_chunk.total[: len(by_document.total)])
+
+
+# --- several pairs in a chunk -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A run on chunks of up to three pairs."""
+    folder = tmp_path_factory.mktemp("packed")
+    source = write(folder / "pairs.jsonl", json_lines(records(160)))
+    options = {**KEYS, "block_size": PACKED, "pairs_per_chunk": 3, "val_fraction": 0.2}
+    path = prepare_run(folder, source, **options).path
+    run(path, folder / "run", *RUN, "--rule=adamw2", f"--block_size={PACKED}")
+    return folder / "run"
+
+
+def test_the_tokens_of_packed_pairs_add_up_to_the_value_of_their_chunk(packed):
+    opened = open_run(packed)
+    chunks = opened.used[:8].tolist()
+    _, values = revalue.tokens(opened, chunks)
+    for of_tokens, of_chunk in zip(values, chunk_values(opened.path, opened, chunks)):
+        scale = np.abs(of_tokens).sum()
+        np.testing.assert_allclose(of_tokens.sum(0), of_chunk, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_the_value_of_a_chunk_is_shared_out_among_its_pairs_by_their_labels(packed):
+    opened = open_run(packed)
+    by_chunk = chunk_scores(opened, 0, "value")
+    by_document = document_scores(opened, by_chunk)
+    np.testing.assert_allclose(by_document.total.sum(), by_chunk.total.sum())
+    chunk = int(opened.used[0])
+    documents = Documents(opened).of_chunk(chunk)
+    assert len(documents) > 1
+    n_labels = np.array([len(records(160)[row["record"]]["a"]) + 1 for row in documents])
+    place = {int(number): i for i, number in enumerate(by_document.numbers)}
+    found = by_document.total[[place[row["doc"]] for row in documents]]
+    np.testing.assert_allclose(found, by_chunk.total[chunk] * n_labels / n_labels.sum())
+    texts = opened.text(chunk).split("<|endoftext|>")
+    whole = [records(160)[row["record"]] for row in documents]
+    assert [text.strip() for text in texts] == [row["q"] + row["a"] for row in whole]
