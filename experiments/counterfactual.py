@@ -373,6 +373,7 @@ def scores_of(run):
         if rule == "adamw2":
             scores["share of step"] = share_of_step(run, values)
             scores["centred in step"] = (by_step - by_step.mean(1, keepdims=True)).ravel()
+        if rule == "adamw":
             scores["gradient norm"] = -visits["grad_norm"].astype(float)
         scores["training loss"] = -visits["loss"].astype(float)
     for beta in numbers(run.cfg.smoothing):

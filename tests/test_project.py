@@ -158,7 +158,7 @@ def test_a_run_stands_in_the_config_files_place():
         config.load(OfARun, ["out/mine", "out/other"])
 
 
-BENCHES = ["overhead", "kernels", "assemble", "scale", "differences", "hindsight"]
+BENCHES = ["overhead", "kernels", "assemble", "scale", "differences", "hindsight", "gpu"]
 SCRIPTS = ["train.py", "prepare_pile.py", "sample.py", "report.py", "revalue.py", "curate.py"]
 SCRIPTS += [f"bench/{name}.py" for name in BENCHES]
 SCRIPTS += [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))]
