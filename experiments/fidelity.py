@@ -4,6 +4,7 @@ targets against dearer ones.
 
     python experiments/fidelity.py                  on the text every Python installation carries
     python experiments/fidelity.py --source=minipile.jsonl.zst --out=results/fidelity
+    python experiments/fidelity.py --part=clipping --out=...  where clipping bites hard
     python experiments/fidelity.py --part=report --out=...    tables and figure again, from
                                                               rows.jsonl and targets.jsonl
 
@@ -11,6 +12,12 @@ Rules: for every setting a small GPT is trained by AdamW. At some of its steps t
 step (B chunks, one target) is solved: by all 2^B subsets for B = 8, by antithetic permutations for
 B = 16, the optimizer's own step run for each subset in float64. The rules' values come from
 shapley/rules.py, which the tests hold equal to what a run computes.
+
+Clipping: every step of a training is clipped to a share kappa of its gradient's norm, from not at
+all to a thirtieth, as happens in fine-tuning. Besides the rules as they are, what they would be if
+a subset of k of n chunks were clipped as its own norm asks for, which is about sqrt(k / n) of the
+batch's where the chunks' gradients are orthogonal (see `own_weight` and `game_of_sizes`). Slope:
+nats of value per nat of exact Shapley value, by least squares. Writes clipping.jsonl, clipping.md.
 
 Targets: whole runs of train.py that differ in --target_batch and --target_sampling only. The
 weights go the same way in all of them, so their values.npy can be compared chunk by chunk with a
@@ -72,6 +79,7 @@ class Config:
     target_batch: int = 1  # its chunks, the same in the rule and in the truth
     lrs: str = "3e-4,6e-4,5e-3"
     clips: str = "1.0,0"  # 0: no clipping
+    kappas: str = "1,.7,.4,.2,.1,.03"  # of the part clipping
     seeds: str = "1,2"
     vocabs: str = "byte,gpt2"
     steps: str = "20,110,200,300"  # judged; 20 is in the warm-up of 100 steps
@@ -80,7 +88,7 @@ class Config:
     out: str = "out/fidelity"
     workers: int = os.cpu_count() or 1
     # report: only the tables and the figure
-    part: Literal["all", "rules", "targets", "report"] = "all"
+    part: Literal["all", "rules", "targets", "clipping", "report"] = "all"
 
 
 def prepare_vocab(cfg, vocab):
@@ -255,6 +263,156 @@ def judge_rules(cfg, out):
                 for clip in numbers(cfg.clips):
                     jobs.append((cfg, vocab, lr, clip, 8, seed))
     side_by_side(train_and_judge, jobs, out / "rows.jsonl", cfg.workers)
+
+
+# --- hard clipping ------------------------------------------------------------
+
+CLIPPED_RULES = {"adamw": ("adamw", "adamw2"), "sgd": ("sgd2",)}  # by optimizer
+CLIPPED_LR = {"adamw": 1e-3, "sgd": 0.05}
+TARGET_CHUNKS = 4
+
+
+def expected_norms(kappa, n, rho):
+    """c_0 .. c_n: how much a subset of k of n chunks is scaled by, where the whole batch is by
+    kappa. Its expected square is G_k^2 = |g|^2 (rho k / n + (1 - rho) k (k - 1) / (n (n - 1))), by
+    rho = sum_j |x_j|^2 / |g|^2: 1 of orthogonal gradients, 1 / n of equal ones."""
+    k = np.arange(1, n + 1)
+    squares = rho * k / n + (1 - rho) * k * (k - 1) / (n * max(n - 1, 1))
+    return np.append(1.0, np.minimum(1, kappa / np.sqrt(squares)))
+
+
+def own_weight(kappa, n, rho):
+    """alpha: what a chunk's own gradient counts in the clipped step, on average over the sizes of
+    the subsets that it joins: the mean over k of (1 - f) c_k + f c_(k-1), f = (k-1) / (n-1)."""
+    c = expected_norms(kappa, n, rho)
+    f = np.arange(n) / max(n - 1, 1)
+    return float(((1 - f) * c[1:] + f * c[:-1]).mean())
+
+
+def shared_out(d, q, alpha, kappa):
+    """alpha d_i + (kappa - alpha) (sum_j d_j) q_i / sum_j q_j: values that add up to what the
+    clipped step does. d_i = <x_i, direction>, q_i = <x_i, g>."""
+    return alpha * d + (kappa - alpha) * d.sum() * q / q.sum()
+
+
+def game_of_sizes(d, q, squares, kappa):
+    """The same, not averaged over the chunks: what chunk i adds to k - 1 others is
+    c_with (d_i + f D_i) - c_without f D_i, D_i = sum_j d_j - d_i, by the expected norms with its
+    own |x_i|^2 and <x_i, g>."""
+    n = len(d)
+    clip = kappa * np.sqrt(q.sum())
+    values = np.zeros(n)
+    for k in range(1, n + 1):
+        f = (k - 1) / max(n - 1, 1)
+        rest = squares.sum() - squares
+        pairs = q.sum() - 2 * q + squares - rest  # sum of <x_j, x_l> of the others, j not l
+        without = f * rest + f * (k - 2) / max(n - 2, 1) * pairs
+        with_it = without + squares + 2 * f * (q - squares)
+        c_without = np.minimum(1, clip / np.sqrt(without.clip(min=1e-300))) if k > 1 else 1.0
+        c_with = np.minimum(1, clip / np.sqrt(with_it.clip(min=1e-300)))
+        others = f * (d.sum() - d)
+        values += c_with * (d + others) - c_without * others
+    return values / n
+
+
+def judge_clipped_step(model, optimizer, X, Y, loss, lr, kappa, permutations):
+    """Rows: values of the coming step, clipped to kappa of its norm, against the truth."""
+    x = exact.chunk_gradients(model, X, Y)
+    known = rules.known_rows(model, X, Y)
+    g = [sum(players) for players in zip(*x)]
+    q = np.array([float(exact.dot(x_i, g)) for x_i in x])
+    squares = np.array([float(exact.dot(x_i, x_i)) for x_i in x])
+    rho = squares.sum() / q.sum()
+    clip = kappa * np.sqrt(q.sum()) if kappa < 1 else 0.0
+    step = exact.Step(model, optimizer, x, [loss], clip)
+    truth = exact.solve(step, len(x), permutations, tolerance=0.02)[0][:, 0]
+    kind = "adamw" if isinstance(optimizer, torch.optim.AdamW) else "sgd"
+    values = {}
+    for rule in CLIPPED_RULES[kind]:
+        of_rule = rules.rule_values(model, optimizer, x, [loss], rule, lr, clip, known=known)
+        values[rule] = of_rule[:, 0].numpy()
+    # of chunks whose gradients come scaled and are not clipped: kappa d_i
+    scaled = [[kappa * g_p for g_p in x_i] for x_i in x]
+    two_pass = CLIPPED_RULES[kind][-1]
+    d = rules.rule_values(model, optimizer, scaled, [loss], two_pass, lr)[:, 0].numpy() / kappa
+    n = len(x)
+    values[f"{two_pass}, rho = 1"] = shared_out(d, q, own_weight(kappa, n, 1.0), kappa)
+    values[f"{two_pass}, rho"] = shared_out(d, q, own_weight(kappa, n, rho), kappa)
+    values[f"{two_pass}, by each size"] = game_of_sizes(d, q, squares, kappa)
+    rows = []
+    for name, v in values.items():
+        slope = float(np.polyfit(truth, v, 1)[0])
+        about = {"name": name, "rho": rho, "sum_ratio": float(v.sum() / truth.sum())}
+        rows.append({**about, "slope": slope, **exact.agreement(v, truth)})
+    return rows
+
+
+def train_clipped(cfg, kind, kappa, B, seed):
+    """One training of which every step is clipped by kappa. Rows of its judged steps."""
+    torch.set_num_threads(1)
+    data = open_dataset(f"{cfg.data}-byte")
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(T, 256, bias=False, **SHAPES["byte"]))
+    lr_max = CLIPPED_LR[kind]
+    if kind == "adamw":
+        optimizer = model.configure_optimizers(0.1, lr_max, (0.9, 0.95), "cpu")
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr_max)
+    target_ids = np.flatnonzero(data.val.domain == data.domains.index(cfg.target))
+    judged = [step for step in numbers(cfg.steps, int) if step > WARMUP]
+    rows = []
+    for step in range(max(judged) + 1):
+        lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        X, Y = batch_of(data.train, global_batch(step, B, len(data.train.rows), seed))
+        if step in judged:
+            rng = np.random.default_rng((seed, step))
+            picks = rng.choice(target_ids, TARGET_CHUNKS, replace=False)
+            loss = exact.batch_loss(*batch_of(data.val, picks))
+            what = (model, optimizer, X, Y, loss, lr, kappa, cfg.permutations)
+            about = {"optimizer": kind, "kappa": kappa, "B": B, "seed": seed, "step": step}
+            rows += [{**about, **row} for row in judge_clipped_step(*what)]
+        model(X, Y)[1].backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), kappa * float(norm), norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return rows
+
+
+def judge_clipping(cfg, out):
+    prepare_vocab(cfg, "byte")
+    jobs = []
+    for B, seeds in ((8, numbers(cfg.seeds, int)), (16, numbers(cfg.seeds, int)[:1])):
+        for kind in CLIPPED_RULES:
+            for kappa in numbers(cfg.kappas):
+                jobs += [(cfg, kind, kappa, B, seed) for seed in seeds]
+    side_by_side(train_clipped, jobs, out / "clipping.jsonl", cfg.workers)
+    table = clipping_table(read_rows(out / "clipping.jsonl"))
+    (out / "clipping.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n".join(table))
+
+
+def clipping_table(rows):
+    """Of each optimizer, B and kappa how close each rule is."""
+    table = []
+    rows = sorted(rows, key=lambda row: (row["optimizer"], row["B"], -row["kappa"]))
+    cases = [(row["optimizer"], row["B"], row["kappa"], row["name"]) for row in rows]
+    for kind, B, kappa, name in dict.fromkeys(cases):
+        of_case = select(rows, optimizer=kind, B=B, kappa=kappa, name=name)
+        line = [kind, B, kappa, name, len(of_case)]
+        line.append(f"{np.median(column(of_case, 'rho')):.2f}")
+        pearson = column(of_case, "pearson")
+        line.append(f"{np.mean(pearson):.4f} ({min(pearson):.3f})")
+        line.append(f"{np.mean(column(of_case, 'slope')):.2f}")
+        l2 = column(of_case, "rel_l2")
+        line.append(f"{np.median(l2):.0%} ({max(l2):.0%})")
+        line.append(f"{np.median(column(of_case, 'sum_ratio')):.2f}")
+        table.append(line)
+    head = ["optimizer", "B", "kappa", "rule", "steps", "rho", "Pearson, mean (lowest)", "slope"]
+    head += ["relative L2, median (largest)", "sum / truth, median"]
+    return markdown(head, table)
 
 
 # --- cheaper targets ----------------------------------------------------------
@@ -548,6 +706,9 @@ def main(cfg):
         judge_rules(cfg, out)
     if cfg.part in ("all", "targets"):
         judge_targets(cfg, out)
+    if cfg.part == "clipping":
+        judge_clipping(cfg, out)
+        return
     rows = read_if_there(out / "rows.jsonl")
     targets = read_if_there(out / "targets.jsonl")
     lines = []
