@@ -5,6 +5,8 @@ Which score of a chunk's visit predicts what happens when one trains without it?
     python experiments/counterfactual.py --quick             tiny, on the text every Python
                                                              installation carries
     python experiments/counterfactual.py --part=report --out=...   tables and figure again
+    python experiments/counterfactual.py --part=twins --twins=1 --out=...    only the twins of a
+                                                                   truth that is there
     python experiments/counterfactual.py --part=draws --out=...    one-step values of more or fewer
                                                                    target chunks, same truth
 
@@ -136,7 +138,7 @@ class Config:
     quick: bool = False
     # why: how far the correlation depends on where the sets begin and on their weight
     # draws: how far one-step values depend on the number of target chunks; reads the truth in --out
-    part: Literal["all", "why", "draws", "report"] = "all"
+    part: Literal["all", "twins", "why", "draws", "report"] = "all"
 
     def __post_init__(self):
         if self.quick:
@@ -568,12 +570,15 @@ def compute(cfg):
         work = why if cfg.part == "why" else draws
         side_by_side(work, jobs, Path(cfg.out, f"{cfg.part}.jsonl"), cfg.workers)
         return
-    jobs = []
+    runs = []
+    twins = []
     for setting in cfg.settings.split(","):
-        jobs += [(settings, setting, seed, 0) for seed in numbers(cfg.seeds, int)]
-    for setting in cfg.settings.split(","):
-        jobs += [(settings, setting, seed, 1) for seed in numbers(cfg.twins or "0", int) if seed]
-    side_by_side(job, jobs, Path(cfg.out, "rows.jsonl"), cfg.workers)
+        runs += [(settings, setting, seed, 0) for seed in numbers(cfg.seeds, int)]
+        twins += [(settings, setting, seed, 1) for seed in numbers(cfg.twins or "0", int) if seed]
+    if cfg.part == "twins":
+        side_by_side(job, twins, Path(cfg.out, "twins.jsonl"), cfg.workers)
+    else:
+        side_by_side(job, runs + twins, Path(cfg.out, "rows.jsonl"), cfg.workers)
 
 
 # --- tables and figures -----------------------------------------------------------------
