@@ -576,9 +576,20 @@ def compute(cfg):
         runs += [(settings, setting, seed, 0) for seed in numbers(cfg.seeds, int)]
         twins += [(settings, setting, seed, 1) for seed in numbers(cfg.twins or "0", int) if seed]
     if cfg.part == "twins":
+        check_twins(cfg, twins)
         side_by_side(job, twins, Path(cfg.out, "twins.jsonl"), cfg.workers)
     else:
         side_by_side(job, runs + twins, Path(cfg.out, "rows.jsonl"), cfg.workers)
+
+
+def check_twins(cfg, twins):
+    """Raises UserError where there are none, or one has no first run in --out."""
+    if not twins:
+        raise UserError("--part=twins: name the seeds with --twins=1,2")
+    for _, setting, seed, _ in twins:
+        if not file_of(cfg, setting, seed).is_file():
+            what = f"no {setting} of seed {seed} in {cfg.out}"
+            raise UserError(f"--part=twins: {what}: run without --part first")
 
 
 # --- tables and figures -----------------------------------------------------------------
