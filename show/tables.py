@@ -124,6 +124,7 @@ def account(entries, audits, names):
         lines.append(accounted(name, total))
     lines += explain_parts(totals)
     lines += unclosed(names, totals)
+    lines += hard_clipping(entries)
     if len(audits):
         for k, name in enumerate(names):
             lines.append(compared(name, audited(audits, k)))
@@ -196,6 +197,22 @@ def unclosed(names, totals):
         read = "read its values as a rough order of the chunks, not as amounts"
         lines.append(f"caution, {findings.short(name)}: {left}; {read} (adamw2 closes them best)")
     return lines
+
+
+HARD = 0.5  # steps that were clipped to a smaller share of their gradient are valued too unequally
+
+
+def hard_clipping(entries):
+    """A line where most steps were clipped hard, for values are of a milder clipping."""
+    kappa = entries["kappa"]
+    n_hard = np.count_nonzero(kappa < HARD)
+    if 2 * n_hard <= len(entries):
+        return []
+    steps = counted(n_hard, "step")
+    what = f"{steps} of {len(entries)} were clipped to less than half of their gradient"
+    how = f"on average to {np.mean(kappa):.2f}"
+    read = "there values make too much of the differences between a step's chunks"
+    return [f"caution: {what} ({how}); {read} (docs/method.md, Clipping)"]
 
 
 def percent(amount, whole, sign="-"):

@@ -329,6 +329,7 @@ def booked_steps(data=0.03, momentum=0.012, decay=0.0004, before=2.0, after=1.95
     parts = {"data": data, "momentum": momentum, "decay": decay}
     entries["before"] = before
     entries["after"] = after
+    entries["kappa"] = 1
     for key, nats in parts.items():
         entries[key] = nats
     entries["residual"] = before - after - sum(parts.values())
@@ -367,6 +368,17 @@ def test_a_loss_that_rose_is_called_a_rise():
     entries = booked_steps(data=-0.03, momentum=-0.012, decay=0, before=2.0, after=2.042)
     line = tables.account(entries, [], ["prose"])[1]
     assert "add up to 100.0% of the measured rise (0.0840 nats in 2 steps)" in line
+
+
+@pytest.mark.parametrize("kappa, is_hard", [([0.2, 0.3], True), ([0.2, 0.6], False)])
+def test_steps_that_were_clipped_hard_are_no_matter_of_course(kappa, is_hard):
+    entries = booked_steps()
+    entries["kappa"] = kappa
+    said = [line for line in tables.account(entries, [], ["prose"]) if line.startswith("caution:")]
+    assert len(said) == is_hard
+    if is_hard:
+        assert "2 steps of 2 were clipped to less than half" in said[0]
+        assert "(on average to 0.25)" in said[0]
 
 
 def test_books_without_a_measured_step_say_so():
