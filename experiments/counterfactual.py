@@ -20,9 +20,11 @@ Settings: <data>-<target>-<start>. Data: clean, or junk (a fifth of the chunks h
 shuffled). Target: broad (validation chunks of all domains), or narrow (of one). Start: scratch
 (from random weights), or tuned (from a model that was trained on other chunks first). `twins`: a
 seed trained again from other weights, in the same order and without the same sets: what two truths
-agree on is more than any score can reach.
+agree on is more than any score can reach. A training is on disk as soon as it is done, so the same
+command goes on after an interruption.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -59,6 +61,7 @@ from shapley.counterfactual import agreement, draw_sets, sums_of_sets, train_wit
 from shapley.replay import Training, state_of
 from shapley.targets import Targets
 from system.errors import UserError
+from system.files import atomic
 from train import get_lr
 from valuation import Settings, Valuation
 
@@ -452,24 +455,30 @@ class Truth:
         batch = self.run.cfg.batch_size
         return np.arange(self.first * batch, self.run.n_steps * batch)
 
-    def of_sets(self, fraction, n_sets, weight=0.0):
-        """-> random sets (n_sets, size), and the losses' rises without each (n_sets, 2)."""
+    def of_sets(self, kept, name, fraction, n_sets, weight=0.0):
+        """Puts random sets (n_sets, size) into kept["sets/<name>"], and into kept["rises/<name>"]
+        the losses' rises without each (n_sets, 2), where they are not there yet."""
         sets = draw_sets(n_sets, self.visits(), fraction, self.run.seed)
-        rises = [self.losses_without(left_out, weight) - self.with_all for left_out in sets]
-        return np.stack(sets), np.array(rises)
+        kept[f"sets/{name}"] = np.int32(sets)
+        rises = list(kept.get(f"rises/{name}", ()))
+        for left_out in sets[len(rises) :]:
+            rises.append(self.losses_without(left_out, weight) - self.with_all)
+            kept[f"rises/{name}"] = np.array(rises)
 
-    def of_dropping(self, scores, fraction):
-        """{score: the losses' rises (2,) without the visits that have the least of it}; "random":
-        the mean over three draws."""
+    def of_dropping(self, kept, fraction):
+        """Puts into kept["dropped/<fraction>/<score>"] the losses' rises (2,) without the visits
+        that have the least of a score; "random": the mean over three draws."""
         visits = self.visits()
         size = round(fraction * len(visits))
-        rises = {}
+        to_drop = {}
         for name in DROP_BY:
-            order = visits[np.argsort(scores[name][visits], kind="stable")]
-            rises[name] = self.losses_without(np.sort(order[:size])) - self.with_all
-        drawn = draw_sets(3, visits, fraction, self.run.seed + 1000)
-        rises["random"] = np.mean([self.losses_without(some) - self.with_all for some in drawn], 0)
-        return rises
+            order = visits[np.argsort(kept[f"score/{name}"][visits], kind="stable")]
+            to_drop[name] = [np.sort(order[:size])]
+        to_drop["random"] = draw_sets(3, visits, fraction, self.run.seed + 1000)
+        for name, sets in to_drop.items():
+            if f"dropped/{fraction}/{name}" not in kept:
+                rises = [self.losses_without(left_out) - self.with_all for left_out in sets]
+                kept[f"dropped/{fraction}/{name}"] = np.mean(rises, 0)
 
 
 def losses_of_longer(run):
@@ -484,38 +493,59 @@ def losses_of_longer(run):
     return np.array(losses)
 
 
+class Kept(dict):
+    """Arrays by name, on disk as soon as they are here: a job that was interrupted goes on."""
+
+    def __init__(self, path, settings):
+        """settings: text; a file of other settings is begun anew."""
+        super().__init__()
+        self.path, self.settings = path, settings
+        if path.is_file():
+            there = dict(np.load(path))
+            if str(there.pop("settings")) == settings:
+                self.update(there)
+
+    def __setitem__(self, name, array):
+        super().__setitem__(name, array)
+        with atomic(self.path) as file:
+            np.savez(file, settings=self.settings, **self)
+
+
+WITHOUT_EFFECT = ("source", "data", "out", "workers", "quick", "part", "settings", "seeds", "twins")
+
+
 def job(settings, setting, seed, init):
     """One run, its scores and its truth, to a file. Returns a row about it."""
     cfg = Config(**settings)
     run = Run(cfg, setting, seed, init)
-    arrays = {}
+    path = file_of(cfg, setting, seed, init)
+    known_by = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    kept = Kept(path.with_suffix(".part.npz"), json.dumps(known_by))
     seconds = {}
-    if not init:
+    if not init and "is_junk" not in kept:
         scores, norms, seconds = scores_of(run)
-        arrays.update({f"score/{name}": np.float32(values) for name, values in scores.items()})
-        arrays.update({f"norm/{name}": values for name, values in norms.items()})
+        for name, values in scores.items():
+            kept[f"score/{name}"] = np.float32(values)
+        for name, values in norms.items():
+            kept[f"norm/{name}"] = values
         ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
-        arrays["is_junk"] = run.is_junk[ids]
+        kept["is_junk"] = run.is_junk[ids]
     first = cfg.first
     if first < 0 and init:
         first = int(np.load(file_of(cfg, setting, seed))["first"])
     elif first < 0:
-        first = int(hindsight.early(norms["hindsight"][:, None]).sum())
+        first = int(hindsight.early(kept["norm/hindsight"][:, None]).sum())
     truth = Truth(run, first)
-    arrays["first"], arrays["losses"] = first, truth.with_all
+    kept["first"], kept["losses"] = np.array(first), truth.with_all
     for part in cfg.fractions.split(","):
         fraction, n_sets = part.split(":")
-        sets, rises = truth.of_sets(float(fraction), int(n_sets))
-        arrays[f"sets/{float(fraction)}"], arrays[f"rises/{float(fraction)}"] = (
-            np.int32(sets),
-            rises,
-        )
+        truth.of_sets(kept, float(fraction), float(fraction), int(n_sets))
     if not init:
         for fraction in numbers(cfg.dropped):
-            for name, rises in truth.of_dropping(scores, fraction).items():
-                arrays[f"dropped/{fraction}/{name}"] = rises
-        arrays["factors"], arrays["longer"] = numbers(cfg.longer), losses_of_longer(run)
-    np.savez_compressed(file_of(cfg, setting, seed, init), **arrays)
+            truth.of_dropping(kept, fraction)
+        kept["factors"], kept["longer"] = np.array(numbers(cfg.longer)), losses_of_longer(run)
+    np.savez_compressed(path, **kept)
+    kept.path.unlink()
     losses = truth.with_all.tolist()
     return [dict(setting=setting, seed=seed, init=init, losses=losses, seconds=seconds)]
 
@@ -532,8 +562,7 @@ def why(settings, setting, seed):
     cases = [(step, 0.0) for step in numbers(cfg.firsts, int)]
     cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, cases[0][0])]
     for step, weight in cases:
-        sets, rises = Truth(run, step).of_sets(0.03, cfg.why_sets, weight)
-        arrays[f"sets/{step}/{weight}"], arrays[f"rises/{step}/{weight}"] = sets, rises
+        Truth(run, step).of_sets(arrays, f"{step}/{weight}", 0.03, cfg.why_sets, weight)
     np.savez_compressed(Path(cfg.out, f"why-{setting}-{seed}.npz"), first=first, **arrays)
     return [dict(setting=setting, seed=seed, part="why")]
 
