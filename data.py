@@ -20,7 +20,6 @@ import numpy as np
 
 from pile.files import suffixes
 from pile.tokenizers import FILE, TOKENIZERS, token_type, tokenizer
-from pile.unpack import unpacked
 from system import terminal
 from system.errors import UserError, explain
 from system.files import check_entries, crc32, data_of, footer_crc32, load_array, read_json
@@ -625,6 +624,9 @@ def rows_of_pairs(documents, block_size, tok):
 def read_text(path, key):
     """A UTF-8 file's text as training text is read: with its line ends, without a byte order mark,
     unpacked where it is a packed .txt. Raises UserError, which names the option it was given to."""
+    # not above: to train on prepared chunks Python, torch and numpy do
+    from pile.unpack import unpacked
+
     kind, packed = suffixes(str(path))
     try:
         with open(path, "rb") as raw:

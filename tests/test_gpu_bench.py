@@ -82,6 +82,22 @@ def test_what_fails_or_takes_too_long_is_said_and_tried_again(tmp_path, capsys):
     assert parts_of(tmp_path)["kernels"]["state"] == "done"
 
 
+BARE = """
+import sys
+for name in ("zstandard", "pyarrow", "tiktoken", "scipy", "wandb", "datasets", "safetensors"):
+    sys.modules[name] = None
+import bench.kernels, bench.overhead, train
+from bench import gpu
+gpu.check_values(gpu.Config(device="cpu"))
+"""
+
+
+def test_a_machine_with_torch_numpy_and_tqdm_will_do():
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "adamw2        float32" in done.stdout
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
