@@ -708,7 +708,8 @@ def table(cfg, setting, jobs, twins, fraction):
     lines += markdown(head, rows)
     for job in with_sets:
         for twin in twins:
-            if (twin.setting, twin.seed) == (setting, job.seed):
+            has_sets = f"rises/{fraction}" in twin.arrays
+            if (twin.setting, twin.seed) == (setting, job.seed) and has_sets:
                 rises = [one.arrays[f"rises/{fraction}"][:, 0] for one in (job, twin)]
                 lines += [
                     "",
