@@ -11,11 +11,12 @@ comes.
 
     values        values on the card against the rules' definitions in float64 there
     kernels       is the Triton kernel right, and how fast beside cuBLAS (bench/kernels.py)
-    steps         GPT-2 small, compiled, T 1024, B 16: plain, plain + target, every rule; memory
+    steps         GPT-2 small, compiled, T 1024, B 16: plain, plain + target, every rule
     target        the same with 8 target chunks a step
     accumulation  the same in 30 micro-batches
     nanogpt       our plain step beside that of the model.py named with --nanogpt
     training      100 steps of configs/gpt2_inrun.py, with their books and an audit
+    memory        the peak of plain steps, `adamw` and `adamw2`, each in a process of its own
     tests         tests/test_kernel.py, which tests on the card what it can
 
 Each part is a process of its own. What it prints goes to <part>.txt as it comes; summary.md and
@@ -102,7 +103,7 @@ def of_kernels(cfg):
 
 
 def of_steps(cfg):
-    return overhead(cfg, f"--memory={not is_cpu(cfg)}")
+    return overhead(cfg, "--memory=False")
 
 
 def of_target(cfg):
@@ -135,6 +136,10 @@ def of_training(cfg):
     return command
 
 
+def of_memory(cfg):
+    return overhead(cfg, "--rounds=1", "--rules=adamw,adamw2")
+
+
 def of_tests(cfg):
     if not importlib.util.find_spec("pytest"):
         return "pytest is not installed here"
@@ -149,6 +154,7 @@ PARTS = {  # in the order in which they are run: a part's command, or why it has
     "accumulation": of_accumulation,
     "nanogpt": of_nanogpt,
     "training": of_training,
+    "memory": of_memory,
     "tests": of_tests,
 }
 
@@ -221,7 +227,7 @@ def run_all(cfg):
 def write_summary(cfg, folder, parts):
     """What there is, for a reader: of each part its command and the last it printed."""
     lines = [f"# Measured on {machine_name(cfg.device)}, torch {torch.__version__}", ""]
-    lines.append("Written by `python bench/gpu.py`, one call, random tokens but in `training`.")
+    lines.append("Written by `python bench/gpu.py`. Random tokens, but in `training`.")
     for name in PARTS:
         part = parts.get(name)
         if not part:
@@ -330,11 +336,12 @@ def compare_with_nanogpt(cfg):
         size = dict(block_size=T, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)
     tokens = torch.randint(size["vocab_size"], (B, T + 1), device=cfg.device)
     steps = {}
-    for name, kinds in {
-        "ours": (GPT, GPTConfig),
-        "nanoGPT": (module.GPT, module.GPTConfig),
-    }.items():
-        model = kinds[0](kinds[1](**size, dropout=0.0)).to(cfg.device)
+    models = {
+        "ours": GPT(GPTConfig(**size, dropout=0.0)),
+        "nanoGPT": module.GPT(module.GPTConfig(**size, dropout=0.0)),
+    }
+    for name, model in models.items():
+        model.to(cfg.device)
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), cfg.device)
         steps[name] = plain_step(cfg, model, optimizer, tokens)
     seconds = {name: [] for name in steps}

@@ -15,7 +15,7 @@ from bench import gpu
 from system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = "values,kernels,steps,target,accumulation,nanogpt,training"
+PARTS = "values,kernels,steps,target,accumulation,nanogpt,training,memory"
 
 
 def command(folder, python_data, *more):
