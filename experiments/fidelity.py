@@ -207,6 +207,17 @@ def batch_of(split, ids):
     return torch.from_numpy(X), torch.from_numpy(Y)
 
 
+def steps_of(data, optimizer, lr_max, B, seed, last):
+    """Yields the number of each step up to the last, its rate, which the optimizer then has, and
+    its chunks X, Y."""
+    for step in range(last + 1):
+        lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        ids = global_batch(step, B, len(data.train.rows), seed)
+        yield step, lr, *batch_of(data.train, ids)
+
+
 def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
     """One training. Returns a row for every rule and every judged step."""
     torch.set_num_threads(1)
@@ -218,11 +229,7 @@ def train_and_judge(cfg, vocab, lr_max, clip, B, seed):
     target_ids = np.flatnonzero(data.val.domain == data.domains.index(cfg.target))
     judged = numbers(cfg.steps, int)
     rows = []
-    for step in range(max(judged) + 1):
-        lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        X, Y = batch_of(data.train, global_batch(step, B, len(data.train.rows), seed))
+    for step, lr, X, Y in steps_of(data, optimizer, lr_max, B, seed, max(judged)):
         if step in judged:
             rng = np.random.default_rng((seed, step))
             picks = rng.choice(target_ids, cfg.target_batch, replace=False)
@@ -361,11 +368,7 @@ def train_clipped(cfg, kind, kappa, B, seed):
     target_ids = np.flatnonzero(data.val.domain == data.domains.index(cfg.target))
     judged = [step for step in numbers(cfg.steps, int) if step > WARMUP]
     rows = []
-    for step in range(max(judged) + 1):
-        lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
-        X, Y = batch_of(data.train, global_batch(step, B, len(data.train.rows), seed))
+    for step, lr, X, Y in steps_of(data, optimizer, lr_max, B, seed, max(judged)):
         if step in judged:
             rng = np.random.default_rng((seed, step))
             picks = rng.choice(target_ids, TARGET_CHUNKS, replace=False)
