@@ -44,6 +44,7 @@ from shapley.checks import (
     same,
     tolerance,
 )
+from shapley.clipping import clipped_values
 from shapley.directions import RULES
 from shapley.smoothing import Smoothing
 from shapley.step import MicroBatch, Step
@@ -83,6 +84,17 @@ class Flushed:
     visits: np.ndarray | None = None  # (steps * B,)
     books: np.ndarray | None = None  # (steps,)
     audit: np.ndarray | None = None
+
+
+def count_directions(rule, n_targets, smoothed):
+    """How many directions a parameter has: one a target, with smoothed ones two, which come after
+    the others; as many slopes, where the rule has some; and in two-pass rules the batch's
+    gradient. 0 of no rule ("off")."""
+    if rule not in RULES:
+        return 0
+    n = n_targets * (2 if smoothed else 1)
+    n *= 2 if RULES[rule].has_slopes else 1
+    return n + RULES[rule].two_pass
 
 
 def do_nothing():
@@ -158,8 +170,18 @@ class Valuation:
 
     @property
     def n_directions(self):
-        """K, or 2K with smoothed ones, which come after the others."""
+        return count_directions(self.settings.rule, len(self.targets), bool(self.smoothing))
+
+    @property
+    def n_scores(self):
+        """K, or 2K with smoothed scores, which come after the values."""
         return len(self.targets) * (2 if self.smoothing else 1)
+
+    @property
+    def n_columns(self):
+        """Of a ledger: a column for each direction, and in two-pass rules one for the squares of
+        the chunks' gradients."""
+        return self.n_directions + self.two_pass
 
     # --- a step: begin_step, a new_ledger for each micro-batch, before_update, end_step ---------
 
@@ -243,12 +265,16 @@ class Valuation:
         step, micro_batches = self.step, self.step.micro_batches
         step.ids = np.concatenate([micro_batch.ids for micro_batch in micro_batches])
         values = torch.cat([self.values_of(micro_batch) for micro_batch in micro_batches])
-        step.values = values[:, : len(self.targets)]
+        # in nothing but the slopes a longer step would do something else
+        slopes = values[:, self.n_scores :] if self.rule.has_slopes else values
+        K = len(self.targets)
+        step.values, step.slopes = values[:, :K], slopes[:, :K]
         if self.smoothing:
-            step.smoothed = values[:, len(self.targets) :]
+            step.smoothed = values[:, K : self.n_scores]
+            step.smoothed_slopes = slopes[:, K : self.n_scores]
         step.losses = torch.cat([micro_batch.losses for micro_batch in micro_batches])
         step.weights = torch.cat([micro_batch.weights() for micro_batch in micro_batches])
-        if self.rule.exact_gradients:
+        if self.two_pass or self.rule.exact_gradients:
             step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
             step.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
         self.books.after(step)
@@ -277,6 +303,10 @@ class Valuation:
             gradients = [gradient.clone() for gradient in gradients]
         if self.smoothing:
             self.smoothing.join(self.step, gradients)
+        if self.two_pass:
+            for i, clipped_grad in enumerate(batch):
+                twice = [gradients[i]] * (2 if self.rule.has_slopes else 1)
+                gradients[i] = torch.cat([*twice, clipped_grad[None]])
         self.weights.set_directions(gradients)
         self.rule.direct(self.step, batch)
 
@@ -360,14 +390,24 @@ class Valuation:
         or by forward and backward again."""
         for micro_batch in self.step.micro_batches:
             if micro_batch.ledger is not None:
-                micro_batch.values = micro_batch.ledger.values() / parallel.size()
-                continue
-            ledger = self.weights.zeros(len(micro_batch.ids), self.n_directions)
-            self.check()
-            with self.weights.frozen(), replaying(micro_batch.rng):
-                loss = self.loss(micro_batch.X, micro_batch.Y, ledger) * micro_batch.share
-                (micro_batch.values,) = torch.autograd.grad(loss, ledger)
-            self.take_losses(micro_batch)
+                columns = micro_batch.ledger.values(squares=True)
+                # a rank's loss is the mean of its own chunks
+                columns = columns / parallel.size()
+                columns[:, -1] /= parallel.size()
+            else:
+                columns = self.repeated(micro_batch)
+            micro_batch.values = columns[:, : self.n_directions - 1]
+            micro_batch.products, micro_batch.squares = columns[:, -2:].unbind(1)
+
+    def repeated(self, micro_batch):
+        """A micro-batch's forward and backward again, without weight gradients: (b, n_columns)."""
+        ledger = self.weights.zeros(len(micro_batch.ids), self.n_columns)
+        self.check()
+        with self.weights.frozen(), replaying(micro_batch.rng):
+            loss = self.loss(micro_batch.X, micro_batch.Y, ledger) * micro_batch.share
+            (columns,) = torch.autograd.grad(loss, ledger)
+        self.take_losses(micro_batch)
+        return columns
 
     def check_values(self):
         """Raises UserError where the values of a wrapped model's first steps are not those of its
@@ -399,10 +439,12 @@ class Valuation:
         ids = self.gathered([torch.from_numpy(step.ids) for step in steps], store.NO_CHUNK)
         losses = self.gathered([step.losses for step in steps])
         values = self.gathered([step.values for step in steps])
+        slopes = self.gathered([step.slopes for step in steps])
         weights = self.gathered([step.weights for step in steps])
-        smoothed = products = squares = [None] * len(steps)
+        smoothed = smoothed_slopes = products = squares = [None] * len(steps)
         if self.smoothing:
             smoothed = self.gathered([step.smoothed for step in steps])
+            smoothed_slopes = self.gathered([step.smoothed_slopes for step in steps])
         if steps[0].products is not None:
             products = self.gathered([step.products for step in steps])
             squares = self.gathered([step.squares for step in steps])
@@ -412,10 +454,12 @@ class Valuation:
             if not weights[i].any():
                 what = f"step {step.number}: no example has a label"
                 raise UserError(f"{what}, so nothing was learned: leave such batches out")
-            of_step = self.finished(step, values[i], products[i])
+            known = (products[i], squares[i], ids[i])
+            of_step = self.finished(step, values[i], slopes[i], *known)
             records = self.visit_records(step, ids[i], losses[i], of_step, weights[i], squares[i])
             if self.smoothing:
-                records["smoothed"] = self.finished(step, smoothed[i], products[i])
+                of_mean = self.finished(step, smoothed[i], smoothed_slopes[i], *known)
+                records["smoothed"] = of_mean
             check_finite(records)
             visits.append(records)
             books.append(self.book_record(step, clip_coef, visits[-1], weights[i]))
@@ -428,10 +472,22 @@ class Valuation:
             self.writer.add(flushed.visits, flushed.books, flushed.audit)
         return flushed
 
-    def finished(self, step, values, products):
-        """values float64 (B, K), <x_i, h_k> -> with lr, kappa and the rule's correction."""
-        clip_coef = float(step.clip_coef)
-        return self.rule.correct(values * (step.lr * clip_coef), clip_coef, products)
+    def finished(self, step, values, slopes, products, squares, ids):
+        """values float64 (B, K), <x_i, h_k> -> with lr, kappa and what clipping makes of them.
+        slopes: (B, K), see Step. products, squares: (B,), or None where they are not known. ids:
+        (B,) the chunks'."""
+        kappa = float(step.clip_coef)
+        values = values * (step.lr * kappa)
+        if products is None:
+            return values
+        slopes = slopes * (step.lr * kappa)
+        products = products / kappa
+        order = np.argsort(ids, kind="stable")  # whichever process had them
+        in_order = [x[order] for x in (values, slopes)]
+        in_order += [kappa, products[order], squares[order]]
+        finished = np.empty_like(values)
+        finished[order] = clipped_values(*in_order)
+        return finished
 
     def gathered(self, tensors, filler=0):
         """One tensor a step, of this rank's chunks (n, ...) -> an array (steps, B, ...) of all
@@ -489,6 +545,8 @@ class Valuation:
         info = {"rule": self.settings.rule, "batch": self.settings.batch}
         if self.rule.exact_names:
             info["grad_norm_over"] = list(self.rule.exact_names)
+        if self.two_pass:
+            info["grad_norm_over"] = ["all weights"]
         if self.smoothing:
             info["target_smoothing"] = self.settings.target_smoothing
         info["targets"] = [self.targets.describe(k) for k in range(len(self.targets))]

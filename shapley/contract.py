@@ -6,6 +6,9 @@ Three forms give the same numbers:
     fused    the same in one Triton kernel (kernel.py)
     matmul   one more matmul of the layer's size for each target
 
+Where the weight gradient is known already, `linear_values` finds the inner products alone, and if
+asked |x_i|^2 of each chunk with them.
+
 Shape suffixes: B chunks, T tokens of a chunk, I in-features, O out-features, K targets.
 """
 
@@ -20,6 +23,7 @@ from shapley import kernel
 TILE = (
     2**21
 )  # elements of a tile on CPU: a tile of the weight gradient and its direction stay in cache
+GROUP = 2**28  # elements of chunks' own gradients that exist at once on a GPU
 FORM = "auto"  # running, fused, matmul, or auto: what `choose` finds the fastest
 
 
@@ -51,25 +55,24 @@ def running(gy_BTO, x_BTI, h_KOI):
     gy_BTO = gy_BTO.to(h_KOI.dtype)
     gw_OI = h_KOI.new_empty(O, I)
     products = []  # <tile, direction> after 1, 2, ... B chunks, for each tile and target
-    for rows, tile, h_K in tiles(gw_OI, h_KOI):
+    for rows, h_K in tiles(h_KOI):
         for b, gy_OT in enumerate(gy_BTO[:, :, rows].mT.unbind()):
-            products += accumulate(tile, gy_OT, x_B[b], h_K, is_first=b == 0)
+            products += accumulate(gw_OI[rows], gy_OT, x_B[b], h_K, is_first=b == 0)
     of_target = torch.stack(products).view(-1, B, K).unbind(2)
     after_BK = torch.stack([of_tiles.contiguous().sum(0) for of_tiles in of_target], 1)
     return gw_OI, torch.diff(after_BK, dim=0, prepend=after_BK.new_zeros(1, K))
 
 
-def tiles(gw_OI, h_KOI):
-    """The weight gradient in tiles, which on CPU fit in cache. Yields the rows (a slice), the tile,
-    and the directions' flat tiles."""
-    n_rows = len(gw_OI)
-    size = n_rows
-    if gw_OI.device.type == "cpu":
-        n_tiles = -(-gw_OI.numel() // TILE)
+def tiles(h_KOI):
+    """A weight in tiles, which on CPU fit in cache. Yields their rows (a slice), and the
+    directions' flat tiles."""
+    n_rows = size = h_KOI.shape[1]
+    if h_KOI.device.type == "cpu":
+        n_tiles = -(-n_rows * h_KOI.shape[2] // TILE)
         size = -(-n_rows // n_tiles)
     for start in range(0, n_rows, size):
-        rows = slice(start, start + size)
-        yield rows, gw_OI[rows], [h_OI[rows].view(-1) for h_OI in h_KOI.unbind()]
+        rows = slice(start, min(start + size, n_rows))
+        yield rows, [h_OI[rows].view(-1) for h_OI in h_KOI.unbind()]
 
 
 def accumulate(tile, gy_OT, x_TI, h_K, is_first):
@@ -87,17 +90,55 @@ def accumulate(tile, gy_OT, x_TI, h_K, is_first):
 # --- matmul -------------------------------------------------------------------
 
 
-def linear_values(gy, x, hw, hb):
+def linear_values(gy, x, hw, hb, squares=False):
     """(B, K) without the weight gradient: one matmul of the layer's size for each target.
 
-    gy (B, ..., O); x (B, ..., I); hw (K, O, I), hb (K, O) or None: the directions.
+    gy (B, ..., O); x (B, ..., I); hw (K, O, I), hb (K, O) or None: the directions. squares: (B,
+    K + 1), the last of them the square of the gradient's norm; by one matmul for all.
     """
     x = x.reshape(len(x), -1, x.shape[-1]).to(gy.dtype)
     gy = gy.reshape(len(gy), -1, gy.shape[-1])
-    values = torch.stack([token_values(gy, x, h).sum(1) for h in hw], 1)
+    if squares:
+        values = products(gy, x, hw)
+    else:
+        values = torch.stack([token_values(gy, x, h).sum(1) for h in hw], 1)
     if hb is None:
         return values
-    return values + against(gy.sum(1, dtype=hb.dtype), hb)
+    return values + gradient_values(gy.sum(1, dtype=hb.dtype), hb, squares)
+
+
+def gradient_values(gradient, h, squares):
+    """The same of chunks' gradients that exist: gradient (B, ...), h (K, ...)."""
+    gradient = gradient.flatten(1)
+    values = against(gradient, h.flatten(1))
+    if not squares:
+        return values
+    return torch.cat([values, gradient.square().sum(1, keepdim=True)], 1)
+
+
+def linear_products(gy_BTO: Tensor, x_BTI: Tensor, h_KOI: Tensor) -> Tensor:
+    """(B, K + 1): each chunk's <gy^T x, h_k>, and |gy^T x|^2."""
+    if gy_BTO.device.type != "cpu":
+        return products_by_groups(gy_BTO, x_BTI, h_KOI)
+    K, _, I = h_KOI.shape
+    B = len(x_BTI)
+    found = []
+    for rows, h_K in tiles(h_KOI):
+        tile = h_KOI.new_empty(rows.stop - rows.start, I)
+        for gy_OT, x_TI in zip(gy_BTO[:, :, rows].mT, x_BTI):
+            found += accumulate(tile, gy_OT, x_TI, h_K, is_first=True)
+            found.append(torch.dot(tile.view(-1), tile.view(-1)))
+    return torch.stack(found).view(-1, B, K + 1).sum(0)
+
+
+def products_by_groups(gy_BTO, x_BTI, h_KOI):
+    """linear_products for a GPU, which is to have few and large operations."""
+    _, O, I = h_KOI.shape
+    size = max(1, GROUP // (O * I))
+    found = []
+    for gy, x in zip(gy_BTO.split(size), x_BTI.split(size)):
+        found.append(gradient_values((gy.mT @ x).to(h_KOI.dtype), h_KOI, squares=True))
+    return torch.cat(found)
 
 
 def token_values(gy_BTO, x_BTI, h_OI):
@@ -175,4 +216,9 @@ def empty_weight_grad(gy_BTO, x_BTI, h_KOI, form):
     return h_KOI.new_empty(h_KOI.shape[1:]), h_KOI.new_empty(len(x_BTI), len(h_KOI))
 
 
+def empty_products(gy_BTO, x_BTI, h_KOI):
+    return h_KOI.new_empty(len(x_BTI), len(h_KOI) + 1)
+
+
 contract = opaque(weight_grad, empty_weight_grad)
+products = opaque(linear_products, empty_products)

@@ -8,8 +8,8 @@ in each parameter's .h (K, *shape).
     sgd           first   one     kappa g_k(w)
     sgd2          second  two     kappa g_k(w - lr kappa g / 2)
     adamw_linear  first   one     kappa b g_k(w) / (sqrt(c max(v, floor)) + eps)     Adam-aware
-    adamw         first   one     g_k(w_empty) E[sec(g)], and a correction           Adam-aware
-    adamw2        second  two     kappa g_k(w_mid) sec(kappa g), and the clip path   Adam-aware
+    adamw         first   one     g_k(w_empty) E[sec(g)]                             Adam-aware
+    adamw2        second  two     kappa g_k(w_mid) sec(kappa g)                      Adam-aware
 
 g_k is the target's gradient, g the batch's before clipping, kappa the clip coefficient, m and v are
 AdamW's moments before the step. In the t-th update, t = 1, 2, ...
@@ -30,15 +30,12 @@ is no v, nor later in a tensor that had no gradient yet (LoRA's A, as long as B 
 one-pass rules take the target's own gradient for the batch's, with the denominator
 sqrt(d max(g_k^2, FLOOR_LINEAR mean g_k^2)) + eps. Every rule is rough in the first steps.
 
-Clipping depends on the whole batch, so each chunk has a part in it. Two-pass rules follow the path
-of the clipped step (Aumann-Shapley; sgd2: sec = D' = 1):
+Clipping depends on the whole batch, so each chunk has a part in it (shapley/clipping.py). That
+needs <x_i, g> and |x_i|^2: two-pass rules have a direction more, kappa g, and find both beside
+their values. `adamw2` has also, of each target, g_k D'(kappa g). `adamw` knows <x_i, g> and |x_i|^2
+over the rows that it values exactly. `sgd` and `adamw_linear` only multiply by kappa.
 
-    h = lr {kappa g_k sec(kappa g) + kappa ln(1/kappa) (p - u <u, p>)}
-    p = g_k D'(kappa g),  u = g / |g|
-
-`adamw` corrects its values d_i afterwards, where q_i = <x_i, g> over the rows it values exactly:
-
-    value_i = d_i + ln(1/kappa) (d_i - (sum_j d_j) q_i / sum_j q_j)
+    D'(g) = b / s - (a m + b g) d g / (r s^2)
 
 lr and kappa multiply the values, not the directions. All of it runs on this rank's slices where the
 model is sharded. K targets, b chunks of a micro-batch, R exact rows of a parameter.
@@ -47,7 +44,6 @@ Sources. First order: Wang et al., arXiv 2406.11011, eq. 5; second order: their 
 without a Hessian. Adam-aware: Ding et al., arXiv 2602.00329 (`adamw_linear`, here with a floor).
 """
 
-import numpy as np
 import torch
 
 from shapley.batch import integers_in
@@ -60,9 +56,8 @@ from shapley.sweeps import (
     land_halfway,
     scale_expected,
     scale_linear,
-    scale_secant,
+    scale_secant_and_slope,
     secant,
-    subtract,
     sweep,
 )
 from system.parallel import local
@@ -150,40 +145,6 @@ def direct_first_update(weights, coef, params):
             sweep(scale_linear, [Job(numbers, [(floor, square, h_k)])])
 
 
-def follow_clip_path(weights, step, batch, adam, compile):
-    """The directions of two-pass rules: h_k <- g_k sec + ln(1/kappa) (p_k - u <u, p_k>).
-
-    batch: kappa g, one tensor a parameter. adam: False for SGD's step, where sec = D' = 1.
-    """
-    clipped_grads = dict(zip(weights.params, batch))
-    # a tensor is not looked at, for that would wait for the device
-    is_clipped = torch.is_tensor(step.clip_coef) or step.clip_coef < 1
-    clip_weight = -torch.as_tensor(step.clip_coef).log() if is_clipped else None
-    jobs = []
-    for group, params in weights.by_group():
-        coef = coefficients(group, step.t) if adam else None
-        rows = []
-        for p in params:
-            clipped_grad = clipped_grads[p]
-            # SGD has no moments, and its sweep does not look at them
-            m, v = weights.moments(p) if adam else (clipped_grad, clipped_grad)
-            rows.append((m, v, clipped_grad, *p.h.unbind()))
-        jobs.append(Job((coef, clip_weight), rows))
-    along_blocks = sweep(scale_secant, jobs, compile)
-    if not is_clipped:
-        return
-    # <u, p_k> |kappa g| and |kappa g|^2
-    along = torch.stack([torch.stack(of_target).sum() for of_target in zip(*along_blocks)])
-    along = weights.sum_over_ranks(along)
-    square = torch.stack(torch._foreach_norm(batch)).square().sum()
-    square = weights.sum_over_ranks(square).clamp(min=TINY)
-    rows = []
-    for p in weights.params:
-        for h_k, scale in zip(p.h.unbind(), clip_weight * along / square):
-            rows.append((scale, h_k, clipped_grads[p]))
-    sweep(subtract, [Job((), rows)], compile)
-
-
 # --- the rules ----------------------------------------------------------------------
 
 
@@ -191,6 +152,7 @@ class Rule:
     """What a rule may say. weights: Weights. settings: Settings of valuation.py."""
 
     two_pass = False  # whether the direction needs the whole batch's gradient
+    has_slopes = False  # whether there are directions by D' too
     exact_names = ()  # names of the parameters that are valued by each chunk's own gradient
     exact_gradients = {}  # {p: the targets' gradients (K, R, ...) of its exact rows}
     exact_rows = {}  # {p: their numbers, int64 (R,)}
@@ -211,15 +173,12 @@ class Rule:
         return None
 
     def direct(self, step, batch=None):
-        """Turns the targets' gradients, which lie in each parameter's .h, into directions."""
+        """Turns the targets' gradients, which lie in each parameter's .h, into directions. Where a
+        rule has slopes they lie there twice, the second time for those. In two-pass rules the last
+        one is kappa g, which stays."""
 
     def add_exact_rows(self, step):
         """After the backward: adds to each micro-batch what its exact rows are worth."""
-
-    def correct(self, values, clip_coef, products):
-        """values float64 (B, K), <x_i, h_k> times lr kappa -> the chunks' values. products: (B,)
-        <x_i, g> over the exact rows, or None."""
-        return values
 
 
 class FirstOrder(Rule):
@@ -239,10 +198,6 @@ class SecondOrder(Rule):
             torch.add(local(p.data), clipped_grad, alpha=-step.lr / 2, out=place)
             places.append(place)
         return places
-
-    @torch.no_grad()
-    def direct(self, step, batch=None):
-        follow_clip_path(self.weights, step, batch, False, self.compile)
 
 
 class AdamAwareLinear(Rule):
@@ -271,6 +226,7 @@ class AdamAwareSecondOrder(Rule):
     secant between the step without data and the step with it."""
 
     two_pass = True
+    has_slopes = True
 
     @torch.no_grad()
     def where(self, step, batch=None):
@@ -289,7 +245,16 @@ class AdamAwareSecondOrder(Rule):
 
     @torch.no_grad()
     def direct(self, step, batch=None):
-        follow_clip_path(self.weights, step, batch, True, self.compile)
+        clipped_grads = dict(zip(self.weights.params, batch))
+        jobs = []
+        for group, params in self.weights.by_group():
+            rows = []
+            for p in params:
+                m, v = self.weights.moments(p)
+                *targets, _ = p.h.unbind()  # and kappa g
+                rows.append((m, v, clipped_grads[p], *targets))
+            jobs.append(Job((coefficients(group, step.t),), rows))
+        sweep(scale_secant_and_slope, jobs, self.compile)
 
 
 class AdamAware(Rule):
@@ -422,13 +387,6 @@ class AdamAware(Rule):
         for x, p in zip(tensors, params):
             rows.append(self.weights.take_rows(x, self.exact_rows[p]).flatten())
         return joined(rows)
-
-    def correct(self, values, clip_coef, products):
-        if products is None:
-            return values
-        clip_share = products / max(products.sum(), TINY)
-        change = values - values.sum(0) * clip_share[:, None]
-        return values - np.log(clip_coef) * change
 
 
 def joined(tensors):

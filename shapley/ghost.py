@@ -13,6 +13,11 @@ Below are the ops of a model's layers: forward as usual, and a backward that als
 Where the direction is not known before the backward, a Tape stands in for the ledger, and is read
 when it is known.
 
+A ledger of one column more than there are directions, (B, K + 1), finds in its last one |x_i|^2,
+the square of each chunk's gradient's norm: of each use of a weight by itself, so that of a weight
+that is used twice the product of its two gradients is left out; and 0 of what is valued by
+`with_values`. It is for a second pass, in which the weights are frozen; a Tape does the same.
+
 What the ops and the rest of the method leave on tensors for each other:
 
     on                     attribute    what
@@ -48,7 +53,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from shapley import contract
-from shapley.contract import against, linear_values
+from shapley.contract import against, gradient_values, linear_values
 
 
 class Tape:
@@ -83,10 +88,10 @@ class Tape:
         return y
 
     @torch.no_grad()
-    def values(self, each_token=False):
+    def values(self, each_token=False, squares=False):
         """(B, K): each chunk's <gradient, direction>, by the directions that are on the parameters
-        now. each_token: (B * T, K), what each token's position contributes to that. Forgets what
-        was kept."""
+        now. each_token: (B * T, K), what each token's position contributes to that. squares:
+        (B, K + 1), as in a ledger of one column more. Forgets what was kept."""
         total = 0
         while self.gy:
             i, gy = self.gy.popitem()
@@ -94,7 +99,7 @@ class Tape:
             if each_token:
                 gy, *inputs = [as_chunks(t) for t in (gy, *inputs)]
             values = self.ops[i][0]
-            total = total + values(gy, *inputs)
+            total = total + values(gy, *inputs, squares=squares)
         return total
 
 
@@ -157,6 +162,11 @@ def direction(weight):
 # --- shapes -----------------------------------------------------------------------
 
 
+def has_squares(ledger, h):
+    """Whether the ledger has a column more than there are directions h (K, ...)."""
+    return ledger.shape[1] > len(h)
+
+
 def by_chunk(t):
     """(B, ..., C) -> (B, tokens, C)."""
     return t.reshape(len(t), -1, t.shape[-1])
@@ -176,7 +186,7 @@ class _Linear(torch.autograd.Function):
         # under autocast x is low precision; w stays whole, and its gradient is whole
         w_low = w.to(x.dtype)
         ctx.save_for_backward(x, w_low, hw, hb, exact_rows)
-        ctx.form = form
+        ctx.form, ctx.squares = form, has_squares(ledger, hw)
         return no_view(F.linear(x, w_low, None if b is None else b.to(x.dtype)))
 
     @staticmethod
@@ -184,7 +194,7 @@ class _Linear(torch.autograd.Function):
         x, w_low, hw, hb, exact_rows = ctx.saved_tensors
         gx = gy @ w_low if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:  # a second pass: only the values are wanted
-            values = linear_values(gy, x, hw, hb)
+            values = linear_values(gy, x, hw, hb, ctx.squares)
             return gx, None, None, None, None, values, None, None, None
         x, gy = by_chunk(x), by_chunk(gy)
         gw, values = contract.contract(gy, x, hw, ctx.form)
@@ -204,8 +214,8 @@ def linear(x, weight, bias, ledger):
     for the matrix it flattens to (a convolution's, in wrap.py)."""
     if isinstance(ledger, Tape):
 
-        def values(gy, x):
-            return linear_values(gy, x, direction(weight), direction(bias))
+        def values(gy, x, squares):
+            return linear_values(gy, x, direction(weight), direction(bias), squares)
 
         return ledger.watch(no_view(F.linear(x, weight, bias)), values, x)
     x = autocast(x)
@@ -242,7 +252,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, idx, w, h, ledger, per_chunk, exact_rows, padding_idx):
         ctx.save_for_backward(idx, h, exact_rows)
-        ctx.padding_idx = padding_idx
+        ctx.padding_idx, ctx.squares = padding_idx, has_squares(ledger, h)
         return F.embedding(idx, w)
 
     @staticmethod
@@ -256,7 +266,8 @@ class _Embedding(torch.autograd.Function):
             gw = torch.ops.aten.embedding_dense_backward(gy, idx, n_words, -1, False)
         if ctx.needs_input_grad[4]:
             per_chunk = embedding_per_chunk(gy, idx, exact_rows)
-        return None, gw, None, embedding_values(gy, idx, h), per_chunk, None, None
+        values = embedding_values(gy, idx, h, ctx.squares)
+        return None, gw, None, values, per_chunk, None, None
 
 
 def without_padding(gy, idx, padding_idx):
@@ -276,11 +287,25 @@ def embedding_per_chunk(gy_BTI, idx_BT, exact_rows):
     return rows.view(B, R, -1)
 
 
-def embedding_values(gy, idx, h):
+def embedding_values(gy, idx, h, squares=False):
     """(B, K): the rows of the direction that a chunk used, against the gradient of what it read."""
-    gy = gy.flatten(1)
-    values = [torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), gy) for h_k in h]
+    flat = gy.flatten(1)
+    values = [torch.linalg.vecdot(F.embedding(idx, h_k).flatten(1), flat) for h_k in h]
+    if squares:
+        values.append(embedding_squares(by_chunk(gy), idx.reshape(len(idx), -1)))
     return torch.stack(values, 1)
+
+
+def embedding_squares(gy_BTI, idx_BT):
+    """(B,): the square of the norm of the weight gradient of each chunk. The gradients of tokens
+    that are the same add up before they are squared."""
+    B, T, I = gy_BTI.shape
+    idx, order = idx_BT.sort(1)
+    is_new = torch.diff(idx, dim=1, prepend=idx[:, :1]) != 0
+    place = is_new.cumsum(1) + T * torch.arange(B, device=idx.device)[:, None]
+    sorted_gy = gy_BTI.gather(1, order[..., None].expand(B, T, I))
+    rows = gy_BTI.new_zeros(B * T, I).index_add_(0, place.flatten(), sorted_gy.flatten(0, 1))
+    return rows.view(B, -1).square().sum(1)
 
 
 def embedding(idx, weight, ledger, padding_idx=None):
@@ -288,9 +313,9 @@ def embedding(idx, weight, ledger, padding_idx=None):
     no gradient, as F.embedding has it, not negative."""
     if isinstance(ledger, Tape):
 
-        def values(gy, idx):
+        def values(gy, idx, squares):
             gy = without_padding(gy, idx, padding_idx)
-            return embedding_values(gy, idx, direction(weight))
+            return embedding_values(gy, idx, direction(weight), squares)
 
         return ledger.watch(F.embedding(idx, weight, padding_idx), values, idx)
     per_chunk = getattr(weight, "per_chunk", None)
@@ -307,6 +332,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, w, b, hw, hb, ledger, per_chunk, eps):
         y, mean, rstd = torch.native_layer_norm(x, w.shape, w, b, eps)
         ctx.save_for_backward(x, mean, rstd, w, b, hw, hb)
+        ctx.squares = has_squares(ledger, hw)
         return y
 
     @staticmethod
@@ -316,12 +342,12 @@ class _LayerNorm(torch.autograd.Function):
             gy.contiguous(), x, w.shape, mean, rstd, w, b, [True, False, False]
         )
         gw_BC = layer_norm_grad(gy, x, mean, rstd)
-        values = against(gw_BC, hw)
+        values = gradient_values(gw_BC, hw, ctx.squares)
         gb = None
         if b is not None:
             gb_BC = over_tokens(gy)
             gb = gb_BC.sum(0)
-            values = values + against(gb_BC, hb)
+            values = values + gradient_values(gb_BC, hb, ctx.squares)
         per_chunk = gw_BC if ctx.needs_input_grad[6] else None
         return gx, gw_BC.sum(0), gb, None, None, values, per_chunk, None
 
@@ -338,11 +364,12 @@ def layer_norm(x, weight, bias, eps, ledger):
     if isinstance(ledger, Tape):
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
 
-        def values(gy, x, mean, rstd):
-            of_weight = against(layer_norm_grad(gy, x, mean, rstd), direction(weight))
+        def values(gy, x, mean, rstd, squares):
+            gradient = layer_norm_grad(gy, x, mean, rstd)
+            of_weight = gradient_values(gradient, direction(weight), squares)
             if bias is None:
                 return of_weight
-            return of_weight + against(over_tokens(gy), direction(bias))
+            return of_weight + gradient_values(over_tokens(gy), direction(bias), squares)
 
         return ledger.watch(y, values, x, mean, rstd)
     h = direction(weight)
@@ -357,7 +384,7 @@ class _Copies(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, h, ledger, per_chunk, B):
         ctx.save_for_backward(h)
-        ctx.has_rows = len(w) == B > 1
+        ctx.has_rows, ctx.squares = len(w) == B > 1, has_squares(ledger, h)
         return w.expand(B, *w.shape[1:])
 
     @staticmethod
@@ -365,13 +392,16 @@ class _Copies(torch.autograd.Function):
         (h,) = ctx.saved_tensors
         gw = gy if ctx.has_rows else gy.sum(0, keepdim=True)
         per_chunk = gy if ctx.needs_input_grad[3] else None
-        return gw, None, copies_values(gy, h), per_chunk, None
+        return gw, None, copies_values(gy, h, ctx.squares), per_chunk, None
 
 
-def copies_values(gy, h):
+def copies_values(gy, h, squares=False):
     """(B, K): of gy (B, ...), what a chunk's own copy of a weight gets, and the weight's direction
     h (K, 1 or B, ...)."""
-    return torch.stack([(gy * h_k).flatten(1).sum(1) for h_k in h], 1)
+    values = [(gy * h_k).flatten(1).sum(1) for h_k in h]
+    if squares:
+        values.append(gy.flatten(1).square().sum(1))
+    return torch.stack(values, 1)
 
 
 def copies(weight, B, ledger, per_chunk=None):
@@ -381,8 +411,8 @@ def copies(weight, B, ledger, per_chunk=None):
     whose gradient will be that of each copy, or None."""
     if isinstance(ledger, Tape):
 
-        def values(gy):
-            return copies_values(gy, direction(weight))
+        def values(gy, squares):
+            return copies_values(gy, direction(weight), squares)
 
         return ledger.watch(weight.expand(B, *weight.shape[1:]), values)
     return _Copies.apply(weight, direction(weight), ledger, per_chunk, B)
@@ -409,8 +439,14 @@ def with_values(loss, ledger, find_values):
     called."""
     if isinstance(ledger, Tape):
 
-        def values(g):
-            return g * find_values()
+        def values(g, squares):
+            return g * with_unknown(find_values(), squares)
 
         return ledger.watch(loss.view_as(loss), values)
-    return _WithValues.apply(loss, ledger, find_values())
+    values = find_values()
+    return _WithValues.apply(loss, ledger, with_unknown(values, ledger.shape[1] > values.shape[1]))
+
+
+def with_unknown(values, squares):
+    """Values (B, K) of which no gradient is known: where one is asked for, it is 0."""
+    return F.pad(values, (0, 1)) if squares else values

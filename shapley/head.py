@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shapley.contract import accumulate, linear_values, opaque, tiles
-from shapley.ghost import Tape, autocast
+from shapley.contract import accumulate, linear_products, linear_values, opaque, tiles
+from shapley.ghost import Tape, autocast, has_squares
 
 # chunked: as above; whole: as any Linear. auto: chunked on CPU from 2^24 logits on, where it takes
 # a fifth less time (bench/kernels.py), else whole, for nobody has timed it on a GPU yet
@@ -38,30 +38,40 @@ def logit_grads(x_BTI, w_OI, y_BT, dtype):
 
 
 def head_grad(
-    x_BTI: Tensor, w_OI: Tensor, y_BT: Tensor, h_KOI: Tensor, exact_rows: Tensor | None
+    x_BTI: Tensor,
+    w_OI: Tensor,
+    y_BT: Tensor,
+    h_KOI: Tensor,
+    exact_rows: Tensor | None,
+    squares: bool,
 ) -> list[Tensor]:
     """The sum of each chunk's token losses (B,), and what the backward of the sum of them all will
     be: of x, of W, of the ledger (B, K), and of each chunk alone the exact rows of W's (B, R, I),
-    empty without exact rows."""
+    empty without exact rows. squares: the ledger is (B, K + 1), as in a second pass, and W's is
+    empty."""
     w_low = w_OI.to(x_BTI.dtype)
-    results = empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows)
-    sum_B, gx_BTI, gw_OI, after_BK, per_chunk = results
-    after_BK.zero_()
+    results = empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows, squares)
+    sum_B, gx_BTI, gw_OI, values_BK, per_chunk = results
+    after_BK = values_BK.zero_()  # what the values of the chunks so far add up to
     chunks = logit_grads(x_BTI, w_low, y_BT, h_KOI.dtype)
     for b, (loss, gy_TO, x_TI) in enumerate(chunks):
         sum_B[b] = loss
         torch.mm(gy_TO, w_low, out=gx_BTI[b])
         if exact_rows is not None:
             per_chunk[b] = gy_TO[:, exact_rows].t() @ x_TI
-        for rows, tile, h_K in tiles(gw_OI, h_KOI):
-            products = accumulate(tile, gy_TO[:, rows].t(), x_TI, h_K, is_first=b == 0)
+        if squares:
+            values_BK[b] = linear_products(gy_TO[None], x_TI[None], h_KOI)[0]
+            continue
+        for rows, h_K in tiles(h_KOI):
+            products = accumulate(gw_OI[rows], gy_TO[:, rows].t(), x_TI, h_K, is_first=b == 0)
             for k, product in enumerate(products):
                 after_BK[b, k] += product
-    values_BK = torch.diff(after_BK, dim=0, prepend=torch.zeros_like(after_BK[:1]))
+    if not squares:
+        values_BK = torch.diff(after_BK, dim=0, prepend=torch.zeros_like(after_BK[:1]))
     return [sum_B, gx_BTI, gw_OI, values_BK, per_chunk]
 
 
-def empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows):
+def empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows, squares):
     B, _, I = x_BTI.shape
     K = h_KOI.shape[0]
     # len(exact_rows) would compile anew for every number of them
@@ -69,8 +79,8 @@ def empty_head_grad(x_BTI, w_OI, y_BT, h_KOI, exact_rows):
     return [
         h_KOI.new_empty(B),
         torch.empty_like(x_BTI),
-        h_KOI.new_empty(w_OI.shape),
-        h_KOI.new_empty(B, K),
+        h_KOI.new_empty(0 if squares else w_OI.shape),
+        h_KOI.new_empty(B, K + squares),
         h_KOI.new_empty(per_chunk_shape),
     ]
 
@@ -81,7 +91,8 @@ head = opaque(head_grad, empty_head_grad)
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, y, h, ledger, per_chunk, exact_rows):
-        chunk_sum, *grads = head(x, w, y, h, exact_rows)
+        ctx.squares = ledger is not None and has_squares(ledger, h)
+        chunk_sum, *grads = head(x, w, y, h, exact_rows, ctx.squares)
         ctx.save_for_backward(*grads)
         n_labels = (y >= 0).sum(1)
         ctx.n_labels = n_labels.sum().clamp(min=1)
@@ -92,8 +103,10 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         gx, gw, values, per_chunk = ctx.saved_tensors
-        grads = (gx, gw, None, None, values, per_chunk, None)
         scale = g / ctx.n_labels
+        if ctx.squares:
+            values = torch.cat([values[:, :-1], values[:, -1:] * scale], 1)
+        grads = (gx, gw, None, None, values, per_chunk, None)
         scaled = [
             grad * scale if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)
         ]
@@ -118,11 +131,13 @@ def loss(x, weight, y, ledger):
         no_direction = weight.new_empty(0, *weight.shape)
         loss, chunk_loss = _Head.apply(x, weight, y, no_direction, None, None, None)
 
-        def values(g, x, y):  # the logits once more, which costs less than keeping them
+        def values(g, x, y, squares):  # the logits once more, which costs less than keeping them
+            scale = g / (y >= 0).sum().clamp(min=1)
             of_chunk = []
             for _, gy, x_TI in logit_grads(x, weight.to(x.dtype), y, weight.dtype):
-                of_chunk.append(linear_values(gy[None], x_TI[None], weight.h, None))
-            return torch.cat(of_chunk) * (g / (y >= 0).sum().clamp(min=1))
+                gy = (gy * scale)[None]
+                of_chunk.append(linear_values(gy, x_TI[None], weight.h, None, squares))
+            return torch.cat(of_chunk)
 
         return ledger.watch(loss, values, x, y), chunk_loss
     per_chunk = getattr(weight, "per_chunk", None)

@@ -481,9 +481,10 @@ def conv2d(x, weight, bias, stride, padding, dilation, ledger):
 
     if isinstance(ledger, ghost.Tape):  # it keeps x, for the patches are larger
 
-        def values(gy, x):
+        def values(gy, x, squares):
             h = ghost.direction(weight).flatten(2)
-            return linear_values(gy.flatten(2).mT, patches(x), h, ghost.direction(bias))
+            gy = gy.flatten(2).mT
+            return linear_values(gy, patches(x), h, ghost.direction(bias), squares)
 
         y = F.conv2d(x, weight, bias, stride, padding, dilation)
         return ledger.watch(y, values, x)

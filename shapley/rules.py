@@ -19,12 +19,14 @@ kappa the clip coefficient, g_k the gradient of target k.
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from shapley.clipping import ENUMERATE, orders
 from shapley.exact import dot, gradient, learning
 
 FLOORS = {"adamw_linear": 1e-2, "adamw": 1e-4}  # of v, as a share of its mean over the tensor
@@ -164,9 +166,7 @@ def first_order(situation):
 def second_order(situation):
     """sgd2: the target's gradient in the middle of the step, w - lr kappa g / 2."""
     lr, kappa, g = situation.lr, situation.kappa, situation.g
-    g_k = situation.gradient_at([-lr * kappa * g_p / 2 for g_p in g])
-    ones = [1.0] * len(g)
-    return clip_path(situation, g_k, secants=ones, slopes=ones)
+    return [lr * g_k for g_k in situation.gradient_at([-lr * kappa * g_p / 2 for g_p in g])]
 
 
 def adam_aware_linear(situation, floor=FLOORS["adamw_linear"]):
@@ -203,16 +203,20 @@ def adam_aware(situation, known=None, lookahead=True, expected=expected_secant):
 
 
 def adam_aware_second_order(situation):
-    """adamw2: the target's gradient in the middle of what the batch moves,
-    w_empty - lr sec(kappa g) kappa g / 2, and the path of the clipped step."""
+    """adamw2: lr g_k sec(kappa g), the target's gradient in the middle of what the batch moves,
+    w_empty - lr sec(kappa g) kappa g / 2. And the same with D'(kappa g) in the secant's place."""
     coming = updates(situation.model, situation.optimizer)
     clipped = [situation.kappa * g_p for g_p in situation.g]
     secants = [update.secant(g_p) for update, g_p in zip(coming, clipped)]
-    slopes = [update.slope(g_p) for update, g_p in zip(coming, clipped)]
     to_middle = []
     for empty, secant, g_p in zip(situation.to_empty(coming), secants, clipped):
         to_middle.append(empty - situation.lr * secant * g_p / 2)
-    return clip_path(situation, situation.gradient_at(to_middle), secants, slopes)
+    directions, of_slope = [], []
+    gradients = situation.gradient_at(to_middle)
+    for g_k, g_p, secant, update in zip(gradients, clipped, secants, coming):
+        directions.append(situation.lr * g_k * secant)
+        of_slope.append(situation.lr * g_k * update.slope(g_p))
+    return directions, of_slope
 
 
 RULES = {
@@ -224,53 +228,91 @@ RULES = {
 }
 
 
-def clip_path(situation, g_k, secants, slopes):
-    """Aumann-Shapley along the clipped path:
-    h = lr (kappa g_k sec + kappa ln(1/kappa) (p - u <u, p>)), p = g_k D'(kappa g), u = g / |g|."""
-    lr, kappa, g = situation.lr, situation.kappa, situation.g
-    h = [lr * kappa * g_p * secant for g_p, secant in zip(g_k, secants)]
-    if kappa == 1:
-        return h
-    norm = torch.sqrt(dot(g, g))
-    u = [g_p / norm for g_p in g]
-    p = [g_p * slope for g_p, slope in zip(g_k, slopes)]
-    along = dot(u, p)
-    weight = lr * kappa * math.log(1 / kappa)
-    return [h_p + weight * (p_p - u_p * along) for h_p, p_p, u_p in zip(h, p, u)]
-
-
 # --- values -----------------------------------------------------------------------
 
 
 def rule_values(
-    model, optimizer, x, losses, rule, lr, grad_clip=0.0, products=None, known=None, **parts
+    model,
+    optimizer,
+    x,
+    losses,
+    rule,
+    lr,
+    grad_clip=0.0,
+    products=None,
+    squares=None,
+    known=None,
+    **parts,
 ):
     """The rule's values of the players x (example_gradients' result) for K losses: float64 (B, K).
 
-    products: q_i (B,) of the clip correction of `adamw`; by default the inner_products over the
-    known rows, and False, or no known rows: no correction. known and other parts: see adam_aware,
-    adam_aware_linear. Model and optimizer are as before the step, and stay so. Raises ValueError
-    for an unknown rule.
+    products, squares: (B,) <x_i, g> and |x_i|^2 of the game of clipping; by default over all
+    weights in two-pass rules, over the known rows in `adamw`, and products=False, or no known rows:
+    no game, as in the other rules. known and other parts: see adam_aware, adam_aware_linear. Model
+    and optimizer are as before the step, and stay so. Raises ValueError for an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown here: choose {', '.join(RULES)}")
     g = [sum(players) for players in zip(*x)]
     kappa = clip_coefficient(g, grad_clip)
-    if products is None:
-        products = inner_products(x, known) if known else False
     if rule == "adamw":
         parts["known"] = known
-    columns = []
+    columns, slopes = [], []
     for loss in losses:
         h = RULES[rule](Situation(model, optimizer, loss, lr, g, kappa), **parts)
-        values = torch.stack([dot(x_i, h) for x_i in x])
-        if rule in ("sgd", "adamw_linear", "adamw"):
-            values = kappa * values
-        if rule == "adamw" and products is not False:
-            change = values - values.sum() * products / products.sum()
-            values = values + math.log(1 / kappa) * change
-        columns.append(values)
-    return torch.stack(columns, 1)
+        h, of_slope = h if rule == "adamw2" else (h, h)
+        columns.append(kappa * torch.stack([dot(x_i, h) for x_i in x]))
+        slopes.append(kappa * torch.stack([dot(x_i, of_slope) for x_i in x]))
+    values, slopes = torch.stack(columns, 1), torch.stack(slopes, 1)
+    has_game = known if rule == "adamw" else rule in ("sgd2", "adamw2")
+    if products is False or not has_game or kappa == 1:
+        return values
+    rows = known if rule == "adamw" else [torch.ones_like(p, dtype=torch.bool) for p in x[0]]
+    found = inner_products(x, rows)
+    products = found[0] if products is None else products
+    squares = found[1] if squares is None else squares
+    return clipping_game(values, slopes, kappa, products, squares)
+
+
+def clipping_game(values, slopes, kappa, products, squares):
+    """The Shapley values (B, K) of the game in which a subset S of the chunks that have a gradient
+    is paid the sum over S of kappa d_i + (c(S) - kappa) d'_i, where values = kappa d and slopes =
+    kappa d' (clipping.py). By all subsets where they are few, else by the orders of clipping.py."""
+    players = [i for i in range(len(values)) if squares[i] > 0]
+    n = len(players)
+    if n < 2:
+        return values
+    rest = products - squares
+    if n == 2:
+        shared = rest / 2
+    else:
+        shared = (rest - rest[players].sum() / (2 * (n - 1))) / (n - 2)
+    limit = kappa * math.sqrt(products[players].sum())
+
+    def paid(subset):
+        if not subset:
+            return torch.zeros_like(values[0])
+        square = sum(squares[i] + 2 * (len(subset) - 1) * shared[i] for i in subset)
+        length = math.sqrt(square) if square > 0 else 0.0
+        clipped = limit / length if length > limit else 1.0
+        return sum(values[i] + (clipped - kappa) * slopes[i] / kappa for i in subset)
+
+    result = values.clone()
+    for place, i in enumerate(players):
+        added = []
+        if n <= ENUMERATE:
+            others = [j for j in players if j != i]
+            for size in range(n):
+                of_size = []
+                for subset in itertools.combinations(others, size):
+                    of_size.append(paid((*subset, i)) - paid(subset))
+                added.append(sum(of_size) / len(of_size))
+        else:
+            for order in orders(n):
+                before = [players[p] for p in order[: list(order).index(place)]]
+                added.append(paid((*before, i)) - paid(before))
+        result[i] = sum(added) / len(added)
+    return result
 
 
 def clip_coefficient(gradients, grad_clip):
@@ -283,13 +325,13 @@ def clip_coefficient(gradients, grad_clip):
 
 
 def inner_products(x, rows):
-    """q_i = <x_i, g> over some rows, bool, of each parameter (None: of none): what the clip
-    correction goes by."""
+    """<x_i, g> and |x_i|^2 over some rows, bool, of each parameter (None: of none): (2, B)."""
     vectors = []
     for x_i in x:
         parts = [g_p[mask].flatten() for g_p, mask in zip(x_i, rows) if mask is not None]
         vectors.append(torch.cat(parts))
-    return torch.stack(vectors) @ sum(vectors)
+    vectors = torch.stack(vectors)
+    return torch.stack([vectors @ vectors.sum(0), vectors.square().sum(1)])
 
 
 def known_rows(model, X, Y):

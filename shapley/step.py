@@ -13,18 +13,21 @@ class MicroBatch:
     ids: np.ndarray  # (b,) numbers of its chunks
     X: object  # a tensor, or a nest of them (batch.py)
     Y: Tensor
-    # zeros (b, K), with smoothed directions (b, 2K); a Tape; None where the forward is repeated
+    # zeros, whose columns are those of Valuation.n_columns; a Tape; None where the forward is
+    # repeated
     ledger: object
     rng: object  # the random numbers' state before its forward
     share: float | None = None  # what its mean loss counts in the step's, of all ranks
     losses: Tensor | None = None  # (b,) nats
     # (b,) what each chunk's loss counts in the micro-batch's mean loss, but for a common factor
     counts: Tensor | None = None
-    values: Tensor | None = None  # (b, K or 2K), where a second pass found them: see Step.values
+    # where a second pass found them: (b, n), of all directions but the batch's own. Then products
+    # and squares are over all weights
+    values: Tensor | None = None
     # the rows that `adamw` values exactly (directions.py)
     per_chunk: dict = field(default_factory=dict)  # {p: each chunk's gradient (b, R, ...)}
     exact_values: Tensor | float = 0.0  # (b, K or 2K), what they add to the values
-    products: Tensor | float = 0.0  # (b,) <x_i, g>
+    products: Tensor | float = 0.0  # (b,) <x_i, kappa g>
     squares: Tensor | float = 0.0  # (b,) |x_i|^2
 
     def weights(self):
@@ -47,11 +50,13 @@ class Step:
     is_early: bool = False  # one of the first updates of some parameter, where rules are rough
     # after the step, of this rank's chunks in their order
     ids: np.ndarray | None = None  # (n,)
-    values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and the rule's correction
+    values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and clipping's game
+    slopes: Tensor | None = None  # (n, K) the same by D', where the rule knows it; else the values
     smoothed: Tensor | None = None  # the same of the smoothed directions; None where there are none
+    smoothed_slopes: Tensor | None = None
     losses: Tensor | None = None  # (n,) nats
     weights: Tensor | None = None  # (n,) what each chunk's loss counts in the step's
-    products: Tensor | None = None  # (n,), None where no rows are exact
+    products: Tensor | None = None  # (n,), None where they are not known
     squares: Tensor | None = None  # (n,)
 
     def n_chunks(self):

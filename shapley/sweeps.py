@@ -101,27 +101,15 @@ def scale_expected(scale1, eps1, scale2, eps2, floor, m, v, *g):
         g_k.mul_(factor)
 
 
-def scale_secant(coef, clip_weight, m, v, clipped_grad, *g):
-    """g <- g (sec + clip_weight D'), both at clipped_grad. Without coef, of SGD: sec = D' = 1.
-
-    clip_weight: ln(1 / kappa), or None where nothing was clipped: then g <- g sec.
-    Returns <g, D' clipped_grad> for each target, where something was clipped.
-    """
-    factor = secant(coef, m, v, clipped_grad) if coef else torch.ones_like(clipped_grad)
-    along = []
-    if clip_weight is not None:
-        steep = slope(coef, m, v, clipped_grad) if coef else torch.ones_like(clipped_grad)
-        factor = factor + clip_weight * steep
-        steep = steep * clipped_grad
-        along = [torch.dot(steep, g_k) for g_k in g]
-    for g_k in g:
+def scale_secant_and_slope(coef, m, v, clipped_grad, *g):
+    """The first half of g <- g sec, the second half <- g D', both at clipped_grad."""
+    half = len(g) // 2
+    factor = secant(coef, m, v, clipped_grad)
+    for g_k in g[:half]:
         g_k.mul_(factor)
-    return along
-
-
-def subtract(scale, h, g):
-    """h <- h - scale g."""
-    add_scaled(h, -scale, g)
+    factor = slope(coef, m, v, clipped_grad)
+    for g_k in g[half:]:
+        g_k.mul_(factor)
 
 
 # --- the sweep --------------------------------------------------------------------

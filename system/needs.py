@@ -34,6 +34,8 @@ def memory(cfg, vocab_size, n_targets, processes):
     if cfg.optimizer == "adamw":
         copies += 2  # its moments
     copies += n_targets
+    if cfg.rule in ("sgd2", "adamw2"):
+        copies += 1  # the batch's gradient beside the targets'
     if cfg.target_smoothing:
         copies += 2 * n_targets  # the means of their gradients, and the directions of these
     of_weights = word * copies * parameters(cfg, vocab_size)

@@ -57,6 +57,7 @@ METHOD = {  # what a module of shapley/ may import of its neighbours
     "sweeps": (),
     "weights": (),
     "step": (),
+    "clipping": (),
     "labels": (),
     "targets": ("batch", "labels"),
     "smoothing": (),
@@ -66,7 +67,7 @@ METHOD = {  # what a module of shapley/ may import of its neighbours
     "hindsight": ("replay",),
     "counterfactual": ("replay",),
     "exact": (),
-    "rules": ("exact",),
+    "rules": ("clipping", "exact"),
     "audit": ("batch", "exact"),
 }
 

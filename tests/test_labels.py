@@ -11,7 +11,7 @@ from test_valuation import RULES, relative, target_losses, text
 from test_valuation import Run as FullRun
 from torch import nn
 from torch.nn import functional as F
-from valued import settled
+from valued import settled, squares_by_use
 
 from model import GPT, GPTConfig
 from shapley import contract, exact, head, labels, rules
@@ -156,7 +156,10 @@ class Run(FullRun):
         x = exact.chunk_gradients(self.model, X, Y, exact.label_weights(Y))
         known = rules.known_rows(self.model, X, Y)
         what = (self.model, self.optimizer, x, target_losses(self), self.rule, lr, clip)
-        truth = rules.rule_values(*what, known=known)
+        squares = None
+        if self.rule != "adamw":
+            squares = squares_by_use(self.model, X, Y, exact.label_weights(Y))
+        truth = rules.rule_values(*what, known=known, squares=squares)
         self.players = x
         for group in self.optimizer.param_groups:
             group["lr"] = lr
