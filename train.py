@@ -48,7 +48,7 @@ from system.errors import UserError
 from system.folder import REVALUATION, RUN_FILES, RunFolder
 from system.verify import verify
 from system.writer import Writer
-from valuation import NoValuation, Settings, Valuation
+from valuation import NoValuation, Settings, Valuation, count_directions
 
 ON_GPU = torch.cuda.is_available()
 STARTS_FROM = ("scratch", "resume", "auto")  # or published weights

@@ -14,10 +14,9 @@ B = 16, the optimizer's own step run for each subset in float64. The rules' valu
 shapley/rules.py, which the tests hold equal to what a run computes.
 
 Clipping: every step of a training is clipped to a share kappa of its gradient's norm, from not at
-all to a thirtieth, as happens in fine-tuning. Besides the rules as they are, what they would be if
-a subset of k of n chunks were clipped as its own norm asks for, which is about sqrt(k / n) of the
-batch's where the chunks' gradients are orthogonal (see `own_weight` and `game_of_sizes`). Slope:
-nats of value per nat of exact Shapley value, by least squares. Writes clipping.jsonl, clipping.md.
+all to a thirtieth, as happens in fine-tuning. Besides the rules as they are, what two-pass values
+were if the chunks' gradients were parallel (`of_parallel`), the simpler formula. Slope: nats of
+value per nat of exact Shapley value, by least squares. Writes clipping.jsonl, clipping.md.
 
 Targets: whole runs of train.py that differ in --target_batch and --target_sampling only. The
 weights go the same way in all of them, so their values.npy can be compared chunk by chunk with a
@@ -279,47 +278,11 @@ CLIPPED_LR = {"adamw": 1e-3, "sgd": 0.05}
 TARGET_CHUNKS = 4
 
 
-def expected_norms(kappa, n, rho):
-    """c_0 .. c_n: how much a subset of k of n chunks is scaled by, where the whole batch is by
-    kappa. Its expected square is G_k^2 = |g|^2 (rho k / n + (1 - rho) k (k - 1) / (n (n - 1))), by
-    rho = sum_j |x_j|^2 / |g|^2: 1 of orthogonal gradients, 1 / n of equal ones."""
-    k = np.arange(1, n + 1)
-    squares = rho * k / n + (1 - rho) * k * (k - 1) / (n * max(n - 1, 1))
-    return np.append(1.0, np.minimum(1, kappa / np.sqrt(squares)))
-
-
-def own_weight(kappa, n, rho):
-    """alpha: what a chunk's own gradient counts in the clipped step, on average over the sizes of
-    the subsets that it joins: the mean over k of (1 - f) c_k + f c_(k-1), f = (k-1) / (n-1)."""
-    c = expected_norms(kappa, n, rho)
-    f = np.arange(n) / max(n - 1, 1)
-    return float(((1 - f) * c[1:] + f * c[:-1]).mean())
-
-
-def shared_out(d, q, alpha, kappa):
-    """alpha d_i + (kappa - alpha) (sum_j d_j) q_i / sum_j q_j: values that add up to what the
-    clipped step does. d_i = <x_i, direction>, q_i = <x_i, g>."""
-    return alpha * d + (kappa - alpha) * d.sum() * q / q.sum()
-
-
-def game_of_sizes(d, q, squares, kappa):
-    """The same, not averaged over the chunks: what chunk i adds to k - 1 others is
-    c_with (d_i + f D_i) - c_without f D_i, D_i = sum_j d_j - d_i, by the expected norms with its
-    own |x_i|^2 and <x_i, g>."""
-    n = len(d)
-    clip = kappa * np.sqrt(q.sum())
-    values = np.zeros(n)
-    for k in range(1, n + 1):
-        f = (k - 1) / max(n - 1, 1)
-        rest = squares.sum() - squares
-        pairs = q.sum() - 2 * q + squares - rest  # sum of <x_j, x_l> of the others, j not l
-        without = f * rest + f * (k - 2) / max(n - 2, 1) * pairs
-        with_it = without + squares + 2 * f * (q - squares)
-        c_without = np.minimum(1, clip / np.sqrt(without.clip(min=1e-300))) if k > 1 else 1.0
-        c_with = np.minimum(1, clip / np.sqrt(with_it.clip(min=1e-300)))
-        others = f * (d.sum() - d)
-        values += c_with * (d + others) - c_without * others
-    return values / n
+def of_parallel(d, q, kappa):
+    """The closed form that takes the chunks' gradients to be parallel, so that half a batch has
+    half its gradient's norm. d_i = <x_i, direction>, q_i = <x_i, g>."""
+    own = kappa * (1 + np.log(1 / kappa))
+    return own * d + (kappa - own) * d.sum() * q / q.sum()
 
 
 def judge_clipped_step(model, optimizer, X, Y, loss, lr, kappa, permutations):
@@ -338,14 +301,10 @@ def judge_clipped_step(model, optimizer, X, Y, loss, lr, kappa, permutations):
     for rule in CLIPPED_RULES[kind]:
         of_rule = rules.rule_values(model, optimizer, x, [loss], rule, lr, clip, known=known)
         values[rule] = of_rule[:, 0].numpy()
-    # of chunks whose gradients come scaled and are not clipped: kappa d_i
-    scaled = [[kappa * g_p for g_p in x_i] for x_i in x]
     two_pass = CLIPPED_RULES[kind][-1]
-    d = rules.rule_values(model, optimizer, scaled, [loss], two_pass, lr)[:, 0].numpy() / kappa
-    n = len(x)
-    values[f"{two_pass}, rho = 1"] = shared_out(d, q, own_weight(kappa, n, 1.0), kappa)
-    values[f"{two_pass}, rho"] = shared_out(d, q, own_weight(kappa, n, rho), kappa)
-    values[f"{two_pass}, by each size"] = game_of_sizes(d, q, squares, kappa)
+    what = (model, optimizer, x, [loss], two_pass, lr, clip)
+    d = rules.rule_values(*what, products=False)[:, 0].numpy() / kappa
+    values[f"{two_pass}, parallel"] = of_parallel(d, q, kappa)
     rows = []
     for name, v in values.items():
         slope = float(np.polyfit(truth, v, 1)[0])

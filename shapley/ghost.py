@@ -193,7 +193,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gy):
         x, w_low, hw, hb, exact_rows = ctx.saved_tensors
         gx = gy @ w_low if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:  # a second pass: only the values are wanted
+        # a second pass: only the values are wanted. FSDP's weights are not frozen there
+        if ctx.squares or not ctx.needs_input_grad[1]:
             values = linear_values(gy, x, hw, hb, ctx.squares)
             return gx, None, None, None, None, values, None, None, None
         x, gy = by_chunk(x), by_chunk(gy)

@@ -106,6 +106,7 @@ class _Head(torch.autograd.Function):
         scale = g / ctx.n_labels
         if ctx.squares:
             values = torch.cat([values[:, :-1], values[:, -1:] * scale], 1)
+            return gx * scale, None, None, None, values * scale, None, None
         grads = (gx, gw, None, None, values, per_chunk, None)
         scaled = [
             grad * scale if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)

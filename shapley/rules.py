@@ -278,10 +278,11 @@ def clipping_game(values, slopes, kappa, products, squares):
     """The Shapley values (B, K) of the game in which a subset S of the chunks that have a gradient
     is paid the sum over S of kappa d_i + (c(S) - kappa) d'_i, where values = kappa d and slopes =
     kappa d' (clipping.py). By all subsets where they are few, else by the orders of clipping.py."""
-    players = [i for i in range(len(values)) if squares[i] > 0]
+    values, slopes, products, squares = map(np.asarray, (values, slopes, products, squares))
+    players = np.flatnonzero(squares > 0)
     n = len(players)
     if n < 2:
-        return values
+        return torch.from_numpy(values)
     rest = products - squares
     if n == 2:
         shared = rest / 2
@@ -290,29 +291,26 @@ def clipping_game(values, slopes, kappa, products, squares):
     limit = kappa * math.sqrt(products[players].sum())
 
     def paid(subset):
-        if not subset:
-            return torch.zeros_like(values[0])
-        square = sum(squares[i] + 2 * (len(subset) - 1) * shared[i] for i in subset)
+        subset = list(subset)
+        square = squares[subset].sum() + 2 * (len(subset) - 1) * shared[subset].sum()
         length = math.sqrt(square) if square > 0 else 0.0
         clipped = limit / length if length > limit else 1.0
-        return sum(values[i] + (clipped - kappa) * slopes[i] / kappa for i in subset)
+        return (values[subset] + (clipped - kappa) / kappa * slopes[subset]).sum(0)
 
-    result = values.clone()
-    for place, i in enumerate(players):
-        added = []
-        if n <= ENUMERATE:
+    result = np.zeros_like(values)
+    if n <= ENUMERATE:
+        for i in players:
             others = [j for j in players if j != i]
             for size in range(n):
-                of_size = []
-                for subset in itertools.combinations(others, size):
-                    of_size.append(paid((*subset, i)) - paid(subset))
-                added.append(sum(of_size) / len(of_size))
-        else:
-            for order in orders(n):
-                before = [players[p] for p in order[: list(order).index(place)]]
-                added.append(paid((*before, i)) - paid(before))
-        result[i] = sum(added) / len(added)
-    return result
+                subsets = list(itertools.combinations(others, size))
+                added = [paid((*subset, i)) - paid(subset) for subset in subsets]
+                result[i] += np.mean(added, 0) / n
+        return torch.from_numpy(result)
+    for order in orders(n):
+        joined = players[order]
+        for place, i in enumerate(joined):
+            result[i] += (paid(joined[: place + 1]) - paid(joined[:place])) / len(orders(n))
+    return torch.from_numpy(result)
 
 
 def clip_coefficient(gradients, grad_clip):

@@ -35,8 +35,7 @@ def made_up(n, K=2, seed=0, agree=0.3):
 @pytest.mark.parametrize("kappa", [0.7, 0.1])
 def test_the_game_is_solved_as_it_is_defined(n, kappa):
     values, slopes, products, squares, _ = made_up(n)
-    what = (values, slopes, products, squares)
-    expected = rules.clipping_game(*map(torch.from_numpy, what[:2]), kappa, *what[2:])
+    expected = rules.clipping_game(values, slopes, kappa, products, squares)
     found = clipped_values(values, slopes, kappa, products, squares)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(found.sum(0), values.sum(0), rtol=1e-10)
@@ -46,9 +45,7 @@ def test_a_large_game_is_solved_by_orders(monkeypatch):
     monkeypatch.setattr(clipping, "ORDERS", 20)
     clipping.orders.cache_clear()
     values, slopes, products, squares, _ = made_up(13)
-    expected = rules.clipping_game(
-        torch.from_numpy(values), torch.from_numpy(slopes), 0.2, products, squares
-    )
+    expected = rules.clipping_game(values, slopes, 0.2, products, squares)
     found = clipped_values(values, slopes, 0.2, products, squares)
     clipping.orders.cache_clear()
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)

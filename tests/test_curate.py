@@ -486,7 +486,7 @@ def test_export_by_chunk_writes_the_kept_stretches_of_documents(folder, tmp_path
 
 def test_prepare_pile_reads_an_export(folder, tmp_path):
     curated(folder, tmp_path / "out", export=str(tmp_path / "kept.jsonl"), **NEGATIVE)
-    prepare(tmp_path / "kept.jsonl", tmp_path / "again")
+    prepare(tmp_path / "kept.jsonl", tmp_path / "again", val_fraction=0.1)
     assert len(data.open_dataset(tmp_path / "again").train.rows) > 0
 
 
