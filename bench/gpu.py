@@ -295,7 +295,9 @@ def definition(model, optimizer, rule, X, Y, target):
     x = exact.chunk_gradients(model, X, Y)
     losses = [exact.batch_loss(X_target, Y_target)]
     known = rules.known_rows(model, X, Y)
-    return rules.rule_values(model, optimizer, x, losses, rule, 1e-3, 1.0, known=known)
+    what = (model, optimizer, x, losses, rule, 1e-3, 1.0)
+    squares = None if rule == "adamw" else rules.squares_by_use(model, X, Y)
+    return rules.rule_values(*what, squares=squares, known=known)
 
 
 def check_values(cfg):

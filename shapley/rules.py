@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from shapley.clipping import ENUMERATE, orders
-from shapley.exact import dot, gradient, learning
+from shapley.exact import chunk_gradients, dot, gradient, learning
 
 FLOORS = {"adamw_linear": 1e-2, "adamw": 1e-4}  # of v, as a share of its mean over the tensor
 
@@ -348,6 +348,15 @@ def known_rows(model, X, Y):
         else:
             rows.append(None)
     return rows
+
+
+def squares_by_use(model, X, Y, weights=None):
+    """|x_i|^2 (B,) as two-pass rules know it: a GPT's tied head and table count as two weights, so
+    that the product of their gradients is left out. weights: see exact.chunk_gradients."""
+    apart = copy.deepcopy(model)
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight.detach().clone())
+    x = chunk_gradients(apart, X, Y, weights)
+    return torch.stack([dot(x_i, x_i) for x_i in x])
 
 
 # --- around them ------------------------------------------------------------------

@@ -11,7 +11,7 @@ from test_valuation import RULES, relative, target_losses, text
 from test_valuation import Run as FullRun
 from torch import nn
 from torch.nn import functional as F
-from valued import settled, squares_by_use
+from valued import settled
 
 from model import GPT, GPTConfig
 from shapley import contract, exact, head, labels, rules
@@ -158,7 +158,7 @@ class Run(FullRun):
         what = (self.model, self.optimizer, x, target_losses(self), self.rule, lr, clip)
         squares = None
         if self.rule != "adamw":
-            squares = squares_by_use(self.model, X, Y, exact.label_weights(Y))
+            squares = rules.squares_by_use(self.model, X, Y, exact.label_weights(Y))
         truth = rules.rule_values(*what, known=known, squares=squares)
         self.players = x
         for group in self.optimizer.param_groups:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import TWO_TARGETS, assert_same_run, read_bytes, run, weights
 from test_valuation import RULES, Run, relative, tokens
-from valued import smoothed, squares_by_use
+from valued import smoothed
 
 import config
 import curate
@@ -70,7 +70,7 @@ def slow_scores(monkeypatch, made, step, clip):
     with monkeypatch.context() as patch:
         patch.setattr(rules, "Situation", SlowMeans)
         what = (made.model, made.optimizer, x, losses, made.rule, 1e-2, clip)
-        squares = None if made.rule == "adamw" else squares_by_use(made.model, X, Y)
+        squares = None if made.rule == "adamw" else rules.squares_by_use(made.model, X, Y)
         return rules.rule_values(*what, known=known, squares=squares)
 
 

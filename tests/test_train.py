@@ -33,7 +33,6 @@ from runs import (
     weights,
 )
 from torch._dynamo.utils import counters
-from valued import squares_by_use
 
 import config
 import data
@@ -325,7 +324,7 @@ def test_values_of_a_run_equal_the_rule_by_its_definition(python_data, tmp_path,
         lr=float(books["lr"][5]),
         grad_clip=0.5,
         known=rules.known_rows(model, X, Y),
-        squares=None if rule == "adamw" else squares_by_use(model, X, Y),
+        squares=None if rule == "adamw" else rules.squares_by_use(model, X, Y),
     )
     rows = np.load(out / "ledger.npy")[5 * 4 : 6 * 4]
     assert books["kappa"][5] < 1

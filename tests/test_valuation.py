@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from valued import settled, squares_by_use
+from valued import settled
 
 from data import Target
 from model import GPT, GPTConfig
@@ -93,7 +93,7 @@ class Run:
             lr,
             clip,
             known=known,
-            squares=None if self.rule == "adamw" else squares_by_use(self.model, X, Y),
+            squares=None if self.rule == "adamw" else rules.squares_by_use(self.model, X, Y),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -1,10 +1,7 @@
-"""What a valuation found, before it is rounded to what goes on disk, and what it is to be."""
-
-import copy
+"""What a valuation found, before it is rounded to what goes on disk."""
 
 import torch
 
-from shapley import exact
 from valuation import host
 
 
@@ -26,12 +23,3 @@ def finished(valuation, values, slopes):
     known = [None if part is None else host(part) for part in (step.products, step.squares)]
     scores = valuation.finished(step, host(values), host(slopes), *known, step.ids)
     return torch.from_numpy(scores)
-
-
-def squares_by_use(model, X, Y, *weights):
-    """|x_i|^2 of a GPT's chunks (B,), where a weight that is used twice counts as two: that is what
-    two-pass rules know. weights: of the chunks, see exact.chunk_gradients."""
-    twin = copy.deepcopy(model)
-    twin.lm_head.weight = torch.nn.Parameter(twin.lm_head.weight.detach().clone())
-    x = exact.chunk_gradients(twin, X, Y, *weights)
-    return torch.stack([exact.dot(x_i, x_i) for x_i in x])
