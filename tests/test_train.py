@@ -1110,9 +1110,9 @@ def test_a_compiled_run_equals_an_eager_one_and_compiles_nothing_after_three_ste
         graphs.append(counters["stats"]["unique_graphs"])
         return get_lr(cfg, iter_num)
 
-    def counting_ops(tape):
+    def counting_ops(tape, **options):
         tapes.append(len(tape.ops))
-        return tape_values(tape)
+        return tape_values(tape, **options)
 
     torch._dynamo.reset()  # its limit of 8 graphs a function is for all tests together
     monkeypatch.setattr(shapley.head, "FORM", head)
