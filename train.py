@@ -818,7 +818,7 @@ def end_table(cfg, writer, data, names):
     audits = store.read(writer.run, "audit") if cfg.audit_interval else []
     visits = store.read(writer.run)
     found = findings.of_run(writer.total, writer.used, [visits], cfg.batch, data, names)
-    return tables.end_of_run(found, books, audits)
+    return tables.end_of_run(found, books, audits, cfg.rule)
 
 
 def next_command(cfg):

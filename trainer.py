@@ -272,7 +272,7 @@ class ValuationTrainer(transformers.Trainer):
             audits = store.read(writer.run, "audit") if "audit" in writer.records else []
             data, batch = self.chunks.data, self.settings.batch
             found = findings.of_run(writer.total, writer.used, [visits], batch, data, names)
-            for line in tables.end_of_run(found, books, audits):
+            for line in tables.end_of_run(found, books, audits, self.settings.rule):
                 terminal.say(line)
         terminal.say(f"values of {np.count_nonzero(writer.used):,} examples in {self.run_folder}")
         if self.chunks:

@@ -121,7 +121,8 @@ def main(cfg):
     valuation.commit()  # in a long run, now and then
 
     show(np.load(out / "values.npy")[:, 0], wrong)
-    print("\n".join(tables.account(np.load(out / "books.npy"), [], [target.name])))
+    books = np.load(out / "books.npy")
+    print("\n".join(tables.account(books, [], [target.name], cfg.rule)))
 
 
 def show(values, wrong):

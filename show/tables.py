@@ -13,17 +13,17 @@ from system.store import AUDIT_ENTRIES, BOOK_ENTRIES
 from system.terminal import visible
 
 
-def end_of_run(found, books, audits):
+def end_of_run(found, books, audits, rule):
     """The lines that say what a run found: for each target a table of the domains by the median
     value of their chunks, and what to beware of; the books and the audit; last, the findings.
 
-    found: what findings.of_run() gives. books, audits: see account().
+    found: what findings.of_run() gives. books, audits, rule: see account().
     """
     lines = ["", *heading()]
     for of_target in found:
         lines += domain_table(of_target.target, of_target.domains, of_target.everything)
         lines += of_target.cautions
-    lines += account(books, audits, [of_target.target for of_target in found])
+    lines += account(books, audits, [of_target.target for of_target in found], rule)
     return [*lines, "", *[of_target.finding for of_target in found]]
 
 
@@ -111,12 +111,12 @@ def footnotes(rows):
     return lines
 
 
-def account(entries, audits, names):
+def account(entries, audits, names, rule):
     """The lines that follow the table of values: for each target, how much of the measured drop of
     its loss the books account for, and how close the audited steps' values came to the truth.
 
     entries, audits: the records of books.npy and audit.npy, the latter of length 0 where there was
-    no audit. names: the targets.
+    no audit. names: the targets. rule: that of the values.
     """
     totals = [booked(entries, k) for k in range(len(names))]
     lines = [""]
@@ -124,7 +124,8 @@ def account(entries, audits, names):
         lines.append(accounted(name, total))
     lines += explain_parts(totals)
     lines += unclosed(names, totals)
-    lines += hard_clipping(entries)
+    if rule not in KNOW_CLIPPING:
+        lines += hard_clipping(entries)
     if len(audits):
         for k, name in enumerate(names):
             lines.append(compared(name, audited(audits, k)))
@@ -199,11 +200,12 @@ def unclosed(names, totals):
     return lines
 
 
-HARD = 0.5  # steps that were clipped to a smaller share of their gradient are valued too unequally
+HARD = 0.5  # steps that were clipped to a smaller share of their gradient are valued roughly
+KNOW_CLIPPING = ("sgd2", "adamw2")  # the rules that know each chunk's part in it
 
 
 def hard_clipping(entries):
-    """A line where most steps were clipped hard, for values are of a milder clipping."""
+    """A line where most steps were clipped hard, for a one-pass rule's values are rough there."""
     kappa = entries["kappa"]
     n_hard = np.count_nonzero(kappa < HARD)
     if 2 * n_hard <= len(entries):
@@ -211,7 +213,7 @@ def hard_clipping(entries):
     steps = counted(n_hard, "step")
     what = f"{steps} of {len(entries)} were clipped to less than half of their gradient"
     how = f"on average to {np.mean(kappa):.2f}"
-    read = "there values make too much of the differences between a step's chunks"
+    read = "values of one-pass rules are rough there, those of adamw2 are not"
     return [f"caution: {what} ({how}); {read} (docs/method.md, Clipping)"]
 
 

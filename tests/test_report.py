@@ -353,7 +353,7 @@ def test_trust_in_a_sentence(changes, words):
 
 def test_the_cards_say_what_the_end_table_says_of_books_and_audit(trained, written, visit):
     run = open_run(trained)
-    told = "\n".join(tables.account(run.books, run.audit, run.names))
+    told = "\n".join(tables.account(run.books, run.audit, run.names, "adamw"))
     cards = visit(written).locator(".card").all_inner_texts()
     assert len(cards) == len(run.names)
     for k, card in enumerate(cards):
