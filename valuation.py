@@ -265,7 +265,7 @@ class Valuation:
         step, micro_batches = self.step, self.step.micro_batches
         step.ids = np.concatenate([micro_batch.ids for micro_batch in micro_batches])
         values = torch.cat([self.values_of(micro_batch) for micro_batch in micro_batches])
-        # in nothing but the slopes a longer step would do something else
+        # how the values grow in a longer step: like themselves, where the rule does not know
         slopes = values[:, self.n_scores :] if self.rule.has_slopes else values
         K = len(self.targets)
         step.values, step.slopes = values[:, :K], slopes[:, :K]

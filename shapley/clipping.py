@@ -11,9 +11,10 @@ The game: with kappa = c of the whole batch a subset is paid
 d_i is the rule's inner product, the chunk's effect in the step as it is, and d'_i how that grows
 with a longer gradient: by D' where the rule knows AdamW's step (directions.py), else d_i itself.
 Its Shapley values are computed: over all subsets where there are up to ENUMERATE chunks, else over
-the same ORDERS random orders in every step, half of them the reverse of another, which leaves up to
-3 % of the values' length as an error. They add up to kappa sum_i d_i, as they should. Of parallel
-gradients it is the Aumann-Shapley value of the clipped step.
+the same ORDERS random orders in every step, half of them the reverse of another. That leaves an
+error of up to .4 % of the values' length at kappa .5 and 3 % at .1, and with 512 chunks, for which
+fewer orders have to do, 6 %. The values add up to kappa sum_i d_i, as they should. Of parallel
+gradients they are the Aumann-Shapley values of the clipped step.
 
 It needs |g_S| of any subset, and knows |x_i|^2 and <x_i, g>. The chunks' inner products are taken
 to be sums of two numbers, one of either chunk: <x_i, x_j> = a_i + a_j, which fits both,
@@ -31,6 +32,7 @@ import numpy as np
 
 ENUMERATE = 12  # chunks up to which all subsets are visited
 ORDERS = 4096
+MOST = 2**19  # places in all orders together: from 128 chunks on there are fewer
 
 
 def clipped_values(values, slopes, kappa, products, squares):
@@ -100,17 +102,20 @@ def over_orders(d, squares, shared, kappa, limit):
     n = len(d)
     players = orders(n)
     size = np.arange(1, n + 1)
-    sums = [x[players].cumsum(1) for x in (squares, shared, d)]
-    paid = payoff(size, *sums, kappa, limit)
-    added = np.diff(paid, axis=1, prepend=0)
-    total = np.zeros_like(d)
-    np.add.at(total, players, added)
-    return total / len(players)
+    square, length = squares[players].cumsum(1), shared[players].cumsum(1)
+    values = []
+    for effect in d.T:
+        sums = (square, length, effect[players].cumsum(1)[..., None])
+        paid = payoff(size, *sums, kappa, limit)[..., 0]
+        added = np.diff(paid, axis=1, prepend=0)
+        values.append(np.bincount(players.ravel(), added.ravel()) / len(players))
+    return np.stack(values, 1)
 
 
 @cache
 def orders(n):
-    """(ORDERS, n): random orders of n players, and their reverses."""
+    """(orders, n): random orders of n players, and their reverses."""
     rng = np.random.default_rng(n)
-    half = rng.permuted(np.tile(np.arange(n), (ORDERS // 2, 1)), axis=1)
+    n_pairs = max(1, min(ORDERS, MOST // n) // 2)
+    half = rng.permuted(np.tile(np.arange(n), (n_pairs, 1)), axis=1)
     return np.concatenate([half, half[:, ::-1]])
