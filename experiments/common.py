@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def numbers(text, kind=float):
     """An option such as "1,2,3" -> [1, 2, 3], of the kind given."""
-    return [kind(word) for word in text.split(",")]
+    return [kind(word) for word in text.split(",") if word]
 
 
 def set_options(cfg, settings):
