@@ -166,7 +166,8 @@ def first_order(situation):
 def second_order(situation):
     """sgd2: the target's gradient in the middle of the step, w - lr kappa g / 2."""
     lr, kappa, g = situation.lr, situation.kappa, situation.g
-    return [lr * g_k for g_k in situation.gradient_at([-lr * kappa * g_p / 2 for g_p in g])]
+    half_way = [-lr * kappa * g_p / 2 for g_p in g]
+    return [lr * g_k for g_k in situation.gradient_at(half_way)]
 
 
 def adam_aware_linear(situation, floor=FLOORS["adamw_linear"]):
