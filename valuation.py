@@ -265,13 +265,15 @@ class Valuation:
         step, micro_batches = self.step, self.step.micro_batches
         step.ids = np.concatenate([micro_batch.ids for micro_batch in micro_batches])
         values = torch.cat([self.values_of(micro_batch) for micro_batch in micro_batches])
-        # how the values grow in a longer step: like themselves, where the rule does not know
-        slopes = values[:, self.n_scores :] if self.rule.has_slopes else values
         K = len(self.targets)
-        step.values, step.slopes = values[:, :K], slopes[:, :K]
+        step.values = values[:, :K]
         if self.smoothing:
             step.smoothed = values[:, K : self.n_scores]
-            step.smoothed_slopes = slopes[:, K : self.n_scores]
+        if self.rule.has_slopes:
+            slopes = values[:, self.n_scores :]
+            step.slopes = slopes[:, :K]
+            if self.smoothing:
+                step.smoothed_slopes = slopes[:, K:]
         step.losses = torch.cat([micro_batch.losses for micro_batch in micro_batches])
         step.weights = torch.cat([micro_batch.weights() for micro_batch in micro_batches])
         if self.two_pass or self.rule.exact_gradients:
@@ -439,12 +441,15 @@ class Valuation:
         ids = self.gathered([torch.from_numpy(step.ids) for step in steps], store.NO_CHUNK)
         losses = self.gathered([step.losses for step in steps])
         values = self.gathered([step.values for step in steps])
-        slopes = self.gathered([step.slopes for step in steps])
         weights = self.gathered([step.weights for step in steps])
-        smoothed = smoothed_slopes = products = squares = [None] * len(steps)
+        smoothed = products = squares = [None] * len(steps)
         if self.smoothing:
             smoothed = self.gathered([step.smoothed for step in steps])
-            smoothed_slopes = self.gathered([step.smoothed_slopes for step in steps])
+        slopes, smoothed_slopes = values, smoothed
+        if self.rule.has_slopes:
+            slopes = self.gathered([step.slopes for step in steps])
+            if self.smoothing:
+                smoothed_slopes = self.gathered([step.smoothed_slopes for step in steps])
         if steps[0].products is not None:
             products = self.gathered([step.products for step in steps])
             squares = self.gathered([step.squares for step in steps])
@@ -474,8 +479,8 @@ class Valuation:
 
     def finished(self, step, values, slopes, products, squares, ids):
         """values float64 (B, K), <x_i, h_k> -> with lr, kappa and what clipping makes of them.
-        slopes: (B, K), see Step. products, squares: (B,), or None where they are not known. ids:
-        (B,) the chunks'."""
+        slopes: (B, K), see Step, or the values again. products, squares: (B,), or None where they
+        are not known. ids: (B,) the chunks'."""
         kappa = float(step.clip_coef)
         values = values * (step.lr * kappa)
         if products is None:

@@ -401,7 +401,7 @@ def copies_values(gy, h, squares=False):
     h (K, 1 or B, ...)."""
     values = [(gy * h_k).flatten(1).sum(1) for h_k in h]
     if squares:
-        values.append(gy.flatten(1).square().sum(1))
+        values.append(gy.flatten(1).square().sum(1, dtype=h.dtype))
     return torch.stack(values, 1)
 
 

@@ -51,7 +51,9 @@ class Step:
     # after the step, of this rank's chunks in their order
     ids: np.ndarray | None = None  # (n,)
     values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and clipping's game
-    slopes: Tensor | None = None  # (n, K) the same by D', where the rule knows it; else the values
+    slopes: Tensor | None = (
+        None  # (n, K) the same by D' (clipping.py), None where the rule has none
+    )
     smoothed: Tensor | None = None  # the same of the smoothed directions; None where there are none
     smoothed_slopes: Tensor | None = None
     losses: Tensor | None = None  # (n,) nats
