@@ -483,6 +483,7 @@ class Frozen:
             micro_batch=max(8, options.batch_size),
             seed=options.seed,
             book_interval=0,
+            tolerance=0.0,  # nothing is trained, so nothing is to be measured
             exact_rows=exact_rows,
         )
         self.valuation = Valuation(self.model, self.optimizer, self.loss, targets, settings, writer)

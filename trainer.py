@@ -118,6 +118,7 @@ class ValuationTrainer(transformers.Trainer):
         rule="adamw2",
         target_batch=4,
         target_smoothing=0.0,
+        tolerance=0.05,
         book_interval=20,
         audit_interval=0,
         loss=None,
@@ -125,9 +126,10 @@ class ValuationTrainer(transformers.Trainer):
     ):
         """targets: whose loss the values speak of, {name: dataset}; of Chunks what train.py's
         --targets takes, as "val". run: the folder for values; empty: values in output_dir. rule,
-        target_batch, target_smoothing, book_interval, audit_interval: train.py's options.
-        loss(outputs, Y, reduction="none"): of the examples, as in shapley/wrap.py, where it is not
-        the mean cross-entropy of the model's labels. The others are transformers.Trainer's."""
+        target_batch, target_smoothing, tolerance, book_interval, audit_interval: train.py's options
+        of these names. loss(outputs, Y, reduction="none"): of the examples, as in shapley/wrap.py,
+        where it is not the mean cross-entropy of the model's labels. The others are
+        transformers.Trainer's."""
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.train_dataset, self.compute_loss_func)
         self.run_folder = Path(run or Path(self.args.output_dir, "values"))
@@ -151,6 +153,7 @@ class ValuationTrainer(transformers.Trainer):
             batch=batch,
             target_batch=target_batch,
             target_smoothing=target_smoothing,
+            tolerance=tolerance,
             seed=self.args.seed,
             grad_clip=self.args.max_grad_norm or 0.0,
             book_interval=book_interval,
@@ -215,6 +218,7 @@ class ValuationTrainer(transformers.Trainer):
             "batch": self.settings.batch,
             "target_batch": self.settings.target_batch,
             "target_smoothing": self.settings.target_smoothing,
+            "tolerance": self.settings.tolerance if self.settings.rule == "adamw" else 0.0,
             "seed": self.settings.seed,
             "examples": self.n_examples,
             "data_hash": self.chunks.data.hash if self.chunks else "",
@@ -227,7 +231,7 @@ class ValuationTrainer(transformers.Trainer):
             what = f"the checkpoint of step {step} has no {STATE}"
             raise UserError(f"{what}: it is not of a ValuationTrainer. Begin anew")
         for name, value in self.identity().items():
-            before = self.resumed["of"][name]
+            before = self.resumed["of"].get(name, store.ADDED.get(name))
             if before != value:
                 what = f"the checkpoint of step {step} has {name}={before}, and not {value}"
                 raise UserError(f"{what}: go on as it began, or begin anew")

@@ -17,6 +17,12 @@ its part of the step's loss, h_k the rule's direction times lr (shapley/directio
 lowered the target's loss. The first EARLY steps of Adam-aware rules are marked in the ledger, for
 there every rule is rough.
 
+`adamw` foresees the step before it knows the batch. So it is checked: the values of a step should
+add up to what the batch did to the target's loss, which costs one forward of the target's chunks to
+measure. Where that leaves a gap of more than `tolerance` times the sum of the values' sizes, the
+step is valued again, in two passes, as by `adamw2`, and so are some steps that follow (Caution).
+books.npy says how large the gap was, and how many passes a step took.
+
 With Settings(target_smoothing=.9) each target has a second direction, of its gradient's mean over
 the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
 
@@ -57,6 +63,7 @@ from system.machine import replaying, rng_state
 from system.parallel import local
 
 EARLY = 3  # AdamW's first updates, whose moments are too young for any rule
+MOST_CAUTION = 16  # steps valued in two passes outright, where checks fail one after another
 
 
 @dataclass
@@ -69,6 +76,11 @@ class Settings:
     target_smoothing: float = 0.0
     micro_batch: int = 0  # target chunks of one forward and backward; 0: all at once
     seed: int = 0  # of the draws of target chunks
+    # of the rule `adamw`: the part of its values' size that they may leave unexplained in a step,
+    # beyond which it is valued in two passes; 0: not checked
+    tolerance: float = 0.05
+    # relative rounding error of a target's loss, below which no gap is seen: of float32
+    loss_rounding: float = 5e-7
     grad_clip: float = 0.0  # the norm gradients are clipped to, for the audit; 0: none
     compile: bool = False  # the model is compiled, and so are the rules' sweeps
     book_interval: int = 1  # steps between those that the books measure; 0: never
@@ -142,7 +154,12 @@ class Valuation:
         self.unchecked = 2 if self.is_wrapped else 0  # steps whose values are checked in any case
         self.checked_ways = set()  # see Net.ways
         self.targets = Targets(targets, self.weights, loss, settings, check)
-        self.rule = RULES[settings.rule](self.weights, settings, len(targets))
+        self.first_rule = RULES[settings.rule](self.weights, settings, len(targets))
+        self.rule = self.first_rule  # of the step that is under way
+        self.checks = settings.tolerance > 0 and self.rule.instead is not None
+        if self.checks:
+            self.rule_instead = self.rule.instead(self.weights, settings, len(targets))
+        self.caution = Caution()
         self.smoothing = None
         if settings.target_smoothing:
             self.smoothing = Smoothing(self.weights, len(targets), settings.target_smoothing)
@@ -154,6 +171,7 @@ class Valuation:
         self.frozen_gradients = None  # see freeze_targets
         self.is_frozen = False
         self.seconds = 0.0  # spent in begin_step, before_update and end_step
+        self.check_seconds = 0.0  # of these in checks, and in the second passes of such rules
         self.tape_ops = {}  # a tape's ops by the shape of X, for compiled models
         self.pending = []  # steps that are not flushed yet
         self.step = None
@@ -170,7 +188,8 @@ class Valuation:
 
     @property
     def n_directions(self):
-        return count_directions(self.settings.rule, len(self.targets), bool(self.smoothing))
+        n = self.n_scores * (2 if self.rule.has_slopes else 1)
+        return n + self.two_pass
 
     @property
     def n_scores(self):
@@ -197,6 +216,7 @@ class Valuation:
         self.step_number = step
         check_learning_rates(self.weights.optimizer, lr if self.is_wrapped else None)
         self.step = Step(number=step, lr=lr, t=self.updates_done)
+        self.rule = self.rule_instead if self.caution.steps_left else self.first_rule
         if self.is_adam_aware:
             self.weights.look_for_young(self.step.t, may_be_late=self.is_wrapped)
         if self.is_wrapped and self.rule.token_weights and tokens is None:
@@ -243,17 +263,19 @@ class Valuation:
         self.set_shares()
         self.step.clip_coef = clip_coef
         self.rule.add_exact_rows(self.step)
+        began = time.perf_counter()
         if self.two_pass:
-            batch = self.weights.take_gradients()
-            self.set_directions([local(gradient) for gradient in batch])
-            self.second_pass()
-            self.weights.set_gradients(batch)
+            self.value_in_two_passes()
+        if self.is_wrapped:
+            self.check_values()
+        if self.checks and not self.two_pass and not self.is_frozen:
+            self.check_step()
+        if self.checks:
+            self.check_seconds += time.perf_counter() - began
         if self.is_wrapped and self.is_adam_aware and self.weights.is_first_update():
             self.first_update = self.step.t
         n_updates = self.step.t - self.first_update + 1
         self.step.is_early = self.is_adam_aware and min(self.step.t, n_updates) <= EARLY
-        if self.is_wrapped:
-            self.check_values()
         if self.audit.audits(self.step):
             self.step.truth = self.audit.solve(self.step)
 
@@ -280,11 +302,51 @@ class Valuation:
             step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
             step.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
         self.books.after(step)
+        self.unchecked = max(0, self.unchecked - 1)
+        step.passes = 2 if self.two_pass else 1
+        self.caution.after(step)
         step.micro_batches = []
         self.pending.append(step)
         self.step_number += 1
 
     # --- the parts of a step ----------------------------------------------------
+
+    def value_in_two_passes(self):
+        batch = self.weights.take_gradients()
+        self.set_directions([local(gradient) for gradient in batch])
+        self.second_pass()
+        self.weights.set_gradients(batch)
+
+    def check_step(self):
+        """Measures what one pass left unexplained, and values the step in two passes where that is
+        too much. On a GPU this waits for the device."""
+        step = self.step
+        gap, size = self.measure_gap()
+        rounding = self.settings.loss_rounding * step.losses_before.abs()
+        step.gap = gap / size
+        # NaN is not within
+        is_within = gap.abs() <= self.settings.tolerance * size + rounding
+        step.has_failed = not bool(is_within.all())
+        if step.has_failed and not self.weights.sharded:  # of a shard directions have no room
+            self.rule = self.rule_instead
+            self.value_in_two_passes()
+            if self.is_wrapped:
+                self.check_values()
+
+    def measure_gap(self):
+        """What the batch does to the targets' losses, less the sum of its chunks' values; and the
+        sum of the values' sizes: (K,) nats each."""
+        step, K = self.step, len(self.targets)
+        values = torch.cat([self.values_of(micro_batch) for micro_batch in step.micro_batches])
+        values = values[:, :K].detach() * step.lr * step.clip_coef
+        total, size = parallel.add([values.sum(0), values.abs().sum(0)])
+        batch = self.weights.take_gradients()
+        places = self.rule.landing(step, [local(gradient) for gradient in batch])
+        with self.weights.at(places):
+            self.weights.forget_directions()
+            losses_after = self.targets.losses(step.number)
+        self.weights.set_gradients(batch)
+        return step.losses_before - losses_after - total, size
 
     def set_directions(self, batch=None):
         """The targets' gradients, taken where the rule wants them, become directions.
@@ -299,6 +361,8 @@ class Valuation:
                 losses, gradients = self.targets.gradients(self.step.number)
             if places is None:
                 self.step.book["before"] = losses
+            if not self.two_pass:
+                self.step.losses_before = losses
             places = None  # frees their memory for the directions
         if self.is_frozen:
             self.frozen_gradients = gradients
@@ -391,7 +455,7 @@ class Valuation:
         """The chunks' values under directions that their own backward did not know: from the tape,
         or by forward and backward again."""
         for micro_batch in self.step.micro_batches:
-            if micro_batch.ledger is not None:
+            if isinstance(micro_batch.ledger, ghost.Tape):
                 columns = micro_batch.ledger.values(squares=True)
                 # a rank's loss is the mean of its own chunks
                 columns = columns / parallel.size()
@@ -420,9 +484,9 @@ class Valuation:
         uses_tape = isinstance(self.step.micro_batches[0].ledger, ghost.Tape)
         evaluating = self.targets.evaluating
         check_examples(self.model, self.weights, self.loss, self.step, uses_tape, evaluating)
-        check_sum(self.weights, self.step, self.rule.exact_rows, tolerance(self.model))
+        exact_rows = self.first_rule.exact_rows
+        check_sum(self.weights, self.step, exact_rows, tolerance(self.model))
         self.checked_ways |= self.model.ways
-        self.unchecked = max(0, self.unchecked - 1)
 
     def values_of(self, micro_batch):
         """(b, K or 2K) <x_i, h_k>, on the device."""
@@ -442,17 +506,11 @@ class Valuation:
         losses = self.gathered([step.losses for step in steps])
         values = self.gathered([step.values for step in steps])
         weights = self.gathered([step.weights for step in steps])
-        smoothed = products = squares = [None] * len(steps)
-        if self.smoothing:
-            smoothed = self.gathered([step.smoothed for step in steps])
-        slopes, smoothed_slopes = values, smoothed
-        if self.rule.has_slopes:
-            slopes = self.gathered([step.slopes for step in steps])
-            if self.smoothing:
-                smoothed_slopes = self.gathered([step.smoothed_slopes for step in steps])
-        if steps[0].products is not None:
-            products = self.gathered([step.products for step in steps])
-            squares = self.gathered([step.squares for step in steps])
+        smoothed = self.gathered_of_some([step.smoothed for step in steps])
+        slopes = self.gathered_of_some([step.slopes for step in steps])
+        smoothed_slopes = self.gathered_of_some([step.smoothed_slopes for step in steps])
+        products = self.gathered_of_some([step.products for step in steps])
+        squares = self.gathered_of_some([step.squares for step in steps])
         visits, books, audits = [], [], []
         for i, step in enumerate(steps):
             clip_coef = float(step.clip_coef)
@@ -479,13 +537,13 @@ class Valuation:
 
     def finished(self, step, values, slopes, products, squares, ids):
         """values float64 (B, K), <x_i, h_k> -> with lr, kappa and what clipping makes of them.
-        slopes: (B, K), see Step, or the values again. products, squares: (B,), or None where they
-        are not known. ids: (B,) the chunks'."""
+        slopes: (B, K), see Step, or None where the rule has none. products, squares: (B,), or None
+        where they are not known. ids: (B,) the chunks'."""
         kappa = float(step.clip_coef)
         values = values * (step.lr * kappa)
         if products is None:
             return values
-        slopes = slopes * (step.lr * kappa)
+        slopes = values if slopes is None else slopes * (step.lr * kappa)
         products = products / kappa
         order = np.argsort(ids, kind="stable")  # whichever process had them
         in_order = [x[order] for x in (values, slopes)]
@@ -493,6 +551,12 @@ class Valuation:
         finished = np.empty_like(values)
         finished[order] = clipped_values(*in_order)
         return finished
+
+    def gathered_of_some(self, tensors):
+        """The same, of steps of which some have no such tensor, but None: a list."""
+        known = [tensor for tensor in tensors if tensor is not None]
+        gathered = iter(self.gathered(known) if known else ())
+        return [None if tensor is None else next(gathered) for tensor in tensors]
 
     def gathered(self, tensors, filler=0):
         """One tensor a step, of this rank's chunks (n, ...) -> an array (steps, B, ...) of all
@@ -529,6 +593,9 @@ class Valuation:
         entries["kappa"] = clip_coef
         if "after" in entries:
             entries["residual"] = residual(entries)
+        entries["passes"], entries["failed"] = step.passes, step.has_failed
+        if step.gap is not None:
+            entries["gap"] = host(step.gap)
         return store.record(store.book_dtype(len(self.targets)), entries)
 
     def audit_record(self, step, values):
@@ -548,9 +615,12 @@ class Valuation:
     def describe(self):
         """What values.json says of the valuation."""
         info = {"rule": self.settings.rule, "batch": self.settings.batch}
-        if self.rule.exact_names:
-            info["grad_norm_over"] = list(self.rule.exact_names)
-        if self.two_pass:
+        if self.first_rule.exact_names:
+            info["grad_norm_over"] = list(self.first_rule.exact_names)
+        if self.checks:
+            info["tolerance"] = self.settings.tolerance
+            info["grad_norm_over_in_two_passes"] = ["all weights"]
+        if self.first_rule.two_pass:
             info["grad_norm_over"] = ["all weights"]
         if self.smoothing:
             info["target_smoothing"] = self.settings.target_smoothing
@@ -564,6 +634,8 @@ class Valuation:
         state = {"records": counted, "targets": self.targets.checksums()}
         if self.smoothing:
             state["smoothing"] = self.smoothing.state_dict()
+        if self.checks:
+            state["caution"] = vars(self.caution)
         return state
 
     def load_state_dict(self, state):
@@ -571,6 +643,8 @@ class Valuation:
         other targets, they begin here."""
         if self.smoothing and "smoothing" in state:
             self.smoothing.load_state_dict(state["smoothing"])
+        if self.checks and "caution" in state:
+            self.caution = Caution(**state["caution"])
 
 
 class NoValuation:
@@ -602,6 +676,26 @@ class NoValuation:
 
     def load_state_dict(self, state):
         pass
+
+
+@dataclass
+class Caution:
+    """How many steps are valued in two passes without trying one, for steps that one pass does not
+    foresee follow each other: after a check that fails one step, after the next one two, and so on
+    up to MOST_CAUTION; after a check that holds none."""
+
+    steps_left: int = 0
+    next_steps: int = 1
+
+    def after(self, step):
+        """After a step, in which there was a check where its gap is known."""
+        if step.gap is None:
+            self.steps_left = max(0, self.steps_left - 1)
+        elif step.passes == 1:
+            self.next_steps = 1
+        else:
+            self.steps_left = self.next_steps
+            self.next_steps = min(2 * self.next_steps, MOST_CAUTION)
 
 
 def check_finite(visits):

@@ -54,6 +54,7 @@ from shapley.sweeps import (
     Job,
     land,
     land_halfway,
+    land_wholly,
     scale_expected,
     scale_linear,
     scale_secant_and_slope,
@@ -117,6 +118,24 @@ def landing(weights, step, part, reuse_memory, compile):
     return [places[p] for p in weights.params]
 
 
+@torch.no_grad()
+def landing_with_data(rule, step, batch, work, part):
+    """Where AdamW's step takes the parameters if their gradients are batch (land_wholly, part 1),
+    or the middle of what the batch moves (land_halfway, part 1/2): one tensor a parameter."""
+    weights, places, jobs = rule.weights, {}, []
+    clipped_grads = dict(zip(weights.params, batch))
+    for group, params in weights.by_group():
+        rows = []
+        for p in params:
+            places[p] = room(p, rule.reuse_memory)
+            m, v = weights.moments(p)
+            rows.append((places[p], local(p.data), m, v, clipped_grads[p]))
+        shrink = 1 - step.lr * group["weight_decay"]
+        jobs.append(Job((coefficients(group, step.t), shrink, -step.lr * part), rows))
+    sweep(work, jobs, rule.compile)
+    return [places[p] for p in weights.params]
+
+
 def room(p, reuse_memory):
     """Memory for one tensor like p: new, or that of p's old direction."""
     if reuse_memory and getattr(p, "h", None) is not None:
@@ -152,6 +171,7 @@ class Rule:
     """What a rule may say. weights: Weights. settings: Settings of valuation.py."""
 
     two_pass = False  # whether the direction needs the whole batch's gradient
+    instead = None  # the two-pass rule of the same step, for steps that one pass does not foresee
     has_slopes = False  # whether there are directions by D' too
     exact_names = ()  # names of the parameters that are valued by each chunk's own gradient
     exact_gradients = {}  # {p: the targets' gradients (K, R, ...) of its exact rows}
@@ -179,6 +199,10 @@ class Rule:
 
     def add_exact_rows(self, step):
         """After the backward: adds to each micro-batch what its exact rows are worth."""
+
+    def landing(self, step, batch):
+        """Where the coming step takes the weights, one tensor a parameter. batch: kappa g. Of rules
+        with another one `instead`. Writes over the directions."""
 
 
 class FirstOrder(Rule):
@@ -228,20 +252,8 @@ class AdamAwareSecondOrder(Rule):
     two_pass = True
     has_slopes = True
 
-    @torch.no_grad()
     def where(self, step, batch=None):
-        places, jobs = {}, []
-        clipped_grads = dict(zip(self.weights.params, batch))
-        for group, params in self.weights.by_group():
-            rows = []
-            for p in params:
-                places[p] = room(p, self.reuse_memory)
-                m, v = self.weights.moments(p)
-                rows.append((places[p], local(p.data), m, v, clipped_grads[p]))
-            shrink = 1 - step.lr * group["weight_decay"]
-            jobs.append(Job((coefficients(group, step.t), shrink, -step.lr / 2), rows))
-        sweep(land_halfway, jobs, self.compile)
-        return [places[p] for p in self.weights.params]
+        return landing_with_data(self, step, batch, land_halfway, 0.5)
 
     @torch.no_grad()
     def direct(self, step, batch=None):
@@ -266,6 +278,8 @@ class AdamAware(Rule):
     gradient is kept. After the backward it meets g_k(w_empty) sec(kappa g), exactly. Of a large
     weight only the rows with the largest predicted directions are exact.
     """
+
+    instead = AdamAwareSecondOrder
 
     def __init__(self, weights, settings, n_targets):
         super().__init__(weights, settings, n_targets)
@@ -316,6 +330,9 @@ class AdamAware(Rule):
         if step.t == 1:
             return None
         return landing(self.weights, step, 1.0, self.reuse_memory, self.compile)
+
+    def landing(self, step, batch):
+        return landing_with_data(self, step, batch, land_wholly, 1.0)
 
     @torch.no_grad()
     def direct(self, step, batch=None):

@@ -47,6 +47,12 @@ class Step:
     micro_batches: list[MicroBatch] = field(default_factory=list)
     book: dict = field(default_factory=dict)  # of a measured step: {entry: (K,) nats}
     truth: object = None  # of an audited step: audit.Truth
+    # of rules that check what they foresaw (valuation.py)
+    losses_before: Tensor | None = None  # (K,) the targets', where one-pass rules take gradients
+    # (K,) what one pass left unexplained of the measured change, as a part of its values' size
+    gap: Tensor | None = None
+    has_failed: bool = False  # the check, for a gap is too large
+    passes: int = 1  # over the batch
     is_early: bool = False  # one of the first updates of some parameter, where rules are rough
     # after the step, of this rank's chunks in their order
     ids: np.ndarray | None = None  # (n,)

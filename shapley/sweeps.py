@@ -78,6 +78,11 @@ def land(shrink, scale, eps, out, w, m, v):
     add_scaled(torch.mul(w, shrink, out=out), scale, torch.div(m, root, out=root))
 
 
+def land_wholly(coef, shrink, scale, out, w, m, v, g):
+    """out <- shrink w + scale D(g)."""
+    add_scaled(torch.mul(w, shrink, out=out), scale, displacement(coef, m, v, g))
+
+
 def land_halfway(coef, shrink, scale, out, w, m, v, g):
     """out <- shrink w + scale (D(0) + D(g))."""
     both = displacement_of_nothing(coef, m, v).add_(displacement(coef, m, v, g))

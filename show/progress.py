@@ -107,6 +107,10 @@ class Progress:
         first_look = command("python", "train.py", smaller, f"--data_dir={cfg.data_dir}")
         return f"{line}. For a first look: {first_look}"
 
+    def share(self, seconds):
+        """A time as a part of that since the start."""
+        return seconds / (time.perf_counter() - self.began)
+
     def took(self):
         """The time since the start, as text."""
         return duration(time.perf_counter() - self.began)

@@ -332,7 +332,8 @@ def read_arrays(path, info):
     check_entries(files, {"values.npy": int, "ledger.npy": dict, "books.npy": dict}, path, cure)
     ledgers = [store.visit_dtype(K), store.visit_dtype(K, smoothed=True)]
     visits = read_records(path, "ledger", ledgers, files)
-    books = read_records(path, "books", [store.book_dtype(K)], files)
+    of_books = [store.book_dtype(K), store.book_dtype(K, passes=False)]
+    books = read_records(path, "books", of_books, files)
     if "audit.npy" in files:
         audit = read_records(path, "audit", [store.audit_dtype(K)], files)
     else:

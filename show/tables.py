@@ -124,6 +124,7 @@ def account(entries, audits, names, rule):
         lines.append(accounted(name, total))
     lines += explain_parts(totals)
     lines += unclosed(names, totals)
+    lines += passes(entries)
     if rule not in KNOW_CLIPPING:
         lines += hard_clipping(entries)
     if len(audits):
@@ -197,6 +198,27 @@ def unclosed(names, totals):
         left = f"the books do not close, {nats(total['residual'])} nats are left"
         read = "read its values as a rough order of the chunks, not as amounts"
         lines.append(f"caution, {findings.short(name)}: {left}; {read} (adamw2 closes them best)")
+    return lines
+
+
+def passes(entries):
+    """Lines on the steps that were valued in two passes, of a run whose steps are checked."""
+    if "passes" not in entries.dtype.names:
+        return []
+    entries = entries[entries["passes"] > 0]
+    n_checks = np.count_nonzero(np.isfinite(entries["gap"]).any(1) | (entries["failed"] == 1))
+    if not n_checks:
+        return []
+    n_two = np.count_nonzero(entries["passes"] == 2)
+    n_failed = np.count_nonzero(entries["failed"])
+    checks = counted(n_checks, "check")
+    what = f"passes: {n_two:,} of {counted(len(entries), 'step')} were valued in two"
+    if n_two < n_failed:
+        kept = f"{n_failed - n_two} steps are rough for the check failed; adamw2 values them better"
+        return [f"caution: {kept} ({n_failed} of {checks} failed)"]
+    lines = [f"{what} ({n_failed:,} of {checks} found that one does not foresee its step)"]
+    if 2 * n_two > len(entries):
+        lines.append("passes: --rule=adamw2 takes two in every step, without checks")
     return lines
 
 

@@ -244,7 +244,7 @@ def settings_of(path):
         if settings is None:
             raise
         warn(f"{e.args[0].rpartition(':')[0]}: its settings are those of the checkpoint beside it")
-    settings = store.without_removed(settings, path)
+    settings = store.ADDED | store.without_removed(settings, path)
     for key in STARTS:
         settings.pop(key, None)
     settings["out_dir"] = str(folder)
@@ -311,6 +311,8 @@ def check_resumption(cfg, data, targets, checkpoint, path):
     out = cfg.out_dir
     settings = store.ADDED | store.without_removed(checkpoint["config"], path)
     may_change = {*MAY_CHANGE, *STARTS}
+    if cfg.rule != "adamw":
+        may_change.add("tolerance")  # which says nothing of other rules
     with fitting(path):
         if np.prod([settings.get(key) for key in BATCH]) == cfg.batch:
             may_change.update(BATCH)

@@ -55,6 +55,13 @@ VISIT_FIELDS = [
     ("early", "u1"),  # 1 where AdamW's moments are too young for any rule
 ]
 BOOK_FIELDS = [("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4")]
+# what checks of one-pass steps found (valuation.py). Books of earlier versions have none of it
+PASSES_FIELDS = [
+    ("passes", "u1"),  # over the batch, for its values; 0: it was not valued
+    ("failed", "u1"),  # 1 where a check was, and some target's gap was too large
+    # ("gap", "<f4", (K,)): what one pass left unexplained, as a part of the size of its values; NaN
+    # where that was not measured
+]
 # of each target, in nats (shapley/books.py)
 BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")
 # of each target: the values beside the exact Shapley values of the step
@@ -80,9 +87,13 @@ def visit_dtype(K, smoothed=False):
     return np.dtype([*VISIT_FIELDS[:3], *of_targets, *VISIT_FIELDS[3:]])
 
 
-def book_dtype(K):
-    """Of books.npy."""
-    return np.dtype(BOOK_FIELDS + [(name, "<f4", (K,)) for name in BOOK_ENTRIES])
+def book_dtype(K, passes=True):
+    """Of books.npy. passes: False of runs that an earlier version began, which have no such
+    fields."""
+    fields = BOOK_FIELDS + [(name, "<f4", (K,)) for name in BOOK_ENTRIES]
+    if passes:
+        fields += [*PASSES_FIELDS, ("gap", "<f4", (K,))]
+    return np.dtype(fields)
 
 
 def audit_dtype(K):
@@ -119,6 +130,7 @@ REMOVED = {
 # settings that change what a run writes, and what earlier versions did, which had none
 ADDED = {
     "target_smoothing": 0.0,
+    "tolerance": 0.0,
     "gelu": "none",
     "rotary_pct": 0.0,
     "parallel_residual": False,

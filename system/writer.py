@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import recfunctions as structured
 
 from system import store
 from system.files import crc32, write_json
@@ -40,6 +41,8 @@ class Writer:
             "ledger": store.visit_dtype(n_targets, smoothed),
             "books": store.book_dtype(n_targets),
         }
+        if counted and counted["books"]["itemsize"] != dtypes["books"].itemsize:
+            dtypes["books"] = store.book_dtype(n_targets, passes=False)
         if audits:
             dtypes["audit"] = store.audit_dtype(n_targets)
         if adjoints:
@@ -59,7 +62,8 @@ class Writer:
     def add(self, visits, books, audit=None, adjoint=None):
         """Arrays of records, in the order of the steps. They are on disk after the next commit."""
         self.records["ledger"].pending.append(visits)
-        self.records["books"].pending.append(books)
+        written = list(self.records["books"].dtype.names)
+        self.records["books"].pending.append(structured.repack_fields(books[written]))
         if audit is not None:
             self.records["audit"].pending.append(audit)
         if adjoint is not None:

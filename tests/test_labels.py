@@ -144,9 +144,8 @@ class Run(FullRun):
         super().__init__(tmp_path, torch.float64, rule, K)
         audits = options.get("audit_interval", 0) > 0
         self.writer = Writer(tmp_path, 100, K, audits=audits)
-        settings = Settings(
-            rule=rule, batch=batch, target_batch=3, target_sampling="fixed", **options
-        )
+        options = {"target_batch": 3, "target_sampling": "fixed", "tolerance": 0.0, **options}
+        settings = Settings(rule=rule, batch=batch, **options)
         what = (self.model, self.optimizer, self.loss, self.targets, settings, self.writer)
         self.valuation = Valuation(*what)
 

@@ -62,7 +62,7 @@ class Run:
             adamw if optimizer == "adamw" else torch.optim.SGD(self.model.parameters(), lr=1e-2)
         )
         self.targets = targets(K)
-        options = {"target_batch": 3, "target_sampling": "fixed", **options}
+        options = {"target_batch": 3, "target_sampling": "fixed", "tolerance": 0.0, **options}
         self.autocast = autocast
         self.rule = rule
         if rule == "off":

@@ -271,7 +271,7 @@ def account(net, loss, name, rule, K=1, run=None, wd=0.1, **options):
             optimizer,
             lambda *batch: net(*batch)[1],
             targets,
-            Settings(rule=rule, batch=B, target_batch=6, **options),
+            Settings(rule=rule, batch=B, **{"target_batch": 6, "tolerance": 0.0, **options}),
             Writer(run, B, len(targets), audits="audit_interval" in options) if run else None,
         ),
     )
