@@ -563,7 +563,8 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
             raw_model.load_state_dict(checkpoint["model"])
             state = State.of_checkpoint(checkpoint)
     if cfg.shard:
-        n_directions = count_directions(cfg.rule, len(targets), cfg.target_smoothing > 0)
+        is_smoothed = cfg.target_smoothing > 0
+        n_directions = count_directions(cfg.rule, len(targets), is_smoothed, cfg.tolerance)
         parallel.shard(raw_model, raw_model.transformer.h, n_directions)
 
     # optimizer

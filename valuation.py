@@ -98,15 +98,18 @@ class Flushed:
     audit: np.ndarray | None = None
 
 
-def count_directions(rule, n_targets, smoothed):
+def count_directions(rule, n_targets, smoothed, tolerance=0.0):
     """How many directions a parameter has: one a target, with smoothed ones two, which come after
     the others; as many slopes, where the rule has some; and in two-pass rules the batch's
-    gradient. 0 of no rule ("off")."""
+    gradient. 0 of no rule ("off"). tolerance: where steps are checked, of the step that has most.
+    """
     if rule not in RULES:
         return 0
+    rules = [RULES[rule]]
+    if tolerance and RULES[rule].instead:
+        rules.append(RULES[rule].instead)
     n = n_targets * (2 if smoothed else 1)
-    n *= 2 if RULES[rule].has_slopes else 1
-    return n + RULES[rule].two_pass
+    return max(n * (2 if rule.has_slopes else 1) + rule.two_pass for rule in rules)
 
 
 def do_nothing():
@@ -324,10 +327,10 @@ class Valuation:
         gap, size = self.measure_gap()
         rounding = self.settings.loss_rounding * step.losses_before.abs()
         step.gap = gap / size
-        # NaN is not within
         is_within = gap.abs() <= self.settings.tolerance * size + rounding
+        is_within &= gap.isfinite()
         step.has_failed = not bool(is_within.all())
-        if step.has_failed and not self.weights.sharded:  # of a shard directions have no room
+        if step.has_failed:
             self.rule = self.rule_instead
             self.value_in_two_passes()
             if self.is_wrapped:

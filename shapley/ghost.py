@@ -30,7 +30,8 @@ What the ops and the rest of the method leave on tensors for each other:
     a weight w             .tokens      True where its rows are tokens (model.py, wrap.py)
     a parameter p          .indirect    True where its gradient of each chunk alone is not to be
                                         had (wrap.py)
-    a sharded parameter p  .whole       the whole parameter, as the layers see it (parallel.py)
+    a sharded parameter p  .whole       the whole parameter, as the layers see it (parallel.py). It
+                                        has room for more directions than .n_directions
     the model              .chunk_loss  (B,) nats: each chunk's loss, the mean over its own labels,
                                         after a forward with a ledger; 0 without labels
     the model              .chunk_weight  (B,) what each chunk's loss counts in the mean loss, but
@@ -149,6 +150,8 @@ class Made:
 def direction(weight):
     """(K, *shape): a parameter's direction .h, or what it comes to in a tensor that is made of
     parameters alone. None for None."""
+    if hasattr(weight, "n_directions"):
+        return weight.h[: weight.n_directions]
     if not hasattr(weight, "made"):
         return getattr(weight, "h", None)
     made = weight.made

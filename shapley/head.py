@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shapley.contract import accumulate, linear_products, linear_values, opaque, tiles
-from shapley.ghost import Tape, autocast, has_squares
+from shapley.ghost import Tape, autocast, direction, has_squares
 
 # chunked: as above; whole: as any Linear. auto: chunked on CPU from 2^24 logits on, where it takes
 # a fifth less time (bench/kernels.py), else whole, for nobody has timed it on a GPU yet
@@ -137,10 +137,10 @@ def loss(x, weight, y, ledger):
             of_chunk = []
             for _, gy, x_TI in logit_grads(x, weight.to(x.dtype), y, weight.dtype):
                 gy = (gy * scale)[None]
-                of_chunk.append(linear_values(gy, x_TI[None], weight.h, None, squares))
+                of_chunk.append(linear_values(gy, x_TI[None], direction(weight), None, squares))
             return torch.cat(of_chunk)
 
         return ledger.watch(loss, values, x, y), chunk_loss
     per_chunk = getattr(weight, "per_chunk", None)
     exact_rows = getattr(weight, "exact_rows", None)
-    return _Head.apply(x, weight, y, weight.h, ledger, per_chunk, exact_rows)
+    return _Head.apply(x, weight, y, direction(weight), ledger, per_chunk, exact_rows)

@@ -127,7 +127,9 @@ class Weights:
         parameter's .h."""
         for p, h in zip(self.params, directions):
             if self.sharded:
-                p.h.copy_(h)  # FSDP gathers from this memory
+                p.h = p.h_room[: len(h)]  # FSDP gathers from this memory
+                p.h.copy_(h)
+                self.whole[p].n_directions = len(h)
             else:
                 p.h = h
 

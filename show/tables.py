@@ -213,9 +213,6 @@ def passes(entries):
     n_failed = np.count_nonzero(entries["failed"])
     checks = counted(n_checks, "check")
     what = f"passes: {n_two:,} of {counted(len(entries), 'step')} were valued in two"
-    if n_two < n_failed:
-        kept = f"{n_failed - n_two} steps are rough for the check failed; adamw2 values them better"
-        return [f"caution: {kept} ({n_failed} of {checks} failed)"]
     lines = [f"{what} ({n_failed:,} of {checks} found that one does not foresee its step)"]
     if 2 * n_two > len(entries):
         lines.append("passes: --rule=adamw2 takes two in every step, without checks")

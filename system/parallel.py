@@ -166,9 +166,9 @@ def shard(model, blocks, n_directions):
     """FSDP2, in place: each rank keeps a slice of the rows of every parameter and of its direction,
     and the whole of a block exists only while it computes.
 
-    A sharded parameter p has p.h, this rank's slice of its direction (K, rows, ...), and p.whole,
-    the whole parameter as the layers see it, whose own .h is the whole direction. Raises UserError
-    where the ranks cannot share the rows evenly.
+    A sharded parameter p has p.h_room, this rank's slice of its directions (n, rows, ...), and
+    p.whole, the whole parameter as the layers see it, whose .h holds the whole directions; of these
+    the first .n_directions are set. Raises UserError where the ranks cannot share the rows evenly.
     """
     # takes seconds to import, as whatever of torch knows DTensor
     from torch.distributed.fsdp import fully_shard
@@ -197,8 +197,9 @@ def shard(model, blocks, n_directions):
         whole.__dict__.update(original.__dict__)
         p.whole = whole
         if n_directions:
-            p.h = local(sharded[name + "_h"])
+            p.h = p.h_room = local(sharded[name + "_h"])
             whole.h = wholes[name + "_h"]
+            whole.n_directions = n_directions
 
 
 def register_directions(model, parameters, n_directions):

@@ -1,0 +1,294 @@
+"""`adamw` checks what it foresaw: the gap between a step's values and what the batch did is
+measured, and where it is too large the step is valued in two passes."""
+
+import numpy as np
+import pytest
+import torch
+from runs import TWO_TARGETS, assert_same_run, read_bytes, run
+from test_valuation import B, relative, target_losses, text
+from test_valuation import Run as FullRun
+from valued import settled
+
+from experiments import models
+from shapley import exact, rules
+from shapley.wrap import Examples, Net
+from show import tables
+from system import store
+from system.errors import UserError
+from system.files import crc32
+from valuation import MOST_CAUTION, Caution, Settings, Valuation
+
+ALWAYS = 1e-12  # a tolerance that no step keeps
+NEVER = 1e12  # one that every step keeps
+
+
+class Run(FullRun):
+    """In float64. `step` returns the step's values, and what rules.py says `adamw` and `adamw2`
+    give; the step's true gap is left in .gap."""
+
+    def __init__(self, tmp_path, **options):
+        super().__init__(tmp_path, torch.float64, "adamw", loss_rounding=0.0, **options)
+
+    def step(self, step, lr=1e-2, clip=0.0, micro_steps=1):
+        rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
+        X, Y = rows[:, :-1], rows[:, 1:]
+        x, known = exact.chunk_gradients(self.model, X, Y), rules.known_rows(self.model, X, Y)
+        losses = target_losses(self)
+        what = (self.model, self.optimizer, x, losses)
+        one = rules.rule_values(*what, "adamw", lr, clip, known=known)
+        squares = rules.squares_by_use(self.model, X, Y)
+        two = rules.rule_values(*what, "adamw2", lr, clip, squares=squares)
+        before_clipping = rules.rule_values(*what, "adamw", lr, clip, known=known, products=False)
+        empty = self.losses_at_empty(losses, lr, x) if step else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.valuation.begin_step(step, lr, rows.numpy())
+        for ids in np.split(np.arange(B), micro_steps):
+            ledger = self.valuation.new_ledger(ids, X[ids], Y[ids])
+            (self.loss(X[ids], Y[ids], ledger) / micro_steps).backward()
+        kappa = 1.0
+        if clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            kappa = (clip / (norm + 1e-6)).clamp(max=1.0)
+        self.valuation.before_update(kappa)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.valuation.end_step()
+        if step:
+            after = torch.stack([loss(self.model.eval()).detach() for loss in losses])
+            self.model.train()
+            self.gap = (empty - after - one.sum(0)) / before_clipping.abs().sum(0)
+        return settled(self.valuation)[0], one, two
+
+    def losses_at_empty(self, losses, lr, x):
+        """The targets' losses where momentum and decay alone land."""
+        g = [sum(players) for players in zip(*x)]
+        situation = rules.Situation(self.model, self.optimizer, losses[0], lr, g, 1.0)
+        to_empty = situation.to_empty(rules.updates(self.model, self.optimizer))
+        twin = rules.displaced(self.model, to_empty)
+        return torch.stack([loss(twin).detach() for loss in losses])
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("tolerance", [ALWAYS, NEVER])
+def test_values_equal_the_definition_of_one_pass_or_of_two(tmp_path, tolerance, tie, K):
+    """Clipping off and on, 1, 2 and 4 micro-batches; steps of two passes with a check before, and
+    without."""
+    torch.manual_seed(0)
+    valued = Run(tmp_path, tolerance=tolerance, K=K, tie=tie)
+    passes = []
+    for step, (clip, micro_steps) in enumerate(
+        [(0.0, 1), (0.05, 2), (0.05, 4), (0.0, 1), (0.05, 1)]
+    ):
+        values, one, two = valued.step(step, clip=clip, micro_steps=micro_steps)
+        expected = one if tolerance == NEVER else two
+        assert relative(values, expected) < 1e-9, step
+        assert relative(one, two) > 1e-3
+        passes.append(valued.valuation.pending[-1].passes)
+    assert set(passes) == {1 if tolerance == NEVER else 2}
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_the_gap_is_what_the_step_did_less_what_the_values_say(tmp_path, K):
+    valued = Run(tmp_path, tolerance=NEVER, K=K, target_batch=3)
+    for step in range(4):
+        valued.step(step, clip=0.05, micro_steps=2)
+        if step:
+            found = valued.valuation.pending[-1].gap
+            torch.testing.assert_close(found, valued.gap, rtol=1e-7, atol=1e-9)
+            assert found.abs().min() > 1e-3
+    visits, books = valued.valuation.pending, valued.valuation.flush().books
+    assert not visits or len(books)
+    assert (books["passes"] == 1).all()
+    assert not books["failed"].any()
+    assert np.isfinite(books["gap"]).all()
+
+
+def test_a_step_fails_where_the_gap_of_some_target_is_too_large(tmp_path):
+    first = Run(tmp_path / "a", tolerance=NEVER, K=2)
+    for step in range(3):
+        first.step(step)
+    gaps = first.gap.abs()
+    for factor, has_failed in ((0.99, True), (1.01, False)):
+        tolerance = float(gaps.max()) * factor
+        again = Run(tmp_path / str(factor), tolerance=NEVER, K=2)
+        for step in range(3):
+            again.valuation.settings.tolerance = tolerance if step == 2 else NEVER
+            again.step(step)
+        assert again.valuation.pending[-1].has_failed == has_failed
+        assert gaps.min() < tolerance
+
+
+def test_a_value_that_is_not_finite_is_computed_again(tmp_path):
+    """One pass overflows where eps is 0 and a moment is 0."""
+    valued = Run(tmp_path, tolerance=NEVER)
+    valued.step(0)
+    add = valued.valuation.rule.add_exact_rows
+
+    def spoil(step):
+        add(step)
+        step.micro_batches[0].exact_values = step.micro_batches[0].exact_values + torch.inf
+
+    valued.valuation.first_rule.add_exact_rows = spoil
+    values, _, two = valued.step(1)
+    assert relative(values, two) < 1e-9
+
+
+def test_what_rounding_can_do_is_no_gap(tmp_path):
+    valued = Run(tmp_path, tolerance=ALWAYS)
+    valued.valuation.settings.loss_rounding = 1.0  # as large as the loss
+    for step in range(2):
+        valued.step(step)
+        assert not valued.valuation.pending[-1].has_failed
+
+
+def test_caution_grows_while_checks_fail_and_ends_where_one_holds():
+    class Checked:
+        gap, passes = torch.ones(1), 2
+
+    class Held:
+        gap, passes = torch.ones(1), 1
+
+    class Outright:
+        gap, passes = None, 2
+
+    caution = Caution()
+    lasted = []
+    for _ in range(7):
+        caution.after(Checked)
+        lasted.append(caution.steps_left)
+        while caution.steps_left:
+            caution.after(Outright)
+    assert lasted == [1, 2, 4, 8, 16, 16, 16]
+    assert lasted[-1] == MOST_CAUTION
+    caution.after(Held)
+    assert caution.steps_left == 0
+    caution.after(Checked)
+    assert caution.steps_left == 1
+
+
+# --- in a run -----------------------------------------------------------------
+
+OPTIONS = [TWO_TARGETS, "--book_interval=3", "--lr_decay_iters=12", "--learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def whole(python_data, tmp_path_factory):
+    """Twelve steps, of which some are valued in one pass and some in two."""
+    folder = tmp_path_factory.mktemp("passes") / "whole"
+    run(python_data, folder, *OPTIONS, "--tolerance=.2")
+    return folder
+
+
+def test_a_run_says_how_its_steps_were_valued(whole, python_data, tmp_path, capsys):
+    run(python_data, tmp_path / "run", *OPTIONS, "--tolerance=.2")
+    said = capsys.readouterr().out
+    books = store.read(whole, "books")
+    n_two = np.count_nonzero(books["passes"] == 2)
+    assert 0 < n_two < 12
+    assert f"passes: {n_two} of 12 steps were valued in two" in said
+    assert "passes: checks and second passes took" in said
+    assert set(books["passes"]) == {1, 2}
+    is_checked = np.isfinite(books["gap"]).all(1)
+    assert not (is_checked & (books["failed"] == 0) & (books["passes"] == 2)).any()
+    largest = abs(books["gap"]).max(1)
+    assert (largest[books["failed"] == 1] > 0.2).all()
+    assert (largest[books["passes"] == 1] <= 0.2 + 1e-3).all()
+
+
+def test_values_of_two_passes_are_those_of_adamw2(whole, python_data, tmp_path):
+    run(python_data, tmp_path / "two", *OPTIONS, "--rule=adamw2")
+    in_two = np.repeat(store.read(whole, "books")["passes"] == 2, 4)
+    values, others = store.read(whole)["value"], store.read(tmp_path / "two")["value"]
+    np.testing.assert_allclose(values[in_two], others[in_two], rtol=1e-3, atol=1e-7)
+    assert not np.allclose(values[~in_two], others[~in_two], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("stop", [5, 7])
+def test_a_run_that_goes_on_is_as_cautious_as_it_was(whole, python_data, tmp_path, stop):
+    out = tmp_path / "run"
+    run(python_data, out, *OPTIONS, "--tolerance=.2", f"--max_iters={stop}")
+    run(python_data, out, *OPTIONS, "--tolerance=.2", "--init_from=resume")
+    assert_same_run(out, whole)
+
+
+def test_another_tolerance_is_refused_where_a_run_goes_on(python_data, tmp_path):
+    out = tmp_path / "run"
+    run(python_data, out, "--max_iters=1", "--n_layer=1")
+    with pytest.raises(
+        UserError, match=r"--tolerance=0.1, but .* was run with tolerance=0.05: type"
+    ):
+        run(python_data, out, "--tolerance=.1", "--init_from=resume", "--n_layer=1")
+
+
+@pytest.mark.parametrize("rule, more", [("adamw", ["--tolerance=0"]), ("adamw2", [])])
+def test_a_run_of_an_earlier_version_goes_on(python_data, tmp_path, monkeypatch, rule, more):
+    """Its books have no such fields, and get none."""
+    out, options = tmp_path / "run", [f"--rule={rule}", *OPTIONS]
+    old = store.book_dtype(2, passes=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "book_dtype", lambda K, passes=True: old)
+        run(python_data, out, "--max_iters=5", *options, "--tolerance=0")
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    del checkpoint["config"]["tolerance"]
+    with open(out / "ckpt.pt", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        file.write(b"%08x" % crc32(file.name))
+    run(python_data, out, *options, *more, "--init_from=resume")
+    books = store.read(out, "books")
+    assert len(books) == 12
+    assert books.dtype == old
+    run(python_data, tmp_path / "new", *options, "--tolerance=0")
+    assert read_bytes(out)["ledger.npy"] == read_bytes(tmp_path / "new")["ledger.npy"]
+    assert not tables.passes(books)
+
+
+def test_a_step_whose_values_were_wild_is_not(python_data, tmp_path):
+    """One pass gave the chunks of a step far more than the target's whole loss."""
+    options = ["--learning_rate=3e-2", "--warmup_iters=0", "--max_iters=30", "--book_interval=1"]
+    run(python_data, tmp_path / "one", *options, "--tolerance=0")
+    run(python_data, tmp_path / "checked", *options)
+    sizes = {}
+    for name in ("one", "checked"):
+        visits = store.read(tmp_path / name)
+        sizes[name] = abs(visits["value"]).max()
+    assert sizes["one"] > 5
+    assert sizes["checked"] < 1
+
+
+def test_adapters_are_valued_as_their_steps_were(tmp_path):
+    """LoRA's A has no gradient as long as B is 0, so one pass knows nothing of its first steps."""
+    peft = pytest.importorskip("peft")
+    accounted = {}
+    for tolerance in (0.0, 0.05):
+        made = models.build("GPT-2, tied")
+        targets = models.LORA["GPT-2, tied"]
+        lora = peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=True)
+        net = Net(peft.get_peft_model(made.model, lora).float(), made.loss)
+        params = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, 3e-2, betas=(0.9, 0.95))
+        target = Examples("target", *as_arrays(*models.batch_of("GPT-2, tied")[:2]))
+        settings = Settings(batch=models.B, target_batch=models.B, tolerance=tolerance)
+
+        def compute_loss(X, Y, ledger=None, net=net):
+            return net(X, Y, ledger)[1]
+
+        valuation = Valuation(net, optimizer, compute_loss, [target], settings)
+        for step in range(12):
+            X, Y, _ = models.batch_of("GPT-2, tied")
+            valuation.begin_step(step, 3e-2, tokens=X)
+            ledger = valuation.new_ledger(np.arange(models.B), X, Y)
+            compute_loss(X, Y, ledger).backward()
+            valuation.before_update()
+            optimizer.step()
+            optimizer.zero_grad()
+            valuation.end_step()
+        accounted[tolerance] = tables.booked(valuation.flush().books, 0)["accounted"]
+    assert accounted[0.0] > 2
+    assert accounted[0.05] == pytest.approx(1, abs=0.05)
+
+
+def as_arrays(*nests):
+    return [torch.utils._pytree.tree_map(torch.Tensor.numpy, nest) for nest in nests]
