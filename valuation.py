@@ -20,8 +20,8 @@ there every rule is rough.
 `adamw` foresees the step before it knows the batch. So it is checked: the values of a step should
 add up to what the batch did to the target's loss, which costs one forward of the target's chunks to
 measure. Where that leaves a gap of more than `tolerance` times the sum of the values' sizes, the
-step is valued again, in two passes, as by `adamw2`, and so are some steps that follow (Caution).
-books.npy says how large the gap was, and how many passes a step took.
+step is valued again, in two passes, as by `adamw2`. books.npy says how large the gap was, and how
+many passes a step took.
 
 With Settings(target_smoothing=.9) each target has a second direction, of its gradient's mean over
 the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
@@ -63,7 +63,6 @@ from system.machine import replaying, rng_state
 from system.parallel import local
 
 EARLY = 3  # AdamW's first updates, whose moments are too young for any rule
-MOST_CAUTION = 16  # steps valued in two passes outright, where checks fail one after another
 
 
 @dataclass
@@ -162,7 +161,6 @@ class Valuation:
         self.checks = settings.tolerance > 0 and self.rule.instead is not None
         if self.checks:
             self.rule_instead = self.rule.instead(self.weights, settings, len(targets))
-        self.caution = Caution()
         self.smoothing = None
         if settings.target_smoothing:
             self.smoothing = Smoothing(self.weights, len(targets), settings.target_smoothing)
@@ -219,7 +217,7 @@ class Valuation:
         self.step_number = step
         check_learning_rates(self.weights.optimizer, lr if self.is_wrapped else None)
         self.step = Step(number=step, lr=lr, t=self.updates_done)
-        self.rule = self.rule_instead if self.caution.steps_left else self.first_rule
+        self.rule = self.first_rule
         if self.is_adam_aware:
             self.weights.look_for_young(self.step.t, may_be_late=self.is_wrapped)
         if self.is_wrapped and self.rule.token_weights and tokens is None:
@@ -304,10 +302,11 @@ class Valuation:
         if self.two_pass or self.rule.exact_gradients:
             step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
             step.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
+        if not step.has_failed:
+            step.row_squares = step.squares
         self.books.after(step)
         self.unchecked = max(0, self.unchecked - 1)
         step.passes = 2 if self.two_pass else 1
-        self.caution.after(step)
         step.micro_batches = []
         self.pending.append(step)
         self.step_number += 1
@@ -331,6 +330,9 @@ class Valuation:
         is_within &= gap.isfinite()
         step.has_failed = not bool(is_within.all())
         if step.has_failed:
+            if self.rule.exact_gradients:
+                squares = [micro_batch.squares for micro_batch in step.micro_batches]
+                step.row_squares = torch.cat(squares)
             self.rule = self.rule_instead
             self.value_in_two_passes()
             if self.is_wrapped:
@@ -514,6 +516,7 @@ class Valuation:
         smoothed_slopes = self.gathered_of_some([step.smoothed_slopes for step in steps])
         products = self.gathered_of_some([step.products for step in steps])
         squares = self.gathered_of_some([step.squares for step in steps])
+        row_squares = self.gathered_of_some([step.row_squares for step in steps])
         visits, books, audits = [], [], []
         for i, step in enumerate(steps):
             clip_coef = float(step.clip_coef)
@@ -522,7 +525,8 @@ class Valuation:
                 raise UserError(f"{what}, so nothing was learned: leave such batches out")
             known = (products[i], squares[i], ids[i])
             of_step = self.finished(step, values[i], slopes[i], *known)
-            records = self.visit_records(step, ids[i], losses[i], of_step, weights[i], squares[i])
+            of_visits = (ids[i], losses[i], of_step, weights[i], row_squares[i])
+            records = self.visit_records(step, *of_visits)
             if self.smoothing:
                 of_mean = self.finished(step, smoothed[i], smoothed_slopes[i], *known)
                 records["smoothed"] = of_mean
@@ -622,7 +626,6 @@ class Valuation:
             info["grad_norm_over"] = list(self.first_rule.exact_names)
         if self.checks:
             info["tolerance"] = self.settings.tolerance
-            info["grad_norm_over_in_two_passes"] = ["all weights"]
         if self.first_rule.two_pass:
             info["grad_norm_over"] = ["all weights"]
         if self.smoothing:
@@ -637,8 +640,6 @@ class Valuation:
         state = {"records": counted, "targets": self.targets.checksums()}
         if self.smoothing:
             state["smoothing"] = self.smoothing.state_dict()
-        if self.checks:
-            state["caution"] = vars(self.caution)
         return state
 
     def load_state_dict(self, state):
@@ -646,8 +647,6 @@ class Valuation:
         other targets, they begin here."""
         if self.smoothing and "smoothing" in state:
             self.smoothing.load_state_dict(state["smoothing"])
-        if self.checks and "caution" in state:
-            self.caution = Caution(**state["caution"])
 
 
 class NoValuation:
@@ -679,26 +678,6 @@ class NoValuation:
 
     def load_state_dict(self, state):
         pass
-
-
-@dataclass
-class Caution:
-    """How many steps are valued in two passes without trying one, for steps that one pass does not
-    foresee follow each other: after a check that fails one step, after the next one two, and so on
-    up to MOST_CAUTION; after a check that holds none."""
-
-    steps_left: int = 0
-    next_steps: int = 1
-
-    def after(self, step):
-        """After a step, in which there was a check where its gap is known."""
-        if step.gap is None:
-            self.steps_left = max(0, self.steps_left - 1)
-        elif step.passes == 1:
-            self.next_steps = 1
-        else:
-            self.steps_left = self.next_steps
-            self.next_steps = min(2 * self.next_steps, MOST_CAUTION)
 
 
 def check_finite(visits):

@@ -68,6 +68,7 @@ def summary(run):
         "visits": int(np.count_nonzero(run.visits["chunk"] != store.NO_CHUNK)),
         "approximate": run.info.get("approximate"),
         "early_steps": int(np.count_nonzero(run.visits["early"][::batch])),
+        "passes": tables.count_passes(run.books),
         "horizon": run.horizon,
         "hindsight": hindsight.read(run),
         "targets": targets,

@@ -269,7 +269,13 @@ def values_on_card(cfg, rule, dtype):
 
     targets = [Target("target", words(4), None)]
     settings = Settings(
-        rule=rule, batch=B, target_batch=4, target_sampling="fixed", grad_clip=1.0, book_interval=0
+        rule=rule,
+        batch=B,
+        target_batch=4,
+        target_sampling="fixed",
+        tolerance=0.0,
+        grad_clip=1.0,
+        book_interval=0,
     )
     valuation = Valuation(model, optimizer, loss, targets, settings)
     for step in range(STEPS + 1):

@@ -7,6 +7,8 @@ steps; one process, in turn.
     python bench/overhead.py --shapes=byte --rounds=21        one shape, more rounds
     python bench/overhead.py --device=cuda --dtype=bfloat16 --shapes=gpt2-small-1024
     python bench/overhead.py --rules=adamw,adamw+smoothed     what --target_smoothing adds
+    python bench/overhead.py --rules=adamw,adamw+checked,adamw2   what a check of a step adds, where
+                                                              it holds (train.py --tolerance)
     torchrun --nproc_per_node=2 bench/overhead.py --shapes=byte --target=2
                                                               the same global batch by two processes
 
@@ -63,6 +65,7 @@ SHAPES = {
     # wait for
     "thin": Shape(12, 2, 16, 8, 256, 2),
 }
+CHECKED = "+checked"  # behind `adamw`: with the check of every step, which holds
 SMOOTHED = "+smoothed"  # behind a rule's name: with the means of the targets' gradients
 PLAIN = "plain"
 TARGET = "plain + target"
@@ -89,7 +92,7 @@ class Config:
             if shape not in SHAPES:
                 raise UserError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
         for rule in self.rules.split(","):
-            if rule.removesuffix(SMOOTHED) not in RULES:
+            if rule.removesuffix(SMOOTHED).removesuffix(CHECKED) not in RULES:
                 raise UserError(f"--rules={rule}: choose from {', '.join(RULES)}")
         config.check(self, at_least={"target": 1, "K": 1, "accumulation": 1, "rounds": 1})
 
@@ -140,8 +143,9 @@ class Bench:
 
     def build_valuation(self, rule, targets):
         settings = Settings(
-            rule=rule.removesuffix(SMOOTHED),
+            rule=rule.removesuffix(SMOOTHED).removesuffix(CHECKED),
             target_smoothing=0.97 if rule.endswith(SMOOTHED) else 0.0,
+            tolerance=1e12 if CHECKED in rule else 0.0,
             batch=self.B * self.cfg.accumulation,
             target_batch=self.cfg.target,
             target_sampling="fixed",

@@ -275,6 +275,25 @@ def rule_values(
     return clipping_game(values, slopes, kappa, products, squares)
 
 
+def gap(model, optimizer, x, losses, values, lr, grad_clip=0.0):
+    """What values (B, K) of `adamw`, as rule_values() gives them, leave unexplained of what the
+    batch does to the K losses, as a part of their size: (K,). The loss where momentum and decay
+    alone land, less that where the step lands, less the sum of the values."""
+    g = [sum(players) for players in zip(*x)]
+    kappa = clip_coefficient(g, grad_clip)
+    coming = updates(model, optimizer)
+    to_empty = Situation(model, optimizer, None, lr, g, kappa).to_empty(coming)
+    to_landing = []
+    for empty, update, g_p in zip(to_empty, coming, g):
+        data = update.displacement(kappa * g_p) - update.displacement(torch.zeros_like(g_p))
+        to_landing.append(empty - lr * data)
+    with torch.no_grad():
+        before = [loss(displaced(model, to_empty)) for loss in losses]
+        after = [loss(displaced(model, to_landing)) for loss in losses]
+    drop = torch.stack(before) - torch.stack(after)
+    return (drop - values.sum(0)) / values.abs().sum(0)
+
+
 def clipping_game(values, slopes, kappa, products, squares):
     """The Shapley values (B, K) of the game in which a subset S of the chunks that have a gradient
     is paid the sum over S of kappa d_i + (c(S) - kappa) d'_i, where values = kappa d and slopes =

@@ -66,6 +66,7 @@ class Step:
     weights: Tensor | None = None  # (n,) what each chunk's loss counts in the step's
     products: Tensor | None = None  # (n,), None where they are not known
     squares: Tensor | None = None  # (n,)
+    row_squares: Tensor | None = None  # (n,) those that the first pass knew, for grad_norm
 
     def n_chunks(self):
         """Chunks of this rank."""

@@ -334,6 +334,7 @@ def show_summary(r):
         yield tables.accounted(t["target"], t["books"])
     yield from tables.explain_parts(books)
     yield from tables.unclosed([t["target"] for t in r["targets"]], books)
+    yield from tables.passes(r["passes"])
     for t in r["targets"]:
         if t["audit"]:
             yield tables.compared(t["target"], t["audit"])

@@ -325,6 +325,7 @@ def trust(run, early):
         audit = {name: run.audit[name][:, k] for name in AUDIT_ENTRIES}
         row = shares_of_drop(entries, late)
         row["audit"] = compare(audit) if len(run.audit) else None
+        row["passes"] = tables.count_passes(run.books)
         drop = (entries["before"] - entries["after"]).sum()
         row["bad_books"] = bool(len(books)) and not tables.closes(drop, entries["residual"].sum())
         row["bad_audit"] = bool(len(run.audit)) and not audit["pearson"].min() >= GOOD
@@ -503,7 +504,13 @@ def in_words(row):
     order = ""
     if row["bad_books"] or row["bad_audit"]:
         order = ". Read them as a rough order, not as amounts"
-    return f"Trust: {books}; {audit}{order}."
+    passes = ""
+    if row["passes"]:
+        counts = row["passes"]
+        passes = f"; {counts['in_two']:,} of {counts['steps']:,} steps were valued in two passes, "
+        passes += f"for {counts['failed']:,} of {counts['checks']:,} checks found that one does not"
+        passes += " explain its step"
+    return f"Trust: {books}; {audit}{passes}{order}."
 
 
 def decimals(x):

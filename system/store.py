@@ -60,7 +60,7 @@ PASSES_FIELDS = [
     ("passes", "u1"),  # over the batch, for its values; 0: it was not valued
     ("failed", "u1"),  # 1 where a check was, and some target's gap was too large
     # ("gap", "<f4", (K,)): what one pass left unexplained, as a part of the size of its values; NaN
-    # where that was not measured
+    # of rules that have no checks
 ]
 # of each target, in nats (shapley/books.py)
 BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")

@@ -314,7 +314,7 @@ def test_token_rows_are_found_without_a_mark():
     pytest.importorskip("transformers")
     made = models.build("Llama")
     valuation = train(made, "adamw", 6, [1e-3] * 6)
-    assert valuation.rule.token_weights == {made.model.model.embed_tokens.weight}
+    assert valuation.first_rule.token_weights == {made.model.model.embed_tokens.weight}
     assert valuation.flush().audit["pearson"][0, 0] > 0.99
     with pytest.raises(ValueError, match=r"pass begin_step\(step, lr, tokens=X\)"):
         train(models.build("Llama"), "adamw", 1, [1e-3], tokens=False)

@@ -343,11 +343,15 @@ def test_trust_comes_after_the_findings_and_the_facts_of_the_run_last(trained, w
         ({"bad_books": True}, "Read them as a rough order, not as amounts."),
         ({"audit": {"steps": 1, "pearson": [0.98, 0.9]}}, "in 1 audited step they correlate with"),
         ({"audit": {"steps": 2, "pearson": [None, 0.9]}}, "by - (lowest 0.9000)"),
+        (
+            {"passes": {"steps": 1200, "in_two": 7, "checks": 1200, "failed": 7}},
+            "7 of 1,200 steps were valued in two passes, for 7 of 1,200 checks found",
+        ),
     ],
 )
 def test_trust_in_a_sentence(changes, words):
     row = {"steps": 7, "drop": 0.5, "parts": {"residual": 0.1}, "audit": None}
-    row |= {"bad_books": False, "bad_audit": False}
+    row |= {"bad_books": False, "bad_audit": False, "passes": None}
     assert words in payload.in_words(row | changes)
 
 

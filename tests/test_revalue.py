@@ -186,6 +186,7 @@ def trained_as_walked(python_data, folder, rule):
     options = {
         **SMALL,
         "rule": rule,
+        "tolerance": 0.0,
         "targets": f"val:Docstrings,text={text}",
         "target_batch": 5,
         "target_sampling": "fixed",
