@@ -17,7 +17,7 @@ learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 100
 
-rule = "adamw2"  # at such rates most steps of `adamw` would need two passes too
+rule = "adamw"
 targets = "val"
 target_batch = 4
 book_interval = 20
