@@ -559,12 +559,6 @@ class Valuation:
         finished[order] = clipped_values(*in_order)
         return finished
 
-    def gathered_of_some(self, tensors):
-        """The same, of steps of which some have no such tensor, but None: a list."""
-        known = [tensor for tensor in tensors if tensor is not None]
-        gathered = iter(self.gathered(known) if known else ())
-        return [None if tensor is None else next(gathered) for tensor in tensors]
-
     def gathered(self, tensors, filler=0):
         """One tensor a step, of this rank's chunks (n, ...) -> an array (steps, B, ...) of all
         ranks' chunks: float64, or int64 of integers. filler: stands in rows without a chunk."""
@@ -575,6 +569,12 @@ class Valuation:
             filled.append(torch.cat([tensor, rest]) if len(rest) else tensor)
         tensors = parallel.gather(torch.stack(filled), 1)
         return host(tensors) if tensors.is_floating_point() else tensors.cpu().numpy()
+
+    def gathered_of_some(self, tensors):
+        """The same for tensors of which some are None, where a step has no such thing: a list."""
+        known = [tensor for tensor in tensors if tensor is not None]
+        gathered = iter(self.gathered(known) if known else ())
+        return [None if tensor is None else next(gathered) for tensor in tensors]
 
     def visit_records(self, step, ids, losses, values, weights, squares):
         """A step's records for ledger.npy (B,)."""

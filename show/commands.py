@@ -333,7 +333,7 @@ def show_summary(r):
     for t in r["targets"]:
         yield tables.accounted(t["target"], t["books"])
     yield from tables.explain_parts(books)
-    yield from tables.unclosed([t["target"] for t in r["targets"]], books)
+    yield from tables.unclosed([t["target"] for t in r["targets"]], books, r["rule"])
     yield from tables.passes(r["passes"])
     for t in r["targets"]:
         if t["audit"]:

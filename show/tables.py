@@ -123,7 +123,7 @@ def account(entries, audits, names, rule):
     for name, total in zip(names, totals):
         lines.append(accounted(name, total))
     lines += explain_parts(totals)
-    lines += unclosed(names, totals)
+    lines += unclosed(names, totals, rule)
     lines += passes(count_passes(entries))
     if rule not in KNOW_CLIPPING:
         lines += hard_clipping(entries)
@@ -189,15 +189,16 @@ def closes(drop, residual):
     return drop > 0 and abs(residual) <= CLOSED * drop
 
 
-def unclosed(names, totals):
+def unclosed(names, totals, rule):
     """A line for each target whose booked() total leaves much of the drop, or has no drop."""
+    cure = " (adamw2 closes them best)" if rule != "adamw2" else ""
     lines = []
     for name, total in zip(names, totals):
         if not total or closes(total["drop"], total["residual"]):
             continue
         left = f"the books do not close, {nats(total['residual'])} nats are left"
         read = "read its values as a rough order of the chunks, not as amounts"
-        lines.append(f"caution, {findings.short(name)}: {left}; {read} (adamw2 closes them best)")
+        lines.append(f"caution, {findings.short(name)}: {left}; {read}{cure}")
     return lines
 
 
