@@ -762,7 +762,7 @@ def run(cfg, folder, device, data, targets, texts):  # noqa: C901 (one flat func
             if is_last or is_saved or progress.is_due(state.iter_num):
                 recent = valuation.flush()  # names the chunks if a loss or a value is not finite
                 since = progress.iter_num
-                lines, metrics = progress.lines(state.iter_num, valuation, recent.visits)
+                lines, metrics = progress.lines(state.iter_num, valuation, recent)
                 for line in lines:
                     print0(line)
                 if board:

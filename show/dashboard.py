@@ -74,7 +74,7 @@ class Board:
 
     def hidden(self):
         """The names of the metrics that make no panel."""
-        names = ["valuing/mfu", "valuing/ms_per_step", f"{VAL_DOMAINS}_table"]
+        names = ["valuing/mfu", "valuing/ms_per_step", "valuing/two_passes", f"{VAL_DOMAINS}_table"]
         names += [f"val_domain/{name}" for name in self.domains]
         for target in self.targets:
             names += [f"value/{target}/{key}" for key in ("mean_1e-6", "p5_1e-6", "p95_1e-6")]

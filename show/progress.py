@@ -50,12 +50,12 @@ class Progress:
         is_soon = iter_num - self.first_iter_num in SOON
         return is_soon or iter_num % self.cfg.log_interval == 0
 
-    def lines(self, iter_num, valuation, visits):
+    def lines(self, iter_num, valuation, recent):
         """Ends the line: returns its text, with one line more where the time of all steps can be
         told, as a list, and its numbers by their names on a dashboard.
 
-        visits: the records of the steps since the last line, or None. Raises UserError where the
-        loss is not finite. Every rank must call.
+        recent: valuation.Flushed, the records of the steps since the last line. Raises UserError
+        where the loss is not finite. Every rank must call.
         """
         cfg = self.cfg
         loss = parallel.mean(torch.stack(self.losses).mean())
@@ -84,9 +84,13 @@ class Progress:
         if not math.isnan(mfu):
             parts.append(f"mfu {mfu:.1%}")
             metrics["valuing/mfu"] = mfu
-        if visits is not None:
-            parts.append(f"negative {(visits['value'] < 0).mean():.0%}")
+        if recent.visits is not None:
+            parts.append(f"negative {(recent.visits['value'] < 0).mean():.0%}")
             parts.append(f"valuation {share:.0%}")
+            if valuation.checks:
+                in_two = float((recent.books["passes"] == 2).mean())
+                parts.append(f"two passes {in_two:.0%}")
+                metrics["valuing/two_passes"] = in_two
         parts.append(f"{duration(dt * (cfg.max_iters - iter_num))} left")
         lines = [" | ".join(parts)]
         if iter_num - self.first_iter_num == SOON[-1]:

@@ -164,6 +164,7 @@ def test_a_run_says_how_its_steps_were_valued(whole, python_data, tmp_path, caps
     assert 0 < n_two < 12
     assert f"passes: {n_two} of 12 steps were valued in two" in said
     assert "passes: checks and second passes took" in said
+    assert "| two passes 100% |" in said
     assert set(books["passes"]) == {1, 2}
     assert np.isfinite(books["gap"]).all()
     assert ((books["passes"] == 2) == (books["failed"] == 1)).all()
