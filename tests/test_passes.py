@@ -9,7 +9,7 @@ from test_valuation import B, relative, target_losses, text
 from test_valuation import Run as FullRun
 from valued import settled
 
-from experiments import models
+from experiments import fidelity, models
 from shapley import exact, rules
 from shapley.wrap import Examples, Net
 from show import tables
@@ -268,3 +268,26 @@ def test_adapters_are_valued_as_their_steps_were(tmp_path):
 
 def as_arrays(*nests):
     return [torch.utils._pytree.tree_map(torch.Tensor.numpy, nest) for nest in nests]
+
+
+# --- the experiment that the tables of trust come from ------------------------------
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_every_rule_is_judged_by_the_exact_values_of_a_step(tmp_path, clip):
+    """Where the rules leave a gap, the checked one has the values of two passes."""
+    valued = Run(tmp_path, tolerance=0.0)
+    for step in range(2):
+        valued.step(step, clip=clip)
+    rows = torch.from_numpy(text(B, 9).astype(np.int64))
+    X, Y = rows[:, :-1], rows[:, 1:]
+    (loss,) = target_losses(valued)
+    what = (valued.model, valued.optimizer, X, Y, loss, 1e-2, clip, 10)
+    judged = {row["name"]: row for row in fidelity.judge_step(*what)}
+    assert set(judged) == {*fidelity.RULES, fidelity.CHECKED, fidelity.LEAVE_ONE_OUT}
+    assert judged["adamw2"]["pearson"] > 0.9  # a second step, and a long one
+    assert judged["adamw2"]["rel_l2"] < judged["adamw"]["rel_l2"]
+    assert (judged["adamw"]["kappa"] < 1) == (clip > 0)
+    assert abs(judged["adamw"]["gap"]) > fidelity.TOLERANCE
+    for name in ("pearson", "rel_l2", "sum_ratio"):
+        assert judged[fidelity.CHECKED][name] == judged["adamw2"][name]
