@@ -4,7 +4,7 @@ measured, and where it is too large the step is valued in two passes."""
 import numpy as np
 import pytest
 import torch
-from runs import TWO_TARGETS, assert_same_run, read_bytes, run
+from runs import TWO_TARGETS, assert_same_run, read_bytes, run, weights
 from test_valuation import B, relative, target_losses, text
 from test_valuation import Run as FullRun
 from valued import settled
@@ -179,6 +179,20 @@ def test_values_of_two_passes_are_those_of_adamw2(whole, python_data, tmp_path):
     values, others = store.read(whole)["value"], store.read(tmp_path / "two")["value"]
     np.testing.assert_allclose(values[in_two], others[in_two], rtol=1e-3, atol=1e-7)
     assert not np.allclose(values[~in_two], others[~in_two], rtol=1e-3, atol=1e-7)
+
+
+def test_two_passes_change_nothing_but_values(whole, python_data, tmp_path):
+    """grad_norm stays that of the rows which one pass keeps, in every step."""
+    run(python_data, tmp_path / "one", *OPTIONS, "--tolerance=0")
+    visits, others = store.read(whole), store.read(tmp_path / "one")
+    for name in ("step", "chunk", "loss", "grad_norm", "early"):
+        assert visits[name].tobytes() == others[name].tobytes(), name
+    books, of_one = store.read(whole, "books"), store.read(tmp_path / "one", "books")
+    for name in ("before", "after", "momentum", "decay", "kappa"):
+        measured = np.arange(12) % 3 == 0
+        assert books[name][measured].tobytes() == of_one[name][measured].tobytes(), name
+    for name, weight in weights(tmp_path / "one").items():
+        assert torch.equal(weights(whole)[name], weight), name
 
 
 @pytest.mark.parametrize("stop", [5, 7])
