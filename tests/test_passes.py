@@ -7,7 +7,7 @@ import torch
 from runs import TWO_TARGETS, assert_same_run, read_bytes, run, weights
 from test_valuation import B, relative, target_losses, text
 from test_valuation import Run as FullRun
-from valued import settled
+from valued import settled, smoothed
 
 from experiments import fidelity, models
 from shapley import exact, rules
@@ -118,6 +118,33 @@ def test_a_step_fails_where_the_gap_of_some_target_is_too_large(tmp_path):
             again.step(step)
         assert again.valuation.pending[-1].has_failed == has_failed
         assert gaps.min() < tolerance
+
+
+def test_smoothed_scores_of_two_passes_are_of_the_first_passes_gradients(tmp_path):
+    """The mean holds each step's gradient as the first pass took it; the secant is the true one."""
+    beta = 0.9
+    valued = Run(tmp_path, tolerance=ALWAYS, target_smoothing=beta)
+    (loss,) = target_losses(valued)
+    total = 0.0
+    for step in range(3):
+        rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
+        x = exact.chunk_gradients(valued.model, rows[:, :-1], rows[:, 1:])
+        g = [sum(players) for players in zip(*x)]
+        situation = rules.Situation(valued.model, valued.optimizer, loss, 1e-2, g, 1.0)
+        coming = rules.updates(valued.model, valued.optimizer)
+        if step:
+            gradient = situation.gradient_at(situation.to_empty(coming))
+        else:
+            gradient = situation.gradient_here()
+        flat = torch.cat([g_k.flatten() for g_k in gradient])
+        total = beta * total + (1 - beta) * flat
+        secants = [update.secant(g_p) for update, g_p in zip(coming, g)]
+        secant = torch.cat([secant.flatten() for secant in secants])
+        h = 1e-2 * secant * total / (1 - beta ** (step + 1))
+        expected = [torch.cat([part.flatten() for part in x_i]) @ h for x_i in x]
+        valued.step(step)
+        found = smoothed(valued.valuation)[:, 0]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-8, atol=1e-12)
 
 
 def test_a_value_that_is_not_finite_is_computed_again(tmp_path):
