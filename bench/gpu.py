@@ -107,12 +107,13 @@ def of_steps(cfg):
 
 
 def of_target(cfg):
-    return overhead(cfg, "--target=8", "--rules=sgd,adamw,adamw2", "--memory=False")
+    return overhead(cfg, "--target=8", "--rules=sgd,adamw,adamw+checked,adamw2", "--memory=False")
 
 
 def of_accumulation(cfg):
     more = "--accumulation=2" if is_cpu(cfg) else "--accumulation=30"
-    return overhead(cfg, more, "--rounds=3", "--rules=adamw,adamw2", "--memory=False")
+    rules = "--rules=adamw,adamw+checked,adamw2"
+    return overhead(cfg, more, "--rounds=3", rules, "--memory=False")
 
 
 def of_nanogpt(cfg):
