@@ -302,7 +302,7 @@ class Valuation:
         if self.two_pass or self.rule.exact_gradients:
             step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
             step.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
-        if not step.has_failed:
+        if not step.failed:
             step.row_squares = step.squares
         self.books.after(step)
         self.unchecked = max(0, self.unchecked - 1)
@@ -323,35 +323,45 @@ class Valuation:
         """Measures what one pass left unexplained, and values the step in two passes where that is
         too much. On a GPU this waits for the device."""
         step = self.step
-        gap, size = self.measure_gap()
-        rounding = self.settings.loss_rounding * step.losses_before.abs()
-        step.gap = gap / size
-        is_within = gap.abs() <= self.settings.tolerance * size + rounding
-        is_within &= gap.isfinite()
-        step.has_failed = not bool(is_within.all())
-        if step.has_failed:
-            if self.rule.exact_gradients:
-                squares = [micro_batch.squares for micro_batch in step.micro_batches]
-                step.row_squares = torch.cat(squares)
-            self.rule = self.rule_instead
-            self.value_in_two_passes()
-            if self.is_wrapped:
-                self.check_values()
+        drop = self.measure_drop()
+        step.gap, is_explained = self.compare(drop)
+        step.left = step.gap
+        if is_explained:
+            return
+        step.failed = 1
+        if self.rule.exact_gradients:
+            squares = [micro_batch.squares for micro_batch in step.micro_batches]
+            step.row_squares = torch.cat(squares)
+        self.rule = self.rule_instead
+        self.value_in_two_passes()
+        if self.is_wrapped:
+            self.check_values()
+        step.left, is_explained = self.compare(drop)
+        if not is_explained:
+            step.failed = 2
 
-    def measure_gap(self):
-        """What the batch does to the targets' losses, less the sum of its chunks' values; and the
-        sum of the values' sizes: (K,) nats each."""
+    def measure_drop(self):
+        """What the batch does to the targets' losses in the coming step: (K,) nats, positive where
+        it lowers them."""
+        batch = self.weights.take_gradients()
+        places = self.rule.landing(self.step, [local(gradient) for gradient in batch])
+        with self.weights.at(places):
+            self.weights.forget_directions()
+            losses_after = self.targets.losses(self.step.number)
+        self.weights.set_gradients(batch)
+        return self.step.losses_before - losses_after
+
+    def compare(self, drop):
+        """What the step's values, as they are now, leave unexplained of the drop, as a part of
+        their size: (K,). And whether that is within the tolerance for every target."""
         step, K = self.step, len(self.targets)
         values = torch.cat([self.values_of(micro_batch) for micro_batch in step.micro_batches])
         values = values[:, :K].detach() * step.lr * step.clip_coef
         total, size = parallel.add([values.sum(0), values.abs().sum(0)])
-        batch = self.weights.take_gradients()
-        places = self.rule.landing(step, [local(gradient) for gradient in batch])
-        with self.weights.at(places):
-            self.weights.forget_directions()
-            losses_after = self.targets.losses(step.number)
-        self.weights.set_gradients(batch)
-        return step.losses_before - losses_after - total, size
+        gap = drop - total
+        rounding = self.settings.loss_rounding * step.losses_before.abs()
+        is_within = gap.abs() <= self.settings.tolerance * size + rounding
+        return gap / size, bool((is_within & gap.isfinite()).all())
 
     def set_directions(self, batch=None):
         """The targets' gradients, taken where the rule wants them, become directions.
@@ -600,9 +610,9 @@ class Valuation:
         entries["kappa"] = clip_coef
         if "after" in entries:
             entries["residual"] = residual(entries)
-        entries["passes"], entries["failed"] = step.passes, step.has_failed
+        entries["passes"], entries["failed"] = step.passes, step.failed
         if step.gap is not None:
-            entries["gap"] = host(step.gap)
+            entries["gap"], entries["left"] = host(step.gap), host(step.left)
         return store.record(store.book_dtype(len(self.targets)), entries)
 
     def audit_record(self, step, values):

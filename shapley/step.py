@@ -51,7 +51,8 @@ class Step:
     losses_before: Tensor | None = None  # (K,) the targets', where one-pass rules take gradients
     # (K,) what one pass left unexplained of the measured change, as a part of its values' size
     gap: Tensor | None = None
-    has_failed: bool = False  # the check, for a gap is too large
+    left: Tensor | None = None  # (K,) the same of the values that stand
+    failed: int = 0  # 1 where one pass left too much, 2 where two passes did so too
     passes: int = 1  # over the batch
     is_early: bool = False  # one of the first updates of some parameter, where rules are rough
     # after the step, of this rank's chunks in their order

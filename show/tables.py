@@ -204,11 +204,12 @@ def unclosed(names, totals, rule):
 
 def count_passes(entries):
     """How the steps of a run were valued, from the records of books.npy: the number of steps, of
-    those valued in two passes, of checks, and of those that failed. None of runs without checks."""
+    those valued in two passes, of checks, of those that failed, and of steps that two passes do not
+    explain either. None of runs without checks."""
     if "passes" not in entries.dtype.names:
         return None
     entries = entries[entries["passes"] > 0]
-    is_checked = np.isfinite(entries["gap"]).any(1) | (entries["failed"] == 1)
+    is_checked = np.isfinite(entries["gap"]).any(1) | (entries["failed"] > 0)
     if not is_checked.any():
         return None
     return {
@@ -216,6 +217,7 @@ def count_passes(entries):
         "in_two": int(np.count_nonzero(entries["passes"] == 2)),
         "checks": int(np.count_nonzero(is_checked)),
         "failed": int(np.count_nonzero(entries["failed"])),
+        "rough": int(np.count_nonzero(entries["failed"] == 2)),
     }
 
 
@@ -226,6 +228,9 @@ def passes(counts):
     steps, checks = counted(counts["steps"], "step"), counted(counts["checks"], "check")
     found = f"{counts['failed']:,} of {checks} found that one does not explain its step"
     lines = [f"passes: {counts['in_two']:,} of {steps} were valued in two ({found})"]
+    if counts["rough"]:
+        rough = counted(counts["rough"], "step")
+        lines.append(f"passes: two do not explain {rough} either; values there are rough")
     if 5 * counts["in_two"] > counts["steps"]:
         faster = "is faster where this many steps need it, and a step is one micro-batch"
         lines.append(f"passes: --rule=adamw2, which takes two in every step, {faster}")

@@ -58,9 +58,10 @@ BOOK_FIELDS = [("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4")
 # what checks of one-pass steps found (valuation.py). Books of earlier versions have none of it
 PASSES_FIELDS = [
     ("passes", "u1"),  # over the batch, for its values; 0: it was not valued
-    ("failed", "u1"),  # 1 where a check was, and some target's gap was too large
-    # ("gap", "<f4", (K,)): what one pass left unexplained, as a part of the size of its values; NaN
-    # of rules that have no checks
+    ("failed", "u1"),  # 1 where one pass left too much of some target, 2 where two passes did too
+    # of each target what was left unexplained, as a part of the size of the values; NaN of rules
+    # that have no checks: ("gap", "<f4", (K,)) by one pass, ("left", "<f4", (K,)) by the values
+    # that are in the ledger
 ]
 # of each target, in nats (shapley/books.py)
 BOOK_ENTRIES = ("before", "after", "data", "momentum", "decay", "residual")
@@ -92,7 +93,7 @@ def book_dtype(K, passes=True):
     fields."""
     fields = BOOK_FIELDS + [(name, "<f4", (K,)) for name in BOOK_ENTRIES]
     if passes:
-        fields += [*PASSES_FIELDS, ("gap", "<f4", (K,))]
+        fields += [*PASSES_FIELDS, ("gap", "<f4", (K,)), ("left", "<f4", (K,))]
     return np.dtype(fields)
 
 

@@ -344,7 +344,7 @@ def test_trust_comes_after_the_findings_and_the_facts_of_the_run_last(trained, w
         ({"audit": {"steps": 1, "pearson": [0.98, 0.9]}}, "in 1 audited step they correlate with"),
         ({"audit": {"steps": 2, "pearson": [None, 0.9]}}, "by - (lowest 0.9000)"),
         (
-            {"passes": {"steps": 1200, "in_two": 7, "checks": 1200, "failed": 7}},
+            {"passes": {"steps": 1200, "in_two": 7, "checks": 1200, "failed": 7, "rough": 0}},
             "7 of 1,200 steps were valued in two passes, for 7 of 1,200 checks found",
         ),
     ],
