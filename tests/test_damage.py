@@ -129,7 +129,10 @@ def believed(folders, undamaged, path, numbers=None):
 
 def said(outcome):
     """What a command printed, but for its speed and the disk's room."""
-    varying = re.compile(r".* ms \||about .* for all |needs at least |written to ")
+    varying = re.compile(
+        r".* ms \||about .* for all |needs at least |written to |"
+        "passes: checks and second passes took "
+    )
     return [line for line in outcome.out.splitlines() if not varying.match(line)]
 
 
