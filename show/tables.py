@@ -221,6 +221,9 @@ def count_passes(entries):
     }
 
 
+ADAMW2_FASTER = 0.35  # with so many steps in two passes, of one micro-batch (results/overhead)
+
+
 def passes(counts):
     """The lines of count_passes()."""
     if not counts:
@@ -231,7 +234,7 @@ def passes(counts):
     if counts["rough"]:
         rough = counted(counts["rough"], "step")
         lines.append(f"passes: two do not explain {rough} either; values there are rough")
-    if 5 * counts["in_two"] > counts["steps"]:
+    if counts["in_two"] > ADAMW2_FASTER * counts["steps"]:
         faster = "is faster where this many steps need it, and a step is one micro-batch"
         lines.append(f"passes: --rule=adamw2, which takes two in every step, {faster}")
     return lines

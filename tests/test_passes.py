@@ -40,20 +40,7 @@ class Run(FullRun):
         two = rules.rule_values(*what, "adamw2", lr, clip, squares=squares)
         before_clipping = rules.rule_values(*what, "adamw", lr, clip, known=known, products=False)
         empty = self.losses_at_empty(losses, lr, x) if step else None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.valuation.begin_step(step, lr, rows.numpy())
-        for ids in np.split(np.arange(B), micro_steps):
-            ledger = self.valuation.new_ledger(ids, X[ids], Y[ids])
-            (self.loss(X[ids], Y[ids], ledger) / micro_steps).backward()
-        kappa = 1.0
-        if clip:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            kappa = (clip / (norm + 1e-6)).clamp(max=1.0)
-        self.valuation.before_update(kappa)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.valuation.end_step()
+        self.train(step, rows, lr, clip, micro_steps)
         if step:
             after = torch.stack([loss(self.model.eval()).detach() for loss in losses])
             self.model.train()
@@ -143,7 +130,8 @@ def test_smoothed_scores_of_two_passes_are_of_the_first_passes_gradients(tmp_pat
         secants = [update.secant(g_p) for update, g_p in zip(coming, g)]
         secant = torch.cat([secant.flatten() for secant in secants])
         h = 1e-2 * secant * total / (1 - beta ** (step + 1))
-        expected = [torch.cat([part.flatten() for part in x_i]) @ h for x_i in x]
+        players = [torch.cat([part.flatten() for part in x_i]) for x_i in x]
+        expected = [player @ h for player in players]
         valued.step(step)
         found = smoothed(valued.valuation)[:, 0]
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-8, atol=1e-12)

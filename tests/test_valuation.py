@@ -95,6 +95,12 @@ class Run:
             known=known,
             squares=None if self.rule == "adamw" else rules.squares_by_use(self.model, X, Y),
         )
+        self.train(step, rows, lr, clip, micro_steps)
+        return *settled(self.valuation), truth
+
+    def train(self, step, rows, lr, clip, micro_steps):
+        """A valued step of the optimizer. rows: its chunks (B, T + 1)."""
+        X, Y = rows[:, :-1], rows[:, 1:]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.valuation.begin_step(step, lr, rows.numpy())
@@ -109,7 +115,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.valuation.end_step()
-        return *settled(self.valuation), truth
 
 
 # of the contraction, and of the head with its cross-entropy
