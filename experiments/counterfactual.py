@@ -510,8 +510,20 @@ class Kept(dict):
         with atomic(self.path) as file:
             np.savez(file, settings=self.settings, **self)
 
+    def finish(self, path):
+        """The job is done: its arrays go to their file."""
+        np.savez_compressed(path, **self)
+        self.path.unlink()
+
 
 WITHOUT_EFFECT = ("source", "data", "out", "workers", "quick", "part", "settings", "seeds", "twins")
+
+
+def known_by(settings):
+    """The settings that what a job keeps depends on, as text."""
+    return json.dumps(
+        {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    )
 
 
 def job(settings, setting, seed, init):
@@ -519,8 +531,7 @@ def job(settings, setting, seed, init):
     cfg = Config(**settings)
     run = Run(cfg, setting, seed, init)
     path = file_of(cfg, setting, seed, init)
-    known_by = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    kept = Kept(path.with_suffix(".part.npz"), json.dumps(known_by))
+    kept = Kept(path.with_suffix(".part.npz"), known_by(settings))
     seconds = {}
     if not init and "is_junk" not in kept:
         scores, norms, seconds = scores_of(run)
@@ -544,8 +555,7 @@ def job(settings, setting, seed, init):
         for fraction in numbers(cfg.dropped):
             truth.of_dropping(kept, fraction)
         kept["factors"], kept["longer"] = np.array(numbers(cfg.longer)), losses_of_longer(run)
-    np.savez_compressed(path, **kept)
-    kept.path.unlink()
+    kept.finish(path)
     losses = truth.with_all.tolist()
     return [dict(setting=setting, seed=seed, init=init, losses=losses, seconds=seconds)]
 
@@ -554,17 +564,27 @@ def why(settings, setting, seed):
     """How well hindsight predicts sets of other places and weights, to a file."""
     cfg = Config(**settings)
     run = Run(cfg, setting, seed)
-    fresh(run)
-    past = [run.training.record(step) for step in range(run.n_steps)]
-    values, norms = sweep(run, past, 0)
-    arrays = {"values": values.ravel(), "norms": norms}
-    first = cfg.first if cfg.first >= 0 else int(hindsight.early(norms[:, None]).sum())
-    cases = [(step, 0.0) for step in numbers(cfg.firsts, int)]
-    cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, cases[0][0])]
+    kept = Kept(file_of_why(cfg, setting, seed, ".part.npz"), known_by(settings))
+    if "values" not in kept:
+        fresh(run)
+        past = [run.training.record(step) for step in range(run.n_steps)]
+        values, kept["norms"] = sweep(run, past, 0)
+        kept["values"] = values.ravel()
+    first = cfg.first
+    if first < 0:
+        first = int(hindsight.early(kept["norms"][:, None]).sum())
+    kept["first"] = np.array(first)
+    firsts = numbers(cfg.firsts, int)
+    cases = [(step, 0.0) for step in firsts]
+    cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, firsts[0])]
     for step, weight in cases:
-        Truth(run, step).of_sets(arrays, f"{step}/{weight}", 0.03, cfg.why_sets, weight)
-    np.savez_compressed(Path(cfg.out, f"why-{setting}-{seed}.npz"), first=first, **arrays)
+        Truth(run, step).of_sets(kept, f"{step}/{weight}", 0.03, cfg.why_sets, weight)
+    kept.finish(file_of_why(cfg, setting, seed))
     return [dict(setting=setting, seed=seed, part="why")]
+
+
+def file_of_why(cfg, setting, seed, suffix=".npz"):
+    return Path(cfg.out, f"why-{setting}-{seed}{suffix}")
 
 
 def draws(settings, setting, seed):
@@ -809,7 +829,7 @@ def figure_of_why(cfg):
     setting = cfg.settings.split(",")[0]
     norms_axis = left.twinx()
     for i, seed in enumerate(numbers(cfg.seeds, int)):
-        found = np.load(Path(cfg.out, f"why-{setting}-{seed}.npz"))
+        found = np.load(file_of_why(cfg, setting, seed))
         by_case = {}
         for name in found.files:
             if name.startswith("sets/"):
