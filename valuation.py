@@ -19,9 +19,9 @@ there every rule is rough.
 
 `adamw` foresees the step before it knows the batch. So it is checked: the values of a step should
 add up to what the batch did to the target's loss, which costs one forward of the target's chunks to
-measure. Where that leaves a gap of more than `tolerance` times the sum of the values' sizes, the
-step is valued again, in two passes, as by `adamw2`. books.npy says how large the gap was, and how
-many passes a step took.
+measure. Where that leaves a gap of more than `tolerance` times the sum of a target's values' sizes,
+the step is valued for it again, in two passes, as by `adamw2`. books.npy says how large the gap
+was, and how many passes a step took.
 
 With Settings(target_smoothing=.9) each target has a second direction, of its gradient's mean over
 the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
@@ -33,7 +33,7 @@ B chunks of the global batch, b of a micro-batch, K targets.
 
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from shapley.checks import (
 from shapley.clipping import clipped_values
 from shapley.directions import RULES
 from shapley.smoothing import Smoothing
-from shapley.step import MicroBatch, Step
+from shapley.step import InnerProducts, MicroBatch, Step
 from shapley.targets import Targets
 from shapley.weights import Weights
 from shapley.wrap import Net
@@ -287,23 +287,9 @@ class Valuation:
         self.check_batch()
         step, micro_batches = self.step, self.step.micro_batches
         step.ids = np.concatenate([micro_batch.ids for micro_batch in micro_batches])
-        values = torch.cat([self.values_of(micro_batch) for micro_batch in micro_batches])
-        K = len(self.targets)
-        step.values = values[:, :K]
-        if self.smoothing:
-            step.smoothed = values[:, K : self.n_scores]
-        if self.rule.has_slopes:
-            slopes = values[:, self.n_scores :]
-            step.slopes = slopes[:, :K]
-            if self.smoothing:
-                step.smoothed_slopes = slopes[:, K:]
         step.losses = torch.cat([micro_batch.losses for micro_batch in micro_batches])
         step.weights = torch.cat([micro_batch.weights() for micro_batch in micro_batches])
-        if self.two_pass or self.rule.exact_gradients:
-            step.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
-            step.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
-        if not step.failed:
-            step.row_squares = step.squares
+        step.found = self.inner_products()
         self.books.after(step)
         self.unchecked = max(0, self.unchecked - 1)
         step.passes = 2 if self.two_pass else 1
@@ -321,24 +307,22 @@ class Valuation:
 
     def check_step(self):
         """Measures what one pass left unexplained, and values the step in two passes where that is
-        too much. On a GPU this waits for the device."""
+        too much. A target for which one pass holds keeps its values, so that they are the same
+        beside any other target. On a GPU this waits for the device."""
         step = self.step
         drop = self.measure_drop()
-        step.gap, is_explained = self.compare(drop)
+        step.gap, step.holds = self.compare(drop)
         step.left = step.gap
-        if is_explained:
+        if bool(step.holds.all()):
             return
-        step.failed = 1
-        if self.rule.exact_gradients:
-            squares = [micro_batch.squares for micro_batch in step.micro_batches]
-            step.row_squares = torch.cat(squares)
+        step.first_found = self.inner_products()
         self.rule = self.rule_instead
         self.value_in_two_passes()
         if self.is_wrapped:
             self.check_values()
-        step.left, is_explained = self.compare(drop)
-        if not is_explained:
-            step.failed = 2
+        gap, holds_now = self.compare(drop)
+        step.left = torch.where(step.holds, step.gap, gap)
+        step.failed = 1 if bool((step.holds | holds_now).all()) else 2
 
     def measure_drop(self):
         """What the batch does to the targets' losses in the coming step: (K,) nats, positive where
@@ -353,15 +337,14 @@ class Valuation:
 
     def compare(self, drop):
         """What the step's values, as they are now, leave unexplained of the drop, as a part of
-        their size: (K,). And whether that is within the tolerance for every target."""
+        their size: (K,). And for which targets that is within the tolerance: (K,) bool."""
         step, K = self.step, len(self.targets)
-        values = torch.cat([self.values_of(micro_batch) for micro_batch in step.micro_batches])
-        values = values[:, :K].detach() * step.lr * step.clip_coef
+        values = self.inner_products().values[:, :K].detach() * step.lr * step.clip_coef
         total, size = parallel.add([values.sum(0), values.abs().sum(0)])
         gap = drop - total
         rounding = self.settings.loss_rounding * step.losses_before.abs()
         is_within = gap.abs() <= self.settings.tolerance * size + rounding
-        return gap / size, bool((is_within & gap.isfinite()).all())
+        return gap / size, is_within & gap.isfinite()
 
     def set_directions(self, batch=None):
         """The targets' gradients, taken where the rule wants them, become directions.
@@ -503,8 +486,20 @@ class Valuation:
         check_sum(self.weights, self.step, exact_rows, tolerance(self.model))
         self.checked_ways |= self.model.ways
 
-    def values_of(self, micro_batch):
-        """(b, K or 2K) <x_i, h_k>, on the device."""
+    def inner_products(self):
+        """What the last pass found out about this rank's chunks."""
+        micro_batches = self.step.micro_batches
+        columns = torch.cat([self.columns_of(micro_batch) for micro_batch in micro_batches])
+        found = InnerProducts(columns[:, : self.n_scores])
+        if self.rule.has_slopes:
+            found.slopes = columns[:, self.n_scores :]
+        if self.two_pass or self.rule.exact_gradients:
+            found.products = torch.cat([micro_batch.products for micro_batch in micro_batches])
+            found.squares = torch.cat([micro_batch.squares for micro_batch in micro_batches])
+        return found
+
+    def columns_of(self, micro_batch):
+        """(b, n) <x_i, h>, of all directions but the batch's own, on the device."""
         if micro_batch.values is not None:
             return micro_batch.values
         return micro_batch.ledger.grad / parallel.size() + micro_batch.exact_values
@@ -519,32 +514,28 @@ class Valuation:
             return Flushed()
         ids = self.gathered([torch.from_numpy(step.ids) for step in steps], store.NO_CHUNK)
         losses = self.gathered([step.losses for step in steps])
-        values = self.gathered([step.values for step in steps])
         weights = self.gathered([step.weights for step in steps])
-        smoothed = self.gathered_of_some([step.smoothed for step in steps])
-        slopes = self.gathered_of_some([step.slopes for step in steps])
-        smoothed_slopes = self.gathered_of_some([step.smoothed_slopes for step in steps])
-        products = self.gathered_of_some([step.products for step in steps])
-        squares = self.gathered_of_some([step.squares for step in steps])
-        row_squares = self.gathered_of_some([step.row_squares for step in steps])
+        found = self.gathered_products([step.found for step in steps])
+        first_found = self.gathered_products([step.first_found for step in steps])
+        K = len(self.targets)
         visits, books, audits = [], [], []
         for i, step in enumerate(steps):
             clip_coef = float(step.clip_coef)
             if not weights[i].any():
                 what = f"step {step.number}: no example has a label"
                 raise UserError(f"{what}, so nothing was learned: leave such batches out")
-            known = (products[i], squares[i], ids[i])
-            of_step = self.finished(step, values[i], slopes[i], *known)
-            of_visits = (ids[i], losses[i], of_step, weights[i], row_squares[i])
+            scores = self.scores_of(step, found[i], first_found[i], ids[i])
+            squares = (first_found[i] or found[i]).squares
+            of_visits = (ids[i], losses[i], scores[:, :K], weights[i], squares)
             records = self.visit_records(step, *of_visits)
             if self.smoothing:
-                of_mean = self.finished(step, smoothed[i], smoothed_slopes[i], *known)
-                records["smoothed"] = of_mean
+                records["smoothed"] = scores[:, K:]
             check_finite(records)
             visits.append(records)
             books.append(self.book_record(step, clip_coef, visits[-1], weights[i]))
             if step.truth:
-                audits.append(self.audit_record(step, of_step[ids[i] != store.NO_CHUNK]))
+                is_chunk = ids[i] != store.NO_CHUNK
+                audits.append(self.audit_record(step, scores[is_chunk, :K]))
         flushed = Flushed(np.concatenate(visits), np.concatenate(books))
         if audits:
             flushed.audit = np.concatenate(audits)
@@ -552,19 +543,26 @@ class Valuation:
             self.writer.add(flushed.visits, flushed.books, flushed.audit)
         return flushed
 
-    def finished(self, step, values, slopes, products, squares, ids):
-        """values float64 (B, K), <x_i, h_k> -> with lr, kappa and what clipping makes of them.
-        slopes: (B, K), see Step, or None where the rule has none. products, squares: (B,), or None
-        where they are not known. ids: (B,) the chunks'."""
+    def scores_of(self, step, found, first_found, ids):
+        """The step's values, and its smoothed scores where there are some: float64 (B, K or 2K).
+        found, first_found: of all ranks' chunks, see Step. ids: (B,) the chunks'."""
+        scores = self.finished(step, found, ids)
+        if first_found is None:
+            return scores
+        holds = np.tile(step.holds.cpu().numpy(), self.n_scores // len(self.targets))
+        return np.where(holds, self.finished(step, first_found, ids), scores)
+
+    def finished(self, step, found, ids):
+        """What a pass found -> with lr, kappa and what clipping makes of it."""
         kappa = float(step.clip_coef)
-        values = values * (step.lr * kappa)
-        if products is None:
+        values = found.values * (step.lr * kappa)
+        if found.products is None:
             return values
-        slopes = values if slopes is None else slopes * (step.lr * kappa)
-        products = products / kappa
+        slopes = values if found.slopes is None else found.slopes * (step.lr * kappa)
+        products = found.products / kappa
         order = np.argsort(ids, kind="stable")  # whichever process had them
         in_order = [x[order] for x in (values, slopes)]
-        in_order += [kappa, products[order], squares[order]]
+        in_order += [kappa, products[order], found.squares[order]]
         finished = np.empty_like(values)
         finished[order] = clipped_values(*in_order)
         return finished
@@ -580,11 +578,21 @@ class Valuation:
         tensors = parallel.gather(torch.stack(filled), 1)
         return host(tensors) if tensors.is_floating_point() else tensors.cpu().numpy()
 
-    def gathered_of_some(self, tensors):
-        """The same for tensors of which some are None, where a step has no such thing: a list."""
-        known = [tensor for tensor in tensors if tensor is not None]
-        gathered = iter(self.gathered(known) if known else ())
-        return [None if tensor is None else next(gathered) for tensor in tensors]
+    def gathered_products(self, found):
+        """The InnerProducts of each step, or None where it has none -> those of all ranks."""
+        gathered = [None if of_step is None else InnerProducts() for of_step in found]
+        for field in fields(InnerProducts):
+            known = []
+            for of_step, of_all in zip(found, gathered):
+                tensor = getattr(of_step, field.name, None)
+                if tensor is not None:
+                    known.append((of_all, tensor))
+            if not known:
+                continue
+            arrays = self.gathered([tensor for _, tensor in known])
+            for (of_all, _), array in zip(known, arrays):
+                setattr(of_all, field.name, array)
+        return gathered
 
     def visit_records(self, step, ids, losses, values, weights, squares):
         """A step's records for ledger.npy (B,)."""

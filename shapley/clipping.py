@@ -64,25 +64,27 @@ def shared_parts(products, squares):
     return (rest - rest.sum() / (2 * (n - 1))) / (n - 2)
 
 
-def payoff(size, square, shared, effect, kappa, limit):
-    """(c(S) - kappa) sum d'_i of subsets. size, square, shared: |S| and the sums over S of |x_i|^2
-    and a_i, arrays of one shape; effect: (*shape, K). limit: C."""
+def gained(size, square, shared, kappa, limit):
+    """c(S) - kappa of subsets. size, square, shared: |S| and the sums over S of |x_i|^2 and a_i,
+    arrays of one shape. limit: C."""
     length = np.sqrt(np.maximum(square + 2 * (size - 1) * shared, np.finfo(float).tiny))
-    return (np.minimum(1, limit / length) - kappa)[..., None] * effect
+    return np.minimum(1, limit / length) - kappa
 
 
 def over_subsets(d, squares, shared, kappa, limit):
-    """The Shapley values (n, K) of the payoff, exactly."""
+    """The Shapley values (n, K) of the payoff (c(S) - kappa) sum d'_i, exactly."""
     n = len(d)
     members, weights = subsets(n)
     size = members.sum(1)
-    paid = payoff(size, members @ squares, members @ shared, members @ d, kappa, limit)
-    values = []
-    for i in range(n):
-        without = np.flatnonzero(members[:, i] == 0)
-        added = paid[without + 2**i] - paid[without]
-        values.append(weights[size[without].astype(int)] @ added)
-    return np.stack(values)
+    factor = gained(size, members @ squares, members @ shared, kappa, limit)
+    values = np.empty_like(d)
+    for k, effect in enumerate(d.T):  # a target's digits do not depend on how many there are
+        paid = factor * (members @ effect)
+        for i in range(n):
+            without = np.flatnonzero(members[:, i] == 0)
+            added = paid[without + 2**i] - paid[without]
+            values[i, k] = weights[size[without].astype(int)] @ added
+    return values
 
 
 @cache
@@ -102,11 +104,11 @@ def over_orders(d, squares, shared, kappa, limit):
     n = len(d)
     players = orders(n)
     size = np.arange(1, n + 1)
-    square, length = squares[players].cumsum(1), shared[players].cumsum(1)
+    sums = (squares[players].cumsum(1), shared[players].cumsum(1))
+    factor = gained(size, *sums, kappa, limit)
     values = []
     for effect in d.T:
-        sums = (square, length, effect[players].cumsum(1)[..., None])
-        paid = payoff(size, *sums, kappa, limit)[..., 0]
+        paid = factor * effect[players].cumsum(1)
         added = np.diff(paid, axis=1, prepend=0)
         values.append(np.bincount(players.ravel(), added.ravel()) / len(players))
     return np.stack(values, 1)

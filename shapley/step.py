@@ -37,6 +37,19 @@ class MicroBatch:
 
 
 @dataclass
+class InnerProducts:
+    """What a pass over the batch found out about a step's chunks: tensors of this rank's n chunks,
+    or arrays of the B of all ranks. None of what the rule does not find out."""
+
+    # <x_i, h>, before lr, kappa and clipping's game, of K or 2K directions h (smoothed ones after
+    # the others)
+    values: object = None  # (n, K or 2K)
+    slopes: object = None  # (n, K or 2K) the same by D' (clipping.py)
+    products: object = None  # (n,) <x_i, kappa g>
+    squares: object = None  # (n,) |x_i|^2
+
+
+@dataclass
 class Step:
     """One step of the optimizer."""
 
@@ -57,17 +70,11 @@ class Step:
     is_early: bool = False  # one of the first updates of some parameter, where rules are rough
     # after the step, of this rank's chunks in their order
     ids: np.ndarray | None = None  # (n,)
-    values: Tensor | None = None  # (n, K) <x_i, h_k>, before lr, kappa and clipping's game
-    slopes: Tensor | None = (
-        None  # (n, K) the same by D' (clipping.py), None where the rule has none
-    )
-    smoothed: Tensor | None = None  # the same of the smoothed directions; None where there are none
-    smoothed_slopes: Tensor | None = None
     losses: Tensor | None = None  # (n,) nats
     weights: Tensor | None = None  # (n,) what each chunk's loss counts in the step's
-    products: Tensor | None = None  # (n,), None where they are not known
-    squares: Tensor | None = None  # (n,)
-    row_squares: Tensor | None = None  # (n,) those that the first pass knew, for grad_norm
+    found: InnerProducts | None = None  # by the step's last pass
+    first_found: InnerProducts | None = None  # by the first pass, where its check failed
+    holds: Tensor | None = None  # (K,) bool, the targets for which what it found stands then
 
     def n_chunks(self):
         """Chunks of this rank."""

@@ -173,7 +173,7 @@ def test_the_checks_leave_no_trace():
         for step in range(3):
             take_step(valuation, loss, inputs(B), step=step)
         weights = [p.detach().clone() for p in model.parameters()]
-        found.append([*weights, *[step.values for step in valuation.pending]])
+        found.append([*weights, *[step.found.values for step in valuation.pending]])
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 

@@ -2,25 +2,25 @@
 
 import torch
 
+from system import store
 from valuation import host
 
 
 def settled(valuation):
     """The last step's values (B, K) and losses (B,), float64."""
-    step = valuation.pending[-1]
-    values = finished(valuation, step.values, step.slopes)
-    return values, torch.from_numpy(host(step.losses))
+    values = scores(valuation)[:, : len(valuation.targets)]
+    return values, torch.from_numpy(host(valuation.pending[-1].losses))
 
 
 def smoothed(valuation):
     """The last step's scores by the smoothed directions, float64 (B, K)."""
-    step = valuation.pending[-1]
-    return finished(valuation, step.smoothed, step.smoothed_slopes)
+    return scores(valuation)[:, len(valuation.targets) :]
 
 
-def finished(valuation, values, slopes):
+def scores(valuation):
     step = valuation.pending[-1]
-    slopes = values if slopes is None else slopes
-    known = [None if part is None else host(part) for part in (step.products, step.squares)]
-    scores = valuation.finished(step, host(values), host(slopes), *known, step.ids)
-    return torch.from_numpy(scores)
+    (found,) = valuation.gathered_products([step.found])
+    (first_found,) = valuation.gathered_products([step.first_found])
+    (ids,) = valuation.gathered([torch.from_numpy(step.ids)], store.NO_CHUNK)
+    of_step = valuation.scores_of(step, found, first_found, ids)
+    return torch.from_numpy(of_step[: len(step.ids)])
