@@ -184,6 +184,11 @@ class Valuation:
         return self.rule.two_pass
 
     @property
+    def checks_step(self):
+        """Whether the step's first pass will be checked."""
+        return self.checks and not self.two_pass and not self.is_frozen
+
+    @property
     def is_adam_aware(self):
         return self.settings.rule.startswith("adamw")
 
@@ -238,21 +243,22 @@ class Valuation:
         the losses are weighted otherwise, as by labels.
 
         Of a one-pass rule zeros (b, K), whose gradient will be the values; (b, 2K) with smoothed
-        directions. Of a two-pass rule a Tape where the micro-batch is the whole batch, else None:
-        its forward will be repeated."""
+        directions. Where a second pass is sure or may come, and the micro-batch is the whole batch,
+        a Tape, which holds those zeros. Otherwise a second pass repeats the forward, and where it
+        is sure this is None."""
         self.collect()
+        ledger = tape = None
         if not self.two_pass:
             ledger = self.weights.zeros(len(ids), self.n_directions)
             self.ask_for_exact_rows(len(ids))
-        elif self.weights.sharded or len(ids) * parallel.size() < self.settings.batch:
-            ledger = None
-        else:
-            ledger = self.new_tape(X, Y)
+        is_whole = len(ids) * parallel.size() == self.settings.batch
+        if is_whole and not self.weights.sharded and (self.two_pass or self.checks_step):
+            tape = self.new_tape(X, Y, ledger)
         if share is not None and not 0 <= share < np.inf:
             what = f"share={share} of the step's loss"
             raise UserError(f"{what}: give what the micro-batch's mean loss is multiplied by")
-        self.step.micro_batches.append(MicroBatch(ids, X, Y, ledger, rng_state(), share))
-        return ledger
+        self.step.micro_batches.append(MicroBatch(ids, X, Y, ledger, tape, rng_state(), share))
+        return tape or ledger
 
     @timed
     def before_update(self, clip_coef=1.0):
@@ -269,7 +275,7 @@ class Valuation:
             self.value_in_two_passes()
         if self.is_wrapped:
             self.check_values()
-        if self.checks and not self.two_pass and not self.is_frozen:
+        if self.checks_step:
             self.check_step()
         if self.checks:
             self.check_seconds += time.perf_counter() - began
@@ -314,6 +320,8 @@ class Valuation:
         step.gap, step.holds = self.compare(drop)
         step.left = step.gap
         if bool(step.holds.all()):
+            for micro_batch in step.micro_batches:
+                micro_batch.tape = None  # frees its memory for the optimizer
             return
         step.first_found = self.inner_products()
         self.rule = self.rule_instead
@@ -386,18 +394,18 @@ class Valuation:
             whole.per_chunk = self.weights.zeros(n_chunks, *gradient.shape[1:])
             whole.exact_rows = self.rule.exact_rows[p]
 
-    def new_tape(self, X, Y):
-        """For a forward of X, Y. A compiled forward needs a tape that knows its ops: an eager one
-        sees them when the first batch of such a shape comes."""
+    def new_tape(self, X, Y, first):
+        """For a forward of X, Y. first: see ghost.Tape. A compiled forward needs a tape that knows
+        its ops: an eager one sees them when the first batch of such a shape comes."""
         if not self.settings.compile:
-            return ghost.Tape()
+            return ghost.Tape(first=first)
         if X.shape not in self.tape_ops:
             tape = ghost.Tape()
             eager = torch.compiler.set_stance("force_eager")
             with torch.no_grad(), eager, replaying(rng_state()):
                 self.loss(X, Y, tape)
             self.tape_ops[X.shape] = tape.ops
-        return ghost.Tape(self.tape_ops[X.shape])
+        return ghost.Tape(self.tape_ops[X.shape], first)
 
     def collect(self):
         """Takes what the last micro-batch left behind, before the next one replaces it."""
@@ -406,7 +414,8 @@ class Valuation:
         micro_batch = self.step.micro_batches[-1]
         if not self.audit.is_random:  # by a function, say, that nn.Dropout knows nothing of
             self.audit.is_random = not same(micro_batch.rng, rng_state())
-        if micro_batch.ledger is None or micro_batch.losses is not None:
+        had_ledger = micro_batch.ledger is not None or micro_batch.tape is not None
+        if not had_ledger or micro_batch.losses is not None:
             return
         self.take_losses(micro_batch)
         for p in self.rule.exact_gradients:
@@ -453,8 +462,8 @@ class Valuation:
         """The chunks' values under directions that their own backward did not know: from the tape,
         or by forward and backward again."""
         for micro_batch in self.step.micro_batches:
-            if isinstance(micro_batch.ledger, ghost.Tape):
-                columns = micro_batch.ledger.values(squares=True)
+            if micro_batch.tape:
+                columns = micro_batch.tape.values(squares=True)
                 # a rank's loss is the mean of its own chunks
                 columns = columns / parallel.size()
                 columns[:, -1] /= parallel.size()
@@ -479,7 +488,7 @@ class Valuation:
         that is new (Net.ways)."""
         if not self.unchecked and self.model.ways <= self.checked_ways:
             return
-        uses_tape = isinstance(self.step.micro_batches[0].ledger, ghost.Tape)
+        uses_tape = self.two_pass and self.step.micro_batches[0].tape is not None
         evaluating = self.targets.evaluating
         check_examples(self.model, self.weights, self.loss, self.step, uses_tape, evaluating)
         exact_rows = self.first_rule.exact_rows

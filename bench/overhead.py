@@ -7,8 +7,10 @@ steps; one process, in turn.
     python bench/overhead.py --shapes=byte --rounds=21        one shape, more rounds
     python bench/overhead.py --device=cuda --dtype=bfloat16 --shapes=gpt2-small-1024
     python bench/overhead.py --rules=adamw,adamw+smoothed     what --target_smoothing adds
-    python bench/overhead.py --rules=adamw,adamw+checked,adamw2   what a check of a step adds, where
-                                                              it holds (train.py --tolerance)
+    python bench/overhead.py --rules=adamw,adamw+checked,adamw+failed,adamw2
+                                                              what a check of a step adds, where it
+                                                              holds and where it does not
+                                                              (train.py --tolerance)
     torchrun --nproc_per_node=2 bench/overhead.py --shapes=byte --target=2
                                                               the same global batch by two processes
 
@@ -65,7 +67,9 @@ SHAPES = {
     # wait for
     "thin": Shape(12, 2, 16, 8, 256, 2),
 }
-CHECKED = "+checked"  # behind `adamw`: with the check of every step, which holds
+# behind `adamw`: with the check of every step, which holds, or which always fails
+CHECKED, FAILED = "+checked", "+failed"
+TOLERANCES = {CHECKED: 1e12, FAILED: 1e-30}
 SMOOTHED = "+smoothed"  # behind a rule's name: with the means of the targets' gradients
 PLAIN = "plain"
 TARGET = "plain + target"
@@ -92,9 +96,18 @@ class Config:
             if shape not in SHAPES:
                 raise UserError(f"--shapes={shape}: choose from {', '.join(SHAPES)}")
         for rule in self.rules.split(","):
-            if rule.removesuffix(SMOOTHED).removesuffix(CHECKED) not in RULES:
+            if split_rule(rule)[0] not in RULES:
                 raise UserError(f"--rules={rule}: choose from {', '.join(RULES)}")
         config.check(self, at_least={"target": 1, "K": 1, "accumulation": 1, "rounds": 1})
+
+
+def split_rule(arm):
+    """A valued arm's rule, and the tolerance of its checks (0: none)."""
+    rule = arm.removesuffix(SMOOTHED)
+    for suffix, tolerance in TOLERANCES.items():
+        if rule.endswith(suffix):
+            return rule.removesuffix(suffix), tolerance
+    return rule, 0.0
 
 
 def arms_of(cfg):
@@ -141,11 +154,13 @@ class Bench:
         for rule in set(arms) - {PLAIN, TARGET}:
             self.valuations[rule] = self.build_valuation(rule, targets)
 
-    def build_valuation(self, rule, targets):
+    def build_valuation(self, arm, targets):
+        rule, tolerance = split_rule(arm)
         settings = Settings(
-            rule=rule.removesuffix(SMOOTHED).removesuffix(CHECKED),
-            target_smoothing=0.97 if rule.endswith(SMOOTHED) else 0.0,
-            tolerance=1e12 if CHECKED in rule else 0.0,
+            rule=rule,
+            target_smoothing=0.97 if arm.endswith(SMOOTHED) else 0.0,
+            tolerance=tolerance,
+            loss_rounding=0.0,
             batch=self.B * self.cfg.accumulation,
             target_batch=self.cfg.target,
             target_sampling="fixed",

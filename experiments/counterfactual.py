@@ -575,7 +575,7 @@ def why(settings, setting, seed):
         first = int(hindsight.early(kept["norms"][:, None]).sum())
     kept["first"] = np.array(first)
     firsts = numbers(cfg.firsts, int)
-    cases = [(step, 0.0) for step in firsts]
+    cases = [(step, 0.0) for step in [*firsts, first]]
     cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, firsts[0])]
     for step, weight in cases:
         Truth(run, step).of_sets(kept, f"{step}/{weight}", 0.03, cfg.why_sets, weight)

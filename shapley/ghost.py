@@ -11,7 +11,8 @@ autograd sums them over layers, tied weights and repeated uses:
 
 Below are the ops of a model's layers: forward as usual, and a backward that also values each chunk.
 Where the direction is not known before the backward, a Tape stands in for the ledger, and is read
-when it is known.
+when it is known. It may hold a ledger, for directions that were known before. With None for a
+ledger the ops are PyTorch's.
 
 A ledger of one column more than there are directions, (B, K + 1), finds in its last one |x_i|^2,
 the square of each chunk's gradient's norm: of each use of a weight by itself, so that of a weight
@@ -66,7 +67,8 @@ class Tape:
     that went through the same forward in eager.
     """
 
-    def __init__(self, ops=()):
+    def __init__(self, ops=(), first=None):
+        self.first = first  # a ledger, whose gradient the backward finds as if there were no tape
         self.ops = list(ops)  # of each: its values function, its output's shape, dtype, device
         self.inputs = []
         self.gy = {}  # number of the op -> its output's gradient
@@ -216,12 +218,14 @@ def linear(x, weight, bias, ledger):
     """F.linear of x (B, ..., I); the gradient of ledger (B, K) gains
     <weight and bias gradient of chunk b, direction k>. A weight of more dimensions (O, ...) stands
     for the matrix it flattens to (a convolution's, in wrap.py)."""
+    if ledger is None:
+        return no_view(F.linear(x, weight, bias))
     if isinstance(ledger, Tape):
 
         def values(gy, x, squares):
             return linear_values(gy, x, direction(weight), direction(bias), squares)
 
-        return ledger.watch(no_view(F.linear(x, weight, bias)), values, x)
+        return ledger.watch(linear(x, weight, bias, ledger.first), values, x)
     x = autocast(x)
     return _Linear.apply(
         x,
@@ -315,13 +319,15 @@ def embedding_squares(gy_BTI, idx_BT):
 def embedding(idx, weight, ledger, padding_idx=None):
     """F.embedding of idx (B, ...), with the values as in `linear`. padding_idx: the row that gets
     no gradient, as F.embedding has it, not negative."""
+    if ledger is None:
+        return F.embedding(idx, weight, padding_idx)
     if isinstance(ledger, Tape):
 
         def values(gy, idx, squares):
             gy = without_padding(gy, idx, padding_idx)
             return embedding_values(gy, idx, direction(weight), squares)
 
-        return ledger.watch(F.embedding(idx, weight, padding_idx), values, idx)
+        return ledger.watch(embedding(idx, weight, ledger.first, padding_idx), values, idx)
     per_chunk = getattr(weight, "per_chunk", None)
     exact_rows = getattr(weight, "exact_rows", None)
     h = direction(weight)
@@ -365,17 +371,19 @@ def layer_norm(x, weight, bias, eps, ledger):
     """F.layer_norm over the last dimension of x (B, ..., C), with the values as in `linear`. Runs
     in the weight's dtype."""
     x = x.to(weight.dtype)
+    if ledger is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     if isinstance(ledger, Tape):
-        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
 
-        def values(gy, x, mean, rstd, squares):
+        def values(gy, x, squares):
+            _, mean, rstd = torch.native_layer_norm(x, weight.shape, None, None, eps)
             gradient = layer_norm_grad(gy, x, mean, rstd)
             of_weight = gradient_values(gradient, direction(weight), squares)
             if bias is None:
                 return of_weight
             return of_weight + gradient_values(over_tokens(gy), direction(bias), squares)
 
-        return ledger.watch(y, values, x, mean, rstd)
+        return ledger.watch(layer_norm(x, weight, bias, eps, ledger.first), values, x)
     h = direction(weight)
     per_chunk = getattr(weight, "per_chunk", None)
     return _LayerNorm.apply(x, weight, bias, h, direction(bias), ledger, per_chunk, eps)
@@ -413,12 +421,14 @@ def copies(weight, B, ledger, per_chunk=None):
     each chunk's own row. With the values as in `linear`, whatever is done with the copies: it is
     the form for small parameters that meet the batch element by element. per_chunk: zeros (B, ...)
     whose gradient will be that of each copy, or None."""
+    if ledger is None:
+        return weight.expand(B, *weight.shape[1:])
     if isinstance(ledger, Tape):
 
         def values(gy, squares):
             return copies_values(gy, direction(weight), squares)
 
-        return ledger.watch(weight.expand(B, *weight.shape[1:]), values)
+        return ledger.watch(copies(weight, B, ledger.first, per_chunk), values)
     return _Copies.apply(weight, direction(weight), ledger, per_chunk, B)
 
 
@@ -441,12 +451,14 @@ def with_values(loss, ledger, find_values):
     """The loss, a scalar. The gradient of ledger gains find_values() -> (B, K): the derivatives of
     each chunk's share of the loss along the directions that are on the parameters when it is
     called."""
+    if ledger is None:
+        return loss.view_as(loss)
     if isinstance(ledger, Tape):
 
         def values(g, squares):
             return g * with_unknown(find_values(), squares)
 
-        return ledger.watch(loss.view_as(loss), values)
+        return ledger.watch(with_values(loss, ledger.first, find_values), values)
     values = find_values()
     return _WithValues.apply(loss, ledger, with_unknown(values, ledger.shape[1] > values.shape[1]))
 

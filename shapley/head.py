@@ -128,9 +128,11 @@ def loss(x, weight, y, ledger):
     nothing is to be predicted, and each chunk's mean loss (B,), of which no gradient is taken; both
     are 0 where there is no label. With the values as in ghost.linear."""
     x = autocast(x)
-    if isinstance(ledger, Tape):
+    if ledger is None:
         no_direction = weight.new_empty(0, *weight.shape)
-        loss, chunk_loss = _Head.apply(x, weight, y, no_direction, None, None, None)
+        return _Head.apply(x, weight, y, no_direction, None, None, None)
+    if isinstance(ledger, Tape):
+        of_batch, of_chunks = loss(x, weight, y, ledger.first)
 
         def values(g, x, y, squares):  # the logits once more, which costs less than keeping them
             scale = g / (y >= 0).sum().clamp(min=1)
@@ -140,7 +142,7 @@ def loss(x, weight, y, ledger):
                 of_chunk.append(linear_values(gy, x_TI[None], direction(weight), None, squares))
             return torch.cat(of_chunk)
 
-        return ledger.watch(loss, values, x, y), chunk_loss
+        return ledger.watch(of_batch, values, x, y), of_chunks
     per_chunk = getattr(weight, "per_chunk", None)
     exact_rows = getattr(weight, "exact_rows", None)
     return _Head.apply(x, weight, y, direction(weight), ledger, per_chunk, exact_rows)

@@ -479,6 +479,8 @@ def conv2d(x, weight, bias, stride, padding, dilation, ledger):
     def patches(x):  # (B, places, I * height * width)
         return F.unfold(x, weight.shape[2:], dilation, padding, stride).mT
 
+    if ledger is None:
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
     if isinstance(ledger, ghost.Tape):  # it keeps x, for the patches are larger
 
         def values(gy, x, squares):
@@ -486,7 +488,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, ledger):
             gy = gy.flatten(2).mT
             return linear_values(gy, patches(x), h, ghost.direction(bias), squares)
 
-        y = F.conv2d(x, weight, bias, stride, padding, dilation)
+        y = conv2d(x, weight, bias, stride, padding, dilation, ledger.first)
         return ledger.watch(y, values, x)
     covered = x.shape[2] + 2 * padding[0] - dilation[0] * (weight.shape[2] - 1) - 1
     height = covered // stride[0] + 1

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from shapley.ghost import Tape
+
 
 @dataclass
 class MicroBatch:
@@ -13,9 +15,9 @@ class MicroBatch:
     ids: np.ndarray  # (b,) numbers of its chunks
     X: object  # a tensor, or a nest of them (batch.py)
     Y: Tensor
-    # zeros, whose columns are those of Valuation.n_columns; a Tape; None where the forward is
-    # repeated
-    ledger: object
+    # zeros, whose gradient will be the values of one pass; None of a two-pass rule
+    ledger: Tensor | None
+    tape: Tape | None  # for a second pass; None where that repeats the forward
     rng: object  # the random numbers' state before its forward
     share: float | None = None  # what its mean loss counts in the step's, of all ranks
     losses: Tensor | None = None  # (b,) nats

@@ -56,7 +56,7 @@ METHOD = {  # what a module of shapley/ may import of its neighbours
     "checks": ("batch", "ghost", "intercept"),
     "sweeps": (),
     "weights": (),
-    "step": (),
+    "step": ("ghost",),
     "clipping": (),
     "labels": (),
     "targets": ("batch", "labels"),

@@ -78,6 +78,40 @@ def test_values_equal_the_definition_of_one_pass_or_of_two(tmp_path, tolerance, 
     assert set(passes) == {1 if tolerance == NEVER else 2}
 
 
+@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_second_pass_repeats_a_forward_only_where_there_is_no_tape(
+    tmp_path, monkeypatch, tie, micro_steps
+):
+    repeated = []
+    repeat = Valuation.repeated
+
+    def counting(valuation, micro_batch):
+        repeated.append(micro_batch)
+        return repeat(valuation, micro_batch)
+
+    monkeypatch.setattr(Valuation, "repeated", counting)
+    valued = Run(tmp_path, tolerance=ALWAYS, tie=tie)
+    for step in range(3):
+        valued.step(step, micro_steps=micro_steps)
+    assert len(repeated) == (0 if micro_steps == 1 else 3 * micro_steps)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.9])
+def test_a_tape_changes_no_digit_of_a_first_pass(tmp_path, smoothing):
+    """It is kept in case a check fails."""
+    found = []
+    for tolerance in (0.0, NEVER):
+        options = {"target_smoothing": smoothing, "K": 2}
+        valued = Run(tmp_path / str(tolerance), tolerance=tolerance, **options)
+        for step in range(3):
+            valued.step(step, clip=0.05)
+        scores = [step.found for step in valued.valuation.pending]
+        found.append([*valued.model.parameters(), *[s.values for s in scores]])
+        found[-1] += [s.products for s in scores]
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 @pytest.mark.parametrize("K", [1, 2])
 def test_the_gap_is_what_the_step_did_less_what_the_values_say(tmp_path, K):
     valued = Run(tmp_path, tolerance=NEVER, K=K, target_batch=3)

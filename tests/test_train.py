@@ -1091,14 +1091,15 @@ def backend(monkeypatch, name):
         ("adamw", "chunked", 0.9, "aot_eager", 0),
         ("adamw2", "chunked", 0, "aot_eager", 0),
         ("adamw", "whole", 0.9, "aot_eager", 1e-9),  # each step is valued in two passes
+        ("adamw", "chunked", 0, "aot_eager", 1e-9),
     ],
 )
 def test_a_compiled_run_equals_an_eager_one_and_compiles_nothing_after_three_steps(
     python_data, tmp_path, monkeypatch, rule, head, beta, compiler, tolerance
 ):
     """In float64, for in float32 AdamW's first step takes the sign of elements that are zero but
-    for rounding, which the two round differently. A graph break is an error (fullgraph). Rules of
-    two passes read a tape in each step, as in eager mode."""
+    for rounding, which the two round differently. A graph break is an error (fullgraph). Second
+    passes read a tape in each step, as in eager mode."""
     options = [f"--rule={rule}", TWO_TARGETS, "--n_layer=1", "--max_iters=8", "--book_interval=2"]
     options += ["--batch_size=4", "--gradient_accumulation_steps=1"]
     options += ["--eval_interval=0", "--dtype=float64", f"--target_smoothing={beta}"]
@@ -1132,7 +1133,7 @@ def test_a_compiled_run_equals_an_eager_one_and_compiles_nothing_after_three_ste
     assert len(graphs) == 8 + 1  # the last time is after the last step
     assert graphs[3] > 0
     assert graphs[3] == graphs[-1]
-    assert len(tapes) == (8 if rule == "adamw2" else 0)
+    assert len(tapes) == (8 if rule == "adamw2" or tolerance else 0)
     assert len(set(tapes)) <= 1
 
 
