@@ -19,8 +19,8 @@ the sets. Slope: nats of true rise per nat predicted.
 Settings: <data>-<target>-<start>. Data: clean, or junk (a fifth of the chunks have their bytes
 shuffled). Target: broad (validation chunks of all domains), or narrow (of one). Start: scratch
 (from random weights), or tuned (from a model that was trained on other chunks first). `twins`: a
-seed trained again from other weights, in the same order and without the same sets: what two truths
-agree on is more than any score can reach. A training is on disk as soon as it is done, so the same
+seed trained again from other weights, in the same order and without the same sets: two truths agree
+on what is the data's. A score that knows the run itself can reach more. A training is on disk as soon as it is done, so the same
 command goes on after an interruption.
 """
 

@@ -221,7 +221,7 @@ def count_passes(entries):
     }
 
 
-ADAMW2_FASTER = 0.35  # with so many steps in two passes, of one micro-batch (results/overhead)
+ADAMW2_FASTER = 0.75  # with so many steps in two passes, of one micro-batch (results/overhead)
 
 
 def passes(counts):
