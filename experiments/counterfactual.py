@@ -20,8 +20,8 @@ Settings: <data>-<target>-<start>. Data: clean, or junk (a fifth of the chunks h
 shuffled). Target: broad (validation chunks of all domains), or narrow (of one). Start: scratch
 (from random weights), or tuned (from a model that was trained on other chunks first). `twins`: a
 seed trained again from other weights, in the same order and without the same sets: two truths agree
-on what is the data's. A score that knows the run itself can reach more. A training is on disk as soon as it is done, so the same
-command goes on after an interruption.
+on what is the data's. A score that knows the run itself can reach more. A training is on disk as
+soon as it is done, so the same command goes on after an interruption.
 """
 
 import json
@@ -494,26 +494,37 @@ def losses_of_longer(run):
 
 
 class Kept(dict):
-    """Arrays by name, on disk as soon as they are here: a job that was interrupted goes on."""
+    """Arrays by name, for a file, on disk as soon as they are here: a job that was interrupted goes
+    on, and one that was done is not done again."""
 
     def __init__(self, path, settings):
-        """settings: text; a file of other settings is begun anew."""
+        """settings: text; what is there of other settings is begun anew."""
         super().__init__()
-        self.path, self.settings = path, settings
-        if path.is_file():
-            there = dict(np.load(path))
-            if str(there.pop("settings")) == settings:
-                self.update(there)
+        self.path, self.part, self.settings = path, path.with_suffix(".part.npz"), settings
+        self.is_done = self.read(path)
+        if not self.is_done:
+            self.read(self.part)
+
+    def read(self, path):
+        """Whether there is a file of these settings, whose arrays are here then."""
+        if not path.is_file():
+            return False
+        there = dict(np.load(path))
+        if str(there.pop("settings", "")) != self.settings:
+            return False
+        self.update(there)
+        return True
 
     def __setitem__(self, name, array):
         super().__setitem__(name, array)
-        with atomic(self.path) as file:
+        with atomic(self.part) as file:
             np.savez(file, settings=self.settings, **self)
 
-    def finish(self, path):
-        """The job is done: its arrays go to their file."""
-        np.savez_compressed(path, **self)
-        self.path.unlink()
+    def finish(self):
+        """The job is done."""
+        with atomic(self.path) as file:
+            np.savez_compressed(file, settings=self.settings, **self)
+        self.part.unlink()
 
 
 WITHOUT_EFFECT = ("source", "data", "out", "workers", "quick", "part", "settings", "seeds", "twins")
@@ -529,18 +540,27 @@ def known_by(settings):
 def job(settings, setting, seed, init):
     """One run, its scores and its truth, to a file. Returns a row about it."""
     cfg = Config(**settings)
+    kept = Kept(file_of(cfg, setting, seed, init), known_by(settings))
+    if not kept.is_done:
+        find_truth(cfg, kept, setting, seed, init)
+        kept.finish()
+    losses, seconds = kept["losses"].tolist(), json.loads(str(kept["seconds"]))
+    return [dict(setting=setting, seed=seed, init=init, losses=losses, seconds=seconds)]
+
+
+def find_truth(cfg, kept, setting, seed, init):
     run = Run(cfg, setting, seed, init)
-    path = file_of(cfg, setting, seed, init)
-    kept = Kept(path.with_suffix(".part.npz"), known_by(settings))
-    seconds = {}
-    if not init and "is_junk" not in kept:
-        scores, norms, seconds = scores_of(run)
-        for name, values in scores.items():
-            kept[f"score/{name}"] = np.float32(values)
-        for name, values in norms.items():
-            kept[f"norm/{name}"] = values
-        ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
-        kept["is_junk"] = run.is_junk[ids]
+    if "seconds" not in kept:
+        seconds = {}
+        if not init:
+            scores, norms, seconds = scores_of(run)
+            for name, values in scores.items():
+                kept[f"score/{name}"] = np.float32(values)
+            for name, values in norms.items():
+                kept[f"norm/{name}"] = values
+            ids = np.concatenate([run.batch(step)[0] for step in range(run.n_steps)])
+            kept["is_junk"] = run.is_junk[ids]
+        kept["seconds"] = np.array(json.dumps(seconds))
     first = cfg.first
     if first < 0 and init:
         first = int(np.load(file_of(cfg, setting, seed))["first"])
@@ -555,16 +575,20 @@ def job(settings, setting, seed, init):
         for fraction in numbers(cfg.dropped):
             truth.of_dropping(kept, fraction)
         kept["factors"], kept["longer"] = np.array(numbers(cfg.longer)), losses_of_longer(run)
-    kept.finish(path)
-    losses = truth.with_all.tolist()
-    return [dict(setting=setting, seed=seed, init=init, losses=losses, seconds=seconds)]
 
 
 def why(settings, setting, seed):
     """How well hindsight predicts sets of other places and weights, to a file."""
     cfg = Config(**settings)
+    kept = Kept(file_of_why(cfg, setting, seed), known_by(settings))
+    if not kept.is_done:
+        find_why(cfg, kept, setting, seed)
+        kept.finish()
+    return [dict(setting=setting, seed=seed, part="why")]
+
+
+def find_why(cfg, kept, setting, seed):
     run = Run(cfg, setting, seed)
-    kept = Kept(file_of_why(cfg, setting, seed, ".part.npz"), known_by(settings))
     if "values" not in kept:
         fresh(run)
         past = [run.training.record(step) for step in range(run.n_steps)]
@@ -579,12 +603,10 @@ def why(settings, setting, seed):
     cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, firsts[0])]
     for step, weight in cases:
         Truth(run, step).of_sets(kept, f"{step}/{weight}", 0.03, cfg.why_sets, weight)
-    kept.finish(file_of_why(cfg, setting, seed))
-    return [dict(setting=setting, seed=seed, part="why")]
 
 
-def file_of_why(cfg, setting, seed, suffix=".npz"):
-    return Path(cfg.out, f"why-{setting}-{seed}{suffix}")
+def file_of_why(cfg, setting, seed):
+    return Path(cfg.out, f"why-{setting}-{seed}.npz")
 
 
 def draws(settings, setting, seed):
