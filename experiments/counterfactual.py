@@ -879,9 +879,30 @@ def figure_of_why(cfg):
     right.legend(fontsize=7)
     save_figure(fig, Path(cfg.out, "why.png"))
     head = ["seed", "from step", "weight kept", "LDS", "slope"]
-    table = "\n".join(markdown(head, lines))
-    Path(cfg.out, "why.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    text = "\n".join([*markdown(head, lines), "", *table_of_rest(cfg, setting)])
+    Path(cfg.out, "why.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def table_of_rest(cfg, setting):
+    """Lines of Markdown: what the sum of the values leaves of a set's rise, where no step is early,
+    by the part of their weight that the visits lose. If it is of second order, it is the same for
+    all parts, divided by the part's square."""
+    lines = []
+    for seed in numbers(cfg.seeds, int):
+        found = np.load(file_of_why(cfg, setting, seed))
+        first = int(found["first"])
+        predicted = sums_of_sets(found["values"], found[f"sets/{first}/0.0"])
+        of_all = found[f"rises/{first}/0.0"][:, 0] - predicted
+        for kept in (0.0, *sorted(numbers(cfg.weights))):
+            part = 1 - kept
+            rest = (found[f"rises/{first}/{kept}"][:, 0] - part * predicted) / part**2
+            line = [seed, f"{part:.1f}", f"{1e3 * rest.mean():.2f} ± {1e3 * rest.std():.2f}"]
+            line.append(f"{np.corrcoef(rest, of_all)[0, 1]:.2f}")
+            lines.append(line)
+    head = ["seed", "part of the weight lost", "rest / part^2, 1e-3 nats ± spread of the sets"]
+    head.append("its correlation with the rest of all the weight")
+    return markdown(head, lines)
 
 
 def table_of_draws(cfg):
