@@ -591,16 +591,13 @@ class Valuation:
         """The InnerProducts of each step, or None where it has none -> those of all ranks."""
         gathered = [None if of_step is None else InnerProducts() for of_step in found]
         for field in fields(InnerProducts):
-            known = []
-            for of_step, of_all in zip(found, gathered):
-                tensor = getattr(of_step, field.name, None)
-                if tensor is not None:
-                    known.append((of_all, tensor))
+            tensors = [getattr(of_step, field.name, None) for of_step in found]
+            known = [i for i, tensor in enumerate(tensors) if tensor is not None]
             if not known:
                 continue
-            arrays = self.gathered([tensor for _, tensor in known])
-            for (of_all, _), array in zip(known, arrays):
-                setattr(of_all, field.name, array)
+            arrays = self.gathered([tensors[i] for i in known])
+            for i, array in zip(known, arrays):
+                setattr(gathered[i], field.name, array)
         return gathered
 
     def visit_records(self, step, ids, losses, values, weights, squares):
