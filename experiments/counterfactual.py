@@ -876,7 +876,7 @@ def figure_of_why(cfg):
     left.set_ylabel("correlation (dots)")
     norms_axis.set_ylabel("|dL/dw| (lines)")
     right.set_xlabel("part of their weight that they lose")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="center right")
     save_figure(fig, Path(cfg.out, "why.png"))
     head = ["seed", "from step", "weight kept", "LDS", "slope"]
     text = "\n".join([*markdown(head, lines), "", *table_of_rest(cfg, setting)])

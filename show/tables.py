@@ -124,8 +124,9 @@ def account(entries, audits, names, rule):
         lines.append(accounted(name, total))
     lines += explain_parts(totals)
     lines += unclosed(names, totals, rule)
-    lines += passes(count_passes(entries))
-    if rule not in KNOW_CLIPPING:
+    counts = count_passes(entries)
+    lines += passes(counts)
+    if rule not in KNOW_CLIPPING and not counts:
         lines += hard_clipping(entries)
     if len(audits):
         for k, name in enumerate(names):
@@ -241,11 +242,12 @@ def passes(counts):
 
 
 HARD = 0.5  # steps that were clipped to a smaller share of their gradient are valued roughly
-KNOW_CLIPPING = ("sgd2", "adamw2")  # the rules that know each chunk's part in it
+KNOW_CLIPPING = ("sgd2", "adamw2")  # the rules that always know each chunk's part in it
 
 
 def hard_clipping(entries):
-    """A line where most steps were clipped hard, for a one-pass rule's values are rough there."""
+    """A line where most steps were clipped hard, for values of one pass that nothing checks are
+    rough there."""
     kappa = entries["kappa"]
     n_hard = np.count_nonzero(kappa < HARD)
     if 2 * n_hard <= len(entries):
@@ -253,7 +255,7 @@ def hard_clipping(entries):
     steps = counted(n_hard, "step")
     what = f"{steps} of {len(entries)} were clipped to less than half of their gradient"
     how = f"on average to {np.mean(kappa):.2f}"
-    read = "values of one-pass rules are rough there, those of adamw2 are not"
+    read = "values of one pass are rough there, those of adamw2 are not"
     return [f"caution: {what} ({how}); {read} (docs/method.md, Clipping)"]
 
 

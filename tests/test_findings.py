@@ -389,6 +389,16 @@ def test_steps_that_were_clipped_hard_are_no_matter_of_course(rule, kappa, is_sa
         assert "(on average to 0.25)" in said[0]
 
 
+def test_checked_steps_that_were_clipped_hard_need_no_caution():
+    """Where one pass is rough, the check has found it."""
+    entries = np.zeros(2, store.book_dtype(1))
+    entries["kappa"] = 0.2
+    entries["passes"], entries["gap"] = 1, 0.01
+    assert not any("caution:" in line for line in tables.account(entries, [], ["prose"], "adamw"))
+    entries["gap"] = np.nan
+    assert any("caution:" in line for line in tables.account(entries, [], ["prose"], "adamw"))
+
+
 def test_books_without_a_measured_step_say_so():
     entries = booked_steps()
     entries["residual"] = np.nan
