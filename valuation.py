@@ -3,7 +3,7 @@
     valuation = Valuation(model, optimizer, loss, targets, Settings(rule="adamw", batch=8))
     for step in range(max_iters):
         valuation.begin_step(step, lr)                  # one-pass rules set their directions
-        ledger = valuation.new_ledger(ids, X, Y)        # zeros (b, K): their gradient is the values
+        ledger = valuation.new_ledger(ids, X, Y)        # goes through the forward, to be valued
         loss(X, Y, ledger).backward()
         valuation.before_update(clip_coef)              # two-pass rules value the chunks now
         optimizer.step()
@@ -242,10 +242,10 @@ class Valuation:
         gradients are the ranks' mean. Without it b over the step's chunks. It has to be given where
         the losses are weighted otherwise, as by labels.
 
-        Of a one-pass rule zeros (b, K), whose gradient will be the values; (b, 2K) with smoothed
-        directions. Where a second pass is sure or may come, and the micro-batch is the whole batch,
-        a Tape, which holds those zeros. Otherwise a second pass repeats the forward, and where it
-        is sure this is None."""
+        That is: of a one-pass rule zeros (b, K), whose gradient will be the values; (b, 2K) with
+        smoothed directions. If a check may ask for a second pass, and the micro-batch is the whole
+        batch, a Tape that holds these zeros. Of a two-pass rule a Tape if the micro-batch is the
+        whole batch, else None. Where there is no Tape a second pass repeats the forward."""
         self.collect()
         ledger = tape = None
         if not self.two_pass:

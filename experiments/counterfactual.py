@@ -600,7 +600,8 @@ def find_why(cfg, kept, setting, seed):
     kept["first"] = np.array(first)
     firsts = numbers(cfg.firsts, int)
     cases = [(step, 0.0) for step in [*firsts, first]]
-    cases += [(step, weight) for weight in numbers(cfg.weights) for step in (first, firsts[0])]
+    for weight in numbers(cfg.weights):
+        cases += [(first, weight), (firsts[0], weight)]
     for step, weight in cases:
         Truth(run, step).of_sets(kept, f"{step}/{weight}", 0.03, cfg.why_sets, weight)
 
