@@ -26,9 +26,11 @@ stopped, and the others are left for the next time. A bare machine will do: Pyth
 tqdm, without a network. The data is prepared beforehand (python prepare_pile.py) and carried there.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -184,13 +186,15 @@ def run_part(command, path, seconds):
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group, to be stopped with all that it started
         )
         try:
             status = process.wait(timeout=max(seconds, 0.1))
         except subprocess.TimeoutExpired:
             return "stopped: the time was over"
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return DONE if status == 0 else f"failed: exit status {status}"
 

@@ -82,6 +82,33 @@ def test_what_fails_or_takes_too_long_is_said_and_tried_again(tmp_path, capsys):
     assert parts_of(tmp_path)["kernels"]["state"] == "done"
 
 
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid)
+child.wait()
+"""
+
+
+def runs(pid):
+    """Whether a process runs: one that has ended may be listed until its parent asks for it."""
+    try:
+        return "State:\tZ" not in Path("/proc", pid, "status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_part_is_stopped_with_all_that_it_started(tmp_path):
+    printed = tmp_path / "part.txt"
+    state = gpu.run_part(["-c", PARENT], printed, seconds=2)
+    assert state == "stopped: the time was over"
+    child = printed.read_text().strip()
+    end = time.monotonic() + 10
+    while runs(child):
+        assert time.monotonic() < end, "what the part started runs on"
+        time.sleep(0.1)
+
+
 BARE = """
 import sys
 for name in ("zstandard", "pyarrow", "tiktoken", "scipy", "wandb", "datasets", "safetensors"):
