@@ -20,8 +20,9 @@ there every rule is rough.
 `adamw` foresees the step before it knows the batch. So it is checked: the values of a step should
 add up to what the batch did to the target's loss, which costs one forward of the target's chunks to
 measure. Where that leaves a gap of more than `tolerance` times the sum of a target's values' sizes,
-the step is valued for it again, in two passes, as by `adamw2`. books.npy says how large the gap
-was, and how many passes a step took.
+the step is valued for it again, in two passes, as by `adamw2`. So it is where the step was clipped
+harder than one pass can tell the chunks' parts in. books.npy says how large the gap was, and how
+many passes a step took.
 
 With Settings(target_smoothing=.9) each target has a second direction, of its gradient's mean over
 the steps (shapley/smoothing.py), and each chunk a score by it, `smoothed`, beside its value.
@@ -62,6 +63,10 @@ from system.errors import UserError
 from system.machine import replaying, rng_state
 from system.parallel import local
 
+# How far the values of one pass are off in a step that is clipped to kappa, in sizes of 1 - kappa
+# (relative L2, results/fidelity): where the rows of tokens tell of clipping, and where they do not
+CLIPPING_BY_ROWS = 0.1
+CLIPPING_UNKNOWN = 0.5
 EARLY = 3  # AdamW's first updates, whose moments are too young for any rule
 
 
@@ -318,6 +323,7 @@ class Valuation:
         step = self.step
         drop = self.measure_drop()
         step.gap, step.holds = self.compare(drop)
+        step.holds &= self.knows_clipping()
         step.left = step.gap
         if bool(step.holds.all()):
             for micro_batch in step.micro_batches:
@@ -353,6 +359,12 @@ class Valuation:
         rounding = self.settings.loss_rounding * step.losses_before.abs()
         is_within = gap.abs() <= self.settings.tolerance * size + rounding
         return gap / size, is_within & gap.isfinite()
+
+    def knows_clipping(self):
+        """Whether one pass knows well enough what clipping makes of each chunk's value. The gap
+        does not say, for their sum stays the same. A bool, or a tensor ()."""
+        error = CLIPPING_BY_ROWS if self.rule.token_weights else CLIPPING_UNKNOWN
+        return error * (1 - self.step.clip_coef) <= self.settings.tolerance
 
     def set_directions(self, batch=None):
         """The targets' gradients, taken where the rule wants them, become directions.

@@ -80,13 +80,23 @@ def forget_run(out):
 def prepare(data_dir, source, **options):
     """Makes chunks for an experiment where data_dir holds none yet. Returns the open dataset.
 
-    options: those of prepare_pile.Config.
+    options: those of prepare_pile.Config. Raises UserError where the chunks that lie there are of
+    another text, or were cut otherwise: figures would be of what nobody asked for.
     """
+    wanted = prepare_pile.Config(source=str(source), data_dir=str(data_dir), **options)
     if not Path(data_dir, "meta.json").is_file():
-        prepare_pile.prepare(
-            prepare_pile.Config(source=str(source), data_dir=str(data_dir), **options)
-        )
-    return open_dataset(data_dir)
+        prepare_pile.prepare(wanted)
+    data = open_dataset(data_dir)
+    held = data.meta["config"]
+    for name, value in wanted.makes().items():
+        if name == "source":
+            is_same = os.path.realpath(held[name]) == os.path.realpath(value)
+        else:
+            is_same = held.get(name) == value
+        if not is_same:
+            what = f"the chunks in {data_dir} were made with --{name}={held.get(name)}"
+            raise UserError(f"{what}, asked for is {value}: give another folder as --data")
+    return data
 
 
 def read_documents(source):

@@ -12,12 +12,16 @@ Rules: for every setting a small GPT is trained by AdamW. At some of its steps t
 step (B chunks, one target) is solved: by all 2^B subsets for B = 8, by antithetic permutations for
 B = 16, the optimizer's own step run for each subset in float64. The rules' values come from
 shapley/rules.py, which the tests hold equal to what a run computes. `adamw, checked` is the default
-of a run: where the values of `adamw` leave a gap (rules.gap) those of `adamw2` stand in for them.
+of a run: where the values of `adamw` leave a gap (rules.gap), or the step was clipped harder than
+they can know, those of `adamw2` stand in for them. The tables choose.
 
 Clipping: every step of a training is clipped to a share kappa of its gradient's norm, from not at
-all to a thirtieth, as happens in fine-tuning. Besides the rules as they are, what two-pass values
-were if the chunks' gradients were parallel (`of_parallel`), the simpler formula. Slope: nats of
-value per nat of exact Shapley value, by least squares. Writes clipping.jsonl, clipping.md.
+all to a thirtieth, as happens in fine-tuning. Trained are that GPT by AdamW and by SGD, in steps of
+8, 16 and 64 chunks; and, in steps of 8, one that had learned the other domains is fine-tuned on the
+target's, whole or by LoRA's adapters (which needs requirements-hf.txt). Besides the rules as they
+are, what two-pass values were if the chunks' gradients were parallel (`of_parallel`), the simpler
+formula. Slope: nats of value per nat of exact Shapley value, by least squares. Writes
+clipping.jsonl, clipping.md.
 
 Targets: whole runs of train.py that differ in --target_batch and --target_sampling only. The
 weights go the same way in all of them, so their values.npy can be compared chunk by chunk with a
@@ -44,6 +48,7 @@ from tqdm import tqdm
 
 import config
 import train
+import valuation
 from data import global_batch, open_dataset
 from experiments.common import (
     begin,
@@ -83,7 +88,7 @@ class Config:
     seeds: str = "1,2"
     vocabs: str = "byte,gpt2"
     steps: str = "20,110,200,300"  # judged; 20 is in the warm-up of 100 steps
-    permutations: int = 200  # at B = 16
+    permutations: int = 200  # above B = 8, at most
     data: str = "data/fidelity"  # the prepared chunks, made when missing
     out: str = "out/fidelity"
     workers: int = os.cpu_count() or 1
@@ -169,7 +174,9 @@ RULES = {
 }
 LEAVE_ONE_OUT = "leave-one-out"
 CHECKED = "adamw, checked"  # the default of a run: adamw2's values where adamw's leave a gap
-TOLERANCE = 0.05
+TOLERANCE = train.Config.tolerance
+# what tells the rows of one judged step from those of others
+OF_STEP = ("vocab", "lr", "clip", "training", "kappa", "B", "seed", "step")
 MAIN = ("sgd", "sgd2", "adamw_linear, no floor", "adamw_linear", "adamw")
 MAIN += (CHECKED, "adamw2", LEAVE_ONE_OUT)
 
@@ -193,7 +200,6 @@ def judge_step(model, optimizer, X, Y, loss, lr, clip, permutations):
         values[name] = by_rule[:, 0].numpy()
     one_pass = torch.from_numpy(values["adamw"])[:, None]
     gap = float(rules.gap(model, optimizer, x, [loss], one_pass, lr, clip))
-    values[CHECKED] = values["adamw" if abs(gap) <= TOLERANCE else "adamw2"]
     values[LEAVE_ONE_OUT] = exact.leave_one_out(step, len(x))[:, 0]
     rows = []
     for name, v in values.items():
@@ -217,14 +223,15 @@ def batch_of(split, ids):
     return torch.from_numpy(X), torch.from_numpy(Y)
 
 
-def steps_of(data, optimizer, lr_max, B, seed, last):
+def steps_of(data, optimizer, lr_max, B, seed, last, pool=None, warmup=WARMUP):
     """Yields the number of each step up to the last, its rate, which the optimizer then has, and
-    its chunks X, Y."""
+    its chunks X, Y. pool: numbers of the chunks that they are drawn from; None: of all."""
+    pool = np.arange(len(data.train.rows)) if pool is None else pool
     for step in range(last + 1):
-        lr = lr_max * min(1.0, (step + 1) / (WARMUP + 1))
+        lr = lr_max * min(1.0, (step + 1) / (warmup + 1))
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        ids = global_batch(step, B, len(data.train.rows), seed)
+        ids = pool[global_batch(step, B, len(pool), seed)]
         yield step, lr, *batch_of(data.train, ids)
 
 
@@ -282,11 +289,54 @@ def judge_rules(cfg, out):
     side_by_side(train_and_judge, jobs, out / "rows.jsonl", cfg.workers)
 
 
+def checked(rows):
+    """The rows, and of each step that has values of one pass and of two also CHECKED's: what a run
+    takes (Valuation.check_step)."""
+    steps = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in OF_STEP)
+        steps.setdefault(key, {})[row["name"]] = row
+    result = []
+    for of_step in steps.values():
+        of_step.pop(CHECKED, None)  # earlier versions of this file chose before they wrote
+        result += of_step.values()
+        if "adamw" in of_step:
+            name = "adamw" if one_pass_stands(of_step["adamw"]) else "adamw2"
+            result.append({**of_step[name], "name": CHECKED})
+    return result
+
+
+def one_pass_stands(row):
+    """Whether a run lets the values of one pass stand. row: of `adamw`."""
+    knows_rows = not (row.get("training") and TRAININGS[row["training"]].lora)
+    unknown = valuation.CLIPPING_BY_ROWS if knows_rows else valuation.CLIPPING_UNKNOWN
+    return max(abs(row["gap"]), unknown * (1 - row["kappa"])) <= TOLERANCE
+
+
 # --- hard clipping ------------------------------------------------------------
 
-CLIPPED_RULES = {"adamw": ("adamw", "adamw2"), "sgd": ("sgd2",)}  # by optimizer
-CLIPPED_LR = {"adamw": 1e-3, "sgd": 0.05}
+
+@dataclass(frozen=True)
+class Training:
+    """A training whose every step is clipped."""
+
+    lr: float
+    rules: tuple = ("adamw", "adamw2")  # judged; the last one's values also as of parallel ones
+    warmup: int = WARMUP
+    steps: tuple = ()  # judged; empty: those of the option, after the warm-up
+    sizes: tuple = (8,)  # B
+    pretrained: bool = False
+    lora: bool = False
+
+
+TRAININGS = {
+    "fine-tuning": Training(1e-4, warmup=10, steps=(15, 40, 100), pretrained=True),
+    "LoRA": Training(1e-3, warmup=10, steps=(15, 40, 100), pretrained=True, lora=True),
+    "AdamW": Training(1e-3, sizes=(8, 16, 64)),
+    "SGD": Training(0.05, rules=("sgd2",), sizes=(8, 16, 64)),
+}
 TARGET_CHUNKS = 4
+PRETRAINING = 1000  # steps of 16 chunks
 
 
 def of_parallel(d, q, kappa):
@@ -296,7 +346,7 @@ def of_parallel(d, q, kappa):
     return own * d + (kappa - own) * d.sum() * q / q.sum()
 
 
-def judge_clipped_step(model, optimizer, X, Y, loss, lr, kappa, permutations):
+def judge_clipped_step(model, optimizer, X, Y, loss, lr, kappa, permutations, judged_rules):
     """Rows: values of the coming step, clipped to kappa of its norm, against the truth."""
     x = exact.chunk_gradients(model, X, Y)
     known = rules.known_rows(model, X, Y)
@@ -306,80 +356,130 @@ def judge_clipped_step(model, optimizer, X, Y, loss, lr, kappa, permutations):
     rho = squares.sum() / q.sum()
     clip = kappa * np.sqrt(q.sum()) if kappa < 1 else 0.0
     step = exact.Step(model, optimizer, x, [loss], clip)
-    truth = exact.solve(step, len(x), permutations, tolerance=0.02)[0][:, 0]
-    kind = "adamw" if isinstance(optimizer, torch.optim.AdamW) else "sgd"
+    truth, errors = exact.solve(step, len(x), permutations, tolerance=0.02)
+    truth = truth[:, 0]
+    truth_error = float(np.linalg.norm(errors) / np.linalg.norm(truth))
     values = {}
-    for rule in CLIPPED_RULES[kind]:
+    for rule in judged_rules:
         of_rule = rules.rule_values(model, optimizer, x, [loss], rule, lr, clip, known=known)
         values[rule] = of_rule[:, 0].numpy()
     gap = 0.0
-    if kind == "adamw":
+    if "adamw" in values:
         one_pass = torch.from_numpy(values["adamw"])[:, None]
         gap = float(rules.gap(model, optimizer, x, [loss], one_pass, lr, clip))
-        values[CHECKED] = values["adamw" if abs(gap) <= TOLERANCE else "adamw2"]
-    two_pass = CLIPPED_RULES[kind][-1]
+    two_pass = judged_rules[-1]
     what = (model, optimizer, x, [loss], two_pass, lr, clip)
-    d = rules.rule_values(*what, products=False)[:, 0].numpy() / kappa
-    values[f"{two_pass}, parallel"] = of_parallel(d, q, kappa)
+    alike = rules.rule_values(*what, products=False)[:, 0].numpy()
+    values[f"{two_pass}, clipped alike"] = alike
+    values[f"{two_pass}, parallel"] = of_parallel(alike / kappa, q, kappa)
+    if any(rows is not None for rows in known):
+        products, squares = rules.inner_products(x, known)
+        by_rows = rules.rule_values(*what, products=products, squares=squares)
+        values[f"{two_pass}, by known rows"] = by_rows[:, 0].numpy()
     rows = []
     for name, v in values.items():
         slope = float(np.polyfit(truth, v, 1)[0])
-        about = {"name": name, "gap": gap, "rho": rho, "sum_ratio": float(v.sum() / truth.sum())}
-        rows.append({**about, "slope": slope, **exact.agreement(v, truth)})
+        rows.append(
+            {
+                "name": name,
+                "gap": gap,
+                "rho": rho,
+                "truth_error": truth_error,
+                "sum_ratio": float(v.sum() / truth.sum()),
+                "slope": slope,
+                **exact.agreement(v, truth),
+            }
+        )
     return rows
 
 
-def train_clipped(cfg, kind, kappa, B, seed):
+def clipped_step(model, optimizer, X, Y, kappa):
+    """A step of the optimizer, of a gradient that is clipped to kappa of its norm."""
+    params = exact.learning(model)
+    model(X, Y)[1].backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    torch.nn.utils.clip_grads_with_norm_(params, kappa * float(norm), norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pretrain(model, data, pool, seed):
+    """Trains the model on the chunks of pool."""
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    for *_, X, Y in steps_of(data, optimizer, 1e-3, 16, seed, PRETRAINING, pool):
+        clipped_step(model, optimizer, X, Y, kappa=1)
+
+
+def with_adapters(model):
+    """The model with LoRA's adapters, which alone learn."""
+    import peft
+
+    adapters = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "c_fc"])
+    return peft.inject_adapter_in_model(adapters, model)
+
+
+def train_clipped(cfg, name, kappa, B, seed):
     """One training of which every step is clipped by kappa. Rows of its judged steps."""
     torch.set_num_threads(1)
+    training = TRAININGS[name]
     data = open_dataset(f"{cfg.data}-byte")
+    domain = data.domains.index(cfg.target)
+    pool = None
     torch.manual_seed(seed)
     model = GPT(GPTConfig(T, 256, bias=False, **SHAPES["byte"]))
-    lr_max = CLIPPED_LR[kind]
-    if kind == "adamw":
-        optimizer = model.configure_optimizers(0.1, lr_max, (0.9, 0.95), "cpu")
+    if training.pretrained:
+        pretrain(model, data, np.flatnonzero(data.train.domain != domain), seed)
+        pool = np.flatnonzero(data.train.domain == domain)
+    if training.lora:
+        model = with_adapters(model)
+    if "sgd2" in training.rules:
+        optimizer = torch.optim.SGD(model.parameters(), lr=training.lr)
     else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr_max)
-    target_ids = np.flatnonzero(data.val.domain == data.domains.index(cfg.target))
-    judged = [step for step in numbers(cfg.steps, int) if step > WARMUP]
+        optimizer = model.configure_optimizers(0.1, training.lr, (0.9, 0.95), "cpu")
+    target_ids = np.flatnonzero(data.val.domain == domain)
+    judged = training.steps
+    if not judged:
+        judged = [step for step in numbers(cfg.steps, int) if step > training.warmup]
     rows = []
-    for step, lr, X, Y in steps_of(data, optimizer, lr_max, B, seed, max(judged)):
+    what = (data, optimizer, training.lr, B, seed, max(judged), pool, training.warmup)
+    for step, lr, X, Y in steps_of(*what):
         if step in judged:
             rng = np.random.default_rng((seed, step))
             picks = rng.choice(target_ids, TARGET_CHUNKS, replace=False)
             loss = exact.batch_loss(*batch_of(data.val, picks))
-            what = (model, optimizer, X, Y, loss, lr, kappa, cfg.permutations)
-            about = {"optimizer": kind, "kappa": kappa, "B": B, "seed": seed, "step": step}
-            rows += [{**about, **row} for row in judge_clipped_step(*what)]
-        model(X, Y)[1].backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), kappa * float(norm), norm)
-        optimizer.step()
-        optimizer.zero_grad()
+            what = (X, Y, loss, lr, kappa, cfg.permutations, training.rules)
+            about = {"training": name, "kappa": kappa, "B": B, "seed": seed, "step": step}
+            rows += [{**about, **row} for row in judge_clipped_step(model, optimizer, *what)]
+        clipped_step(model, optimizer, X, Y, kappa)
     return rows
 
 
 def judge_clipping(cfg, out):
     prepare_vocab(cfg, "byte")
     jobs = []
-    for B, seeds in ((8, numbers(cfg.seeds, int)), (16, numbers(cfg.seeds, int)[:1])):
-        for kind in CLIPPED_RULES:
-            for kappa in numbers(cfg.kappas):
-                jobs += [(cfg, kind, kappa, B, seed) for seed in seeds]
+    for B in (8, 16, 64):
+        for name, training in TRAININGS.items():
+            if B in training.sizes:
+                for seed in numbers(cfg.seeds, int)[: 1 if B == 64 else None]:
+                    jobs += [(cfg, name, kappa, B, seed) for kappa in numbers(cfg.kappas)]
     side_by_side(train_clipped, jobs, out / "clipping.jsonl", cfg.workers)
-    table = clipping_table(read_rows(out / "clipping.jsonl"))
+    report_clipping(out)
+
+
+def report_clipping(out):
+    table = clipping_table(checked(read_rows(out / "clipping.jsonl")))
     (out / "clipping.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
 
 
 def clipping_table(rows):
-    """Of each optimizer, B and kappa how close each rule is."""
+    """Of each training, B and kappa how close each rule is."""
     table = []
-    rows = sorted(rows, key=lambda row: (row["optimizer"], row["B"], -row["kappa"]))
-    cases = [(row["optimizer"], row["B"], row["kappa"], row["name"]) for row in rows]
-    for kind, B, kappa, name in dict.fromkeys(cases):
-        of_case = select(rows, optimizer=kind, B=B, kappa=kappa, name=name)
-        line = [kind, B, kappa, name, len(of_case)]
+    rows = sorted(rows, key=lambda row: (row["training"], row["B"], -row["kappa"]))
+    cases = [(row["training"], row["B"], row["kappa"], row["name"]) for row in rows]
+    for training, B, kappa, name in dict.fromkeys(cases):
+        of_case = select(rows, training=training, B=B, kappa=kappa, name=name)
+        line = [training, B, kappa, name, len(of_case)]
         line.append(f"{np.median(column(of_case, 'rho')):.2f}")
         pearson = column(of_case, "pearson")
         line.append(f"{np.mean(pearson):.4f} ({min(pearson):.3f})")
@@ -387,9 +487,11 @@ def clipping_table(rows):
         l2 = column(of_case, "rel_l2")
         line.append(f"{np.median(l2):.0%} ({max(l2):.0%})")
         line.append(f"{np.median(column(of_case, 'sum_ratio')):.2f}")
+        line.append(f"{np.median(column(of_case, 'truth_error')):.1%}")
         table.append(line)
-    head = ["optimizer", "B", "kappa", "rule", "steps", "rho", "Pearson, mean (lowest)", "slope"]
+    head = ["training", "B", "kappa", "rule", "steps", "rho", "Pearson, mean (lowest)", "slope"]
     head += ["relative L2, median (largest)", "sum / truth, median"]
+    head += ["the truth's own error, median"]
     return markdown(head, table)
 
 
@@ -678,6 +780,8 @@ def main(cfg):
     out = Path(cfg.out)
     if cfg.part == "report":
         read_rows(out / "rows.jsonl")  # says so where it is missing
+        if (out / "clipping.jsonl").is_file():
+            report_clipping(out)
     else:
         begin(cfg)
     if cfg.part in ("all", "rules"):
@@ -691,6 +795,7 @@ def main(cfg):
     targets = read_if_there(out / "targets.jsonl")
     lines = []
     if rows:
+        rows = checked(rows)
         lines += rule_tables(rows)
         figure(rows, out / "fidelity.png")
     if targets:

@@ -265,7 +265,10 @@ def rule_values(
         columns.append(kappa * torch.stack([dot(x_i, h) for x_i in x]))
         slopes.append(kappa * torch.stack([dot(x_i, of_slope) for x_i in x]))
     values, slopes = torch.stack(columns, 1), torch.stack(slopes, 1)
-    has_game = known if rule == "adamw" else rule in ("sgd2", "adamw2")
+    if rule == "adamw":
+        has_game = any(rows is not None for rows in known or [])
+    else:
+        has_game = rule in ("sgd2", "adamw2")
     if products is False or not has_game or kappa == 1:
         return values
     rows = known if rule == "adamw" else [torch.ones_like(p, dtype=torch.bool) for p in x[0]]

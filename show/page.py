@@ -508,8 +508,8 @@ def in_words(row):
     if row["passes"]:
         counts = row["passes"]
         passes = f"; {counts['in_two']:,} of {counts['steps']:,} steps were valued in two passes, "
-        passes += f"for {counts['failed']:,} of {counts['checks']:,} checks found that one does not"
-        passes += " explain its step"
+        passes += f"for {counts['failed']:,} of {counts['checks']:,} checks found that one is not"
+        passes += " enough"
     return f"Trust: {books}; {audit}{passes}{order}."
 
 

@@ -230,7 +230,7 @@ def passes(counts):
     if not counts:
         return []
     steps, checks = counted(counts["steps"], "step"), counted(counts["checks"], "check")
-    found = f"{counts['failed']:,} of {checks} found that one does not explain its step"
+    found = f"{counts['failed']:,} of {checks} found that one is not enough"
     lines = [f"passes: {counts['in_two']:,} of {steps} were valued in two ({found})"]
     if counts["rough"]:
         rough = counted(counts["rough"], "step")

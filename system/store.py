@@ -58,7 +58,8 @@ BOOK_FIELDS = [("step", "<i4"), ("lr", "<f4"), ("kappa", "<f4"), ("loss", "<f4")
 # what checks of one-pass steps found (valuation.py). Books of earlier versions have none of it
 PASSES_FIELDS = [
     ("passes", "u1"),  # over the batch, for its values; 0: it was not valued
-    ("failed", "u1"),  # 1 where one pass left too much of some target, 2 where two passes did too
+    # 1 where one pass was not enough for some target, 2 where two passes leave too much of it, too
+    ("failed", "u1"),
     # of each target what was left unexplained, as a part of the size of the values; NaN of rules
     # that have no checks: ("gap", "<f4", (K,)) by one pass, ("left", "<f4", (K,)) by the values
     # that are in the ledger

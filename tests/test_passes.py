@@ -9,6 +9,7 @@ from test_valuation import B, relative, target_losses, text
 from test_valuation import Run as FullRun
 from valued import settled, smoothed
 
+import valuation
 from experiments import fidelity, models
 from shapley import exact, rules
 from shapley.wrap import Examples, Net
@@ -76,6 +77,34 @@ def test_values_equal_the_definition_of_one_pass_or_of_two(tmp_path, tolerance, 
         # to so many digits no rule explains a step
         assert valued.valuation.pending[-1].failed == (0 if tolerance == NEVER else 2)
     assert set(passes) == {1 if tolerance == NEVER else 2}
+
+
+@pytest.mark.parametrize("exact_rows", [True, False])
+def test_a_step_that_is_clipped_harder_than_one_pass_can_tell_takes_two(
+    tmp_path, monkeypatch, exact_rows
+):
+    """The game of clipping leaves the sum of the values as it is, so no gap says how well it is
+    known: from the tokens' rows, or not at all."""
+    tenfold = 10  # so small a model leaves larger gaps than the tolerance of a run
+    for name in ("CLIPPING_BY_ROWS", "CLIPPING_UNKNOWN"):
+        monkeypatch.setattr(valuation, name, tenfold * getattr(valuation, name))
+    valued = Run(tmp_path, tolerance=tenfold * 0.05, exact_rows=exact_rows)
+    young = 10  # steps, whose moments one pass cannot go by
+    for step in range(young):
+        valued.train(step, torch.from_numpy(text(B, 100 + step).astype(np.int64)), 1e-4, 0.0, 1)
+    passes = []
+    for step, kappa in enumerate([1.0, 0.95, 0.7, 0.4], young):
+        rows = torch.from_numpy(text(B, 100 + step).astype(np.int64))
+        x = exact.chunk_gradients(valued.model, rows[:, :-1], rows[:, 1:])
+        g = [sum(players) for players in zip(*x)]
+        clip = kappa * float(exact.dot(g, g).sqrt()) if kappa < 1 else 0.0
+        values, one, two = valued.step(step, lr=1e-4, clip=clip)
+        passes.append(valued.valuation.pending[-1].passes)
+        assert valued.valuation.pending[-1].gap.abs().max() < tenfold * 0.05
+        if exact_rows or passes[-1] == 2:
+            assert relative(values, one if passes[-1] == 1 else two) < 1e-9
+        assert kappa == 1 or relative(one, two) > 1e-3
+    assert passes == ([1, 1, 1, 2] if exact_rows else [1, 1, 2, 2])
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
@@ -329,10 +358,12 @@ def test_a_step_whose_values_were_wild_is_not(python_data, tmp_path):
     assert sizes["checked"] < 1
 
 
-def test_adapters_are_valued_as_their_steps_were(tmp_path):
-    """LoRA's A has no gradient as long as B is 0, so one pass knows nothing of its first steps."""
+@pytest.mark.parametrize("kappa", [1.0, 0.7])
+def test_adapters_are_valued_as_their_steps_were(kappa):
+    """LoRA's A has no gradient as long as B is 0, so one pass knows nothing of its first steps; nor
+    of clipping, for no row of a token learns."""
     peft = pytest.importorskip("peft")
-    accounted = {}
+    accounted, passes = {}, {}
     for tolerance in (0.0, 0.05):
         made = models.build("GPT-2, tied")
         targets = models.LORA["GPT-2, tied"]
@@ -352,12 +383,18 @@ def test_adapters_are_valued_as_their_steps_were(tmp_path):
             valuation.begin_step(step, 3e-2, tokens=X)
             ledger = valuation.new_ledger(np.arange(models.B), X, Y)
             compute_loss(X, Y, ledger).backward()
-            valuation.before_update()
+            for p in params:
+                p.grad *= kappa
+            valuation.before_update(kappa)
             optimizer.step()
             optimizer.zero_grad()
             valuation.end_step()
-        accounted[tolerance] = tables.booked(valuation.flush().books, 0)["accounted"]
-    assert accounted[0.0] > 2
+        books = valuation.flush().books
+        accounted[tolerance] = tables.booked(books, 0)["accounted"]
+        passes[tolerance] = books["passes"].tolist()
+    assert accounted[0.0] > (2 if kappa == 1 else 1.5)
+    assert set(passes[0.0]) == {1}
+    assert set(passes[0.05]) == ({1, 2} if kappa == 1 else {2})
     assert accounted[0.05] == pytest.approx(1, abs=0.05)
 
 
@@ -378,7 +415,8 @@ def test_every_rule_is_judged_by_the_exact_values_of_a_step(tmp_path, clip):
     X, Y = rows[:, :-1], rows[:, 1:]
     (loss,) = target_losses(valued)
     what = (valued.model, valued.optimizer, X, Y, loss, 1e-2, clip, 10)
-    judged = {row["name"]: row for row in fidelity.judge_step(*what)}
+    rows = fidelity.checked(fidelity.judge_step(*what))
+    judged = {row["name"]: row for row in rows}
     assert set(judged) == {*fidelity.RULES, fidelity.CHECKED, fidelity.LEAVE_ONE_OUT}
     assert judged["adamw2"]["pearson"] > 0.9  # a second step, and a long one
     assert judged["adamw2"]["rel_l2"] < judged["adamw"]["rel_l2"]
