@@ -66,6 +66,7 @@ from experiments.common import (
 )
 from model import GPT, GPTConfig
 from shapley import exact, rules
+from system.errors import UserError
 
 T = 64
 WARMUP = 100
@@ -85,8 +86,9 @@ class Config:
     lrs: str = "3e-4,6e-4,5e-3"
     clips: str = "1.0,0"  # 0: no clipping
     kappas: str = "1,.7,.4,.2,.1,.03"  # of the part clipping
+    trainings: str = "fine-tuning,LoRA,AdamW,SGD"  # and whose
     seeds: str = "1,2"
-    vocabs: str = "byte,gpt2"
+    vocabs: str = "byte,gpt2"  # of the part rules
     steps: str = "20,110,200,300"  # judged; 20 is in the warm-up of 100 steps
     permutations: int = 200  # above B = 8, at most
     data: str = "data/fidelity"  # the prepared chunks, made when missing
@@ -94,6 +96,11 @@ class Config:
     workers: int = os.cpu_count() or 1
     # report: only the tables and the figure
     part: Literal["all", "rules", "targets", "clipping", "report"] = "all"
+
+    def __post_init__(self):
+        for name in self.trainings.split(","):
+            if name not in TRAININGS:
+                raise UserError(f"--trainings={name}: choose from {', '.join(TRAININGS)}")
 
 
 def prepare_vocab(cfg, vocab):
@@ -329,9 +336,15 @@ class Training:
     lora: bool = False
 
 
+FINE_TUNING = {
+    "rules": ("sgd", "adamw_linear", "adamw", "adamw2"),
+    "warmup": 10,
+    "steps": (15, 40, 100),
+    "pretrained": True,
+}
 TRAININGS = {
-    "fine-tuning": Training(1e-4, warmup=10, steps=(15, 40, 100), pretrained=True),
-    "LoRA": Training(1e-3, warmup=10, steps=(15, 40, 100), pretrained=True, lora=True),
+    "fine-tuning": Training(1e-4, **FINE_TUNING),
+    "LoRA": Training(1e-3, **FINE_TUNING, lora=True),
     "AdamW": Training(1e-3, sizes=(8, 16, 64)),
     "SGD": Training(0.05, rules=("sgd2",), sizes=(8, 16, 64)),
 }
@@ -458,8 +471,8 @@ def judge_clipping(cfg, out):
     prepare_vocab(cfg, "byte")
     jobs = []
     for B in (8, 16, 64):
-        for name, training in TRAININGS.items():
-            if B in training.sizes:
+        for name in cfg.trainings.split(","):
+            if B in TRAININGS[name].sizes:
                 for seed in numbers(cfg.seeds, int)[: 1 if B == 64 else None]:
                     jobs += [(cfg, name, kappa, B, seed) for kappa in numbers(cfg.kappas)]
     side_by_side(train_clipped, jobs, out / "clipping.jsonl", cfg.workers)
