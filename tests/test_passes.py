@@ -10,7 +10,7 @@ from test_valuation import Run as FullRun
 from valued import settled, smoothed
 
 import valuation
-from experiments import fidelity, models
+from experiments import common, fidelity, models
 from shapley import exact, rules
 from shapley.wrap import Examples, Net
 from show import tables
@@ -424,3 +424,17 @@ def test_every_rule_is_judged_by_the_exact_values_of_a_step(tmp_path, clip):
     assert abs(judged["adamw"]["gap"]) > fidelity.TOLERANCE
     for name in ("pearson", "rel_l2", "sum_ratio"):
         assert judged[fidelity.CHECKED][name] == judged["adamw2"][name]
+
+
+def test_an_experiment_refuses_chunks_of_another_text_or_cut(tmp_path):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(f"{name} " * 400)
+    data, one, two = (str(tmp_path / name) for name in ("data", "one.txt", "two.txt"))
+    cut = {"tokenizer": "byte", "block_size": 16, "val_fraction": 0.0, "workers": 1}
+    made = common.prepare(data, one, **cut)
+    again = common.prepare(data, one, **{**cut, "workers": 2})  # which changes no chunk
+    assert (again.train.rows == made.train.rows).all()
+    with pytest.raises(UserError, match=r"two\.txt: give another folder as --data"):
+        common.prepare(data, two, **cut)
+    with pytest.raises(UserError, match="--block_size=16, asked for is 32"):
+        common.prepare(data, one, **{**cut, "block_size": 32})
