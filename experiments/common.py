@@ -89,12 +89,12 @@ def prepare(data_dir, source, **options):
     data = open_dataset(data_dir)
     held = data.meta["config"]
     for name, value in wanted.makes().items():
+        was = held.get(name, value)  # of an earlier version, which had no such option
+        is_same = was == value
         if name == "source":
-            is_same = os.path.realpath(held[name]) == os.path.realpath(value)
-        else:
-            is_same = held.get(name) == value
+            is_same = os.path.realpath(was) == os.path.realpath(value)
         if not is_same:
-            what = f"the chunks in {data_dir} were made with --{name}={held.get(name)}"
+            what = f"the chunks in {data_dir} were made with --{name}={was}"
             raise UserError(f"{what}, asked for is {value}: give another folder as --data")
     return data
 
