@@ -82,8 +82,8 @@ class Config:
     # beta of a mean of the targets' gradients over the steps: a second score of every chunk, the
     # column `smoothed` of ledger.npy, beside its value; try .97. 0: none
     target_smoothing: float = 0.0
-    # rule adamw: a step's values that leave more than this part of their size unexplained are
-    # computed again, in two passes; 0: not checked
+    # rule adamw: a step's values that leave more than this part of their size unexplained, or are
+    # put in doubt as much by clipping, are computed again, in two passes; 0: not checked
     tolerance: float = 0.05
     # steps between those whose change of the targets' losses is measured and accounted for
     book_interval: int = 20

@@ -81,7 +81,7 @@ class Settings:
     micro_batch: int = 0  # target chunks of one forward and backward; 0: all at once
     seed: int = 0  # of the draws of target chunks
     # of the rule `adamw`: the part of its values' size that they may leave unexplained in a step,
-    # beyond which it is valued in two passes; 0: not checked
+    # or may be off by clipping, beyond which it is valued in two passes; 0: not checked
     tolerance: float = 0.05
     # relative rounding error of a target's loss, below which no gap is seen: of float32
     loss_rounding: float = 5e-7
