@@ -431,31 +431,36 @@ def with_adapters(model):
     return peft.inject_adapter_in_model(adapters, model)
 
 
-def train_clipped(cfg, name, kappa, B, seed):
-    """One training of which every step is clipped by kappa. Rows of its judged steps."""
-    torch.set_num_threads(1)
-    training = TRAININGS[name]
-    data = open_dataset(f"{cfg.data}-byte")
-    domain = data.domains.index(cfg.target)
-    pool = None
+def build(training, data, domain, seed):
+    """-> the model as the training finds it, its optimizer, and the chunks that the training draws
+    from (None: all). domain: the target's number."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(T, 256, bias=False, **SHAPES["byte"]))
+    pool = None
     if training.pretrained:
         pretrain(model, data, np.flatnonzero(data.train.domain != domain), seed)
         pool = np.flatnonzero(data.train.domain == domain)
     if training.lora:
         model = with_adapters(model)
     if "sgd2" in training.rules:
-        optimizer = torch.optim.SGD(model.parameters(), lr=training.lr)
-    else:
-        optimizer = model.configure_optimizers(0.1, training.lr, (0.9, 0.95), "cpu")
+        return model, torch.optim.SGD(model.parameters(), lr=training.lr), pool
+    return model, model.configure_optimizers(0.1, training.lr, (0.9, 0.95), "cpu"), pool
+
+
+def train_clipped(cfg, name, kappa, B, seed):
+    """One training of which every step is clipped by kappa. Rows of its judged steps."""
+    torch.set_num_threads(1)
+    training = TRAININGS[name]
+    data = open_dataset(f"{cfg.data}-byte")
+    domain = data.domains.index(cfg.target)
     target_ids = np.flatnonzero(data.val.domain == domain)
+    model, optimizer, pool = build(training, data, domain, seed)
     judged = training.steps
     if not judged:
         judged = [step for step in numbers(cfg.steps, int) if step > training.warmup]
+    options = {"last": max(judged), "pool": pool, "warmup": training.warmup}
     rows = []
-    what = (data, optimizer, training.lr, B, seed, max(judged), pool, training.warmup)
-    for step, lr, X, Y in steps_of(*what):
+    for step, lr, X, Y in steps_of(data, optimizer, training.lr, B, seed, **options):
         if step in judged:
             rng = np.random.default_rng((seed, step))
             picks = rng.choice(target_ids, TARGET_CHUNKS, replace=False)
