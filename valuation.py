@@ -63,7 +63,7 @@ from system.errors import UserError
 from system.machine import replaying, rng_state
 from system.parallel import local
 
-# How far the values of one pass are off in a step that is clipped to kappa, in sizes of 1 - kappa
+# About how far one pass's values are off in a step that is clipped to kappa, in sizes of 1 - kappa
 # (relative L2, results/fidelity): where the rows of tokens tell of clipping, and where they do not
 CLIPPING_BY_ROWS = 0.1
 CLIPPING_UNKNOWN = 0.5
